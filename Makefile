@@ -1,0 +1,94 @@
+# Stasis. `make` alone lists the targets.
+
+SHELL       := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+# go is parallel enough; the order of the prerequisites is meant.
+.NOTPARALLEL:
+
+PREFIX   ?= /usr/local
+DESTDIR  ?=
+WORKLOAD ?= redis
+FUZZTIME ?= 60s
+RUN      ?=
+
+# The date is the commit's, so that the same commit gives the same binaries.
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+COMMIT  ?= $(shell git rev-parse -q --verify HEAD || echo unknown)
+DATE    ?= $(shell date -u -d "@$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2>/dev/null || echo 0)}" +%Y-%m-%dT%H:%M:%SZ)
+LDFLAGS = -s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT) -X main.date=$(DATE)
+
+PROGRAMS := $(notdir $(wildcard cmd/*))
+
+# What demo, integration tests and benchmarks find their tools by.
+with_env = eval "$$(contrib/setup.sh --env)"; export STASIS_BIN='$(CURDIR)/bin';
+run_flag = $(if $(RUN),-run '$(RUN)')
+
+.PHONY: help
+help: ## list the targets (this)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo '  RUN=regexp      only these tests (test, test-unit, test-integration)'
+	@echo '  WORKLOAD=$(WORKLOAD)  what the demo checkpoints'
+	@echo '  FUZZTIME=$(FUZZTIME)    how long each fuzz target runs'
+	@echo '  PREFIX=$(PREFIX)  DESTDIR=$(DESTDIR)  where install and uninstall work'
+
+.PHONY: build
+build: ## build static binaries into bin/
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
+
+.PHONY: install
+install: ## install bin/* into $(DESTDIR)$(PREFIX)/bin (build first)
+	@for p in $(PROGRAMS); do [[ -x bin/$$p ]] || { echo "bin/$$p is missing: run 'make build' first" >&2; exit 1; }; done
+	install -d '$(DESTDIR)$(PREFIX)/bin'
+	install -m 0755 $(PROGRAMS:%=bin/%) '$(DESTDIR)$(PREFIX)/bin'
+
+.PHONY: uninstall
+uninstall: ## remove what install installed
+	cd '$(DESTDIR)$(PREFIX)/bin' && rm -f $(PROGRAMS)
+
+.PHONY: setup
+setup: ## install what demo, tests and benchmarks need (root)
+	@contrib/setup.sh
+
+.PHONY: demo
+demo: setup build ## checkpoint and restore a live container, here and now (root)
+	@$(with_env) go run ./integration/demo -workload '$(WORKLOAD)'
+
+.PHONY: test
+test: setup build lint test-unit test-integration ## set up, build, lint, and run every test (root)
+
+.PHONY: test-unit
+test-unit: ## run the unit tests under the race detector
+	@packages=$$(go list ./...); \
+	go test -race $(run_flag) $$(grep -v '/integration' <<<"$$packages")
+
+.PHONY: test-integration
+test-integration: setup build ## run the tests on real containerd, runc, crun and CRIU (root)
+	@$(with_env) go test -count=1 -timeout 25m $(run_flag) ./integration/...
+
+.PHONY: lint
+lint: ## check formatting, go vet, staticcheck
+	@unformatted=$$(gofmt -l .); \
+	[[ -z $$unformatted ]] || { printf 'not gofmt-ed:\n%s\n' "$$unformatted" >&2; exit 1; }
+	go vet ./...
+	go tool staticcheck ./...
+
+.PHONY: bench
+bench: setup build ## measure checkpoint and restore, ours and the peers' (root)
+	@$(with_env) go run ./integration/bench
+
+.PHONY: fuzz
+fuzz: ## run every fuzz target for FUZZTIME each
+	@packages=$$(go list ./...); \
+	for package in $$(grep -v '/integration' <<<"$$packages"); do \
+		list=$$(go test -list '^Fuzz' "$$package"); \
+		for target in $$(grep '^Fuzz' <<<"$$list" || true); do \
+			echo "fuzz: $$package $$target"; \
+			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime '$(FUZZTIME)' "$$package"; \
+		done; \
+	done
+
+.PHONY: clean
+clean: ## remove bin/; the cache of setup stays
+	rm -rf bin

@@ -1,0 +1,385 @@
+package checkpoint
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"net/netip"
+	"os"
+	"slices"
+
+	core "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/pagemap"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/pstree"
+	inet "github.com/checkpoint-restore/go-criu/v8/crit/images/sk-inet"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/tty"
+	"golang.org/x/sys/unix"
+)
+
+// facts is what the images themselves say of a checkpoint.
+type facts struct {
+	arch    string // a GOARCH
+	options Options
+	tcp     []netip.Addr
+}
+
+// images reads the images in a folder.
+type images struct {
+	dir   string
+	files map[string]entry
+}
+
+// derive checks that the images are complete, as far as they tell, and finds
+// what a manifest would say.
+func (im images) derive() (*facts, error) {
+	inv, err := im.inventory()
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range slices.Sorted(maps.Keys(im.files)) {
+		if err := im.checkComplete(name); err != nil {
+			return nil, err
+		}
+	}
+	arch, sessions, err := im.tasks()
+	if err != nil {
+		return nil, err
+	}
+	found := &facts{arch: arch}
+	if err := im.descriptors(found); err != nil {
+		return nil, err
+	}
+	if inv.GetTcpClose() {
+		found.options.OpenTCP, found.tcp = false, nil
+	}
+	if err := im.memory(); err != nil {
+		return nil, err
+	}
+	if found.options.FileLocks, err = im.anyMessage("filelocks.img", "FILE_LOCKS"); err != nil {
+		return nil, err
+	}
+	found.options.Terminal, err = im.foreignTerminal(sessions)
+	return found, err
+}
+
+// establishedTCP is for a checkpoint with a manifest, which says the rest.
+func (im images) establishedTCP() ([]netip.Addr, error) {
+	inv, err := im.inventory()
+	if err != nil || inv.GetTcpClose() {
+		return nil, err
+	}
+	var found facts
+	err = im.descriptors(&found)
+	return found.tcp, err
+}
+
+// each calls fn with each message of an image of the given kind. The first
+// error ends it; an image that is not there is an error of fs.ErrNotExist.
+func (im images) each(name, kind string, fn func(msg []byte) error) error {
+	f, err := openIn(im.dir, name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	frames, err := framesOf(f)
+	if err == nil && frames.kind != kind {
+		err = invalid("is no image of kind %s", kind)
+	}
+	for err == nil {
+		var msg []byte
+		if msg, err = frames.next(); err == nil {
+			err = fn(msg)
+		}
+	}
+	if errors.Is(err, io.EOF) {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", name, err)
+}
+
+func framesOf(f *os.File) (*frames, error) {
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	return newFrames(f, info.Size())
+}
+
+// checkComplete refuses an image whose last message is cut off. Images that are
+// not made of messages only are left to CRIU.
+func (im images) checkComplete(name string) error {
+	if !isImage(name) || hasPrefix(name, rawImages) {
+		return nil
+	}
+	f, err := openIn(im.dir, name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	frames, err := framesOf(f)
+	if err == nil && frames.kind != "" && !mixedImages[frames.kind] {
+		for err == nil {
+			err = frames.skip()
+		}
+	}
+	if err == nil || errors.Is(err, io.EOF) {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", name, err)
+}
+
+// anyMessage reports whether an image is there and has a message.
+func (im images) anyMessage(name, kind string) (any bool, err error) {
+	err = im.each(name, kind, func([]byte) error {
+		any = true
+		return io.EOF
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return any, err
+}
+
+func (im images) inventory() (*inventory.InventoryEntry, error) {
+	entry := &inventory.InventoryEntry{}
+	n := 0
+	err := im.each(inventoryName, "INVENTORY", func(msg []byte) error {
+		n++
+		return decode(msg, entry)
+	})
+	if err != nil {
+		return nil, err
+	}
+	// CRTOOLS_IMAGES_V1 and _V1_1, CRIU's magic.h.
+	if v := entry.GetImgVersion(); n != 1 || v < 1 || v > 2 {
+		return nil, invalid("%s: %d messages, image version %d; expected one, of version 1 or 2", inventoryName, n, v)
+	}
+	return entry, nil
+}
+
+// machines are CRIU's names of architectures, in Go's words.
+var machines = map[core.CoreEntryMarch]string{
+	core.CoreEntry_X86_64: "amd64", core.CoreEntry_AARCH64: "arm64", core.CoreEntry_ARM: "arm",
+	core.CoreEntry_PPC64: "ppc64le", core.CoreEntry_S390: "s390x", core.CoreEntry_MIPS: "mips64le",
+	core.CoreEntry_LOONGARCH64: "loong64", core.CoreEntry_RISCV64: "riscv64",
+}
+
+// Task states, CRIU's compel/include/uapi/task-state.h. In any other the task
+// is dead, and has neither memory nor threads.
+const (
+	taskAlive   = 1
+	taskStopped = 3
+)
+
+// tasks checks that every process is there with its threads and memory. It
+// returns the architecture, and which pids are processes: each may lead a
+// session.
+func (im images) tasks() (arch string, pids map[uint32]bool, err error) {
+	pids = map[uint32]bool{}
+	need := func(format string, id uint32) error {
+		name := fmt.Sprintf(format, id)
+		if _, ok := im.files[name]; !ok {
+			return invalid("%s: missing; pstree.img lists process or thread %d", name, id)
+		}
+		return nil
+	}
+	err = im.each("pstree.img", "PSTREE", func(msg []byte) error {
+		var p pstree.PstreeEntry
+		if err := decode(msg, &p); err != nil {
+			return err
+		}
+		pids[p.GetPid()] = true
+		if err := need("core-%d.img", p.GetPid()); err != nil {
+			return err
+		}
+		machine, state, err := im.core(p.GetPid())
+		if err != nil {
+			return err
+		}
+		if arch == "" {
+			arch = machine
+		}
+		if state != taskAlive && state != taskStopped {
+			return nil // its list of threads is rubbish
+		}
+		for _, tid := range p.GetThreads() {
+			if err := need("core-%d.img", tid); err != nil {
+				return err
+			}
+		}
+		return errors.Join(need("mm-%d.img", p.GetPid()), need("pagemap-%d.img", p.GetPid()))
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		err = invalid("pstree.img: missing")
+	}
+	if err == nil && len(pids) == 0 {
+		err = invalid("pstree.img: lists no process")
+	}
+	return arch, pids, err
+}
+
+func (im images) core(pid uint32) (arch string, state uint32, err error) {
+	var c core.CoreEntry
+	err = im.each(fmt.Sprintf("core-%d.img", pid), "CORE", func(msg []byte) error {
+		return decode(msg, &c)
+	})
+	arch = machines[c.GetMtype()]
+	if err == nil && arch == "" {
+		err = invalid("core-%d.img: unknown architecture", pid)
+	}
+	return arch, c.GetTc().GetTaskState(), err
+}
+
+// Socket states, Linux's include/net/tcp_states.h.
+const (
+	tcpClose  = 7
+	tcpListen = 10
+)
+
+// unixExternal marks a unix socket outside the container to which one inside is
+// connected: USK_EXTERN, CRIU's sk-unix.c.
+const unixExternal = 1 << 0
+
+// descriptors finds the sockets that need options.
+func (im images) descriptors(found *facts) error {
+	err := im.each("files.img", "FILES", func(msg []byte) error {
+		var f fdinfo.FileEntry
+		if err := decode(msg, &f); err != nil {
+			return err
+		}
+		if f.GetUsk().GetUflags()&unixExternal != 0 {
+			found.options.ExternalUnixSockets = true
+		}
+		sk := f.GetIsk()
+		if sk == nil || sk.GetProto() != unix.IPPROTO_TCP || sk.GetState() == tcpClose || sk.GetState() == tcpListen {
+			return nil
+		}
+		found.options.OpenTCP = true
+		addr, err := localAddress(sk)
+		if err == nil && !slices.Contains(found.tcp, addr) {
+			found.tcp = append(found.tcp, addr)
+		}
+		return err
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		err = invalid("files.img: missing; the checkpoint is incomplete, or was made by a CRIU older than 3.3")
+	}
+	return err
+}
+
+// localAddress returns what a socket is bound to. The image has the address as
+// it is in memory, in words of this architecture.
+func localAddress(sk *inet.InetSkEntry) (netip.Addr, error) {
+	var b []byte
+	for _, word := range sk.GetSrcAddr() {
+		b = binary.NativeEndian.AppendUint32(b, word)
+	}
+	addr, ok := netip.AddrFromSlice(b)
+	if !ok {
+		return addr, invalid("socket %d has an address of %d bytes", sk.GetId(), len(b))
+	}
+	return addr.Unmap(), nil
+}
+
+// foreignTerminal reports whether a terminal belongs to a session whose leader
+// is none of the processes: only then CRIU wants --shell-job (its tty.c,
+// dump_verify_tty_sids). The terminal of a container is its own; that its other
+// end is outside, runc and crun tell CRIU by themselves.
+func (im images) foreignTerminal(pids map[uint32]bool) (foreign bool, err error) {
+	err = im.each("tty-info.img", "TTY_INFO", func(msg []byte) error {
+		var t tty.TtyInfoEntry
+		if err := decode(msg, &t); err != nil {
+			return err
+		}
+		if sid := t.GetSid(); sid != 0 && !pids[sid] {
+			foreign = true
+		}
+		return nil
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return foreign, err
+}
+
+// Flags of pagemap entries, CRIU's include/pagemap.h.
+const (
+	pagesParent  = 1 << 0 // in an older checkpoint
+	pagesLazy    = 1 << 1 // may be fetched later
+	pagesPresent = 1 << 2 // in pages-*.img
+)
+
+// memory checks that the page images are as long as the lists say.
+func (im images) memory() error {
+	for name := range im.files {
+		if !isPagemap(name) {
+			continue
+		}
+		id, pages, err := im.pagemap(name)
+		if err != nil {
+			return err
+		}
+		if pages == 0 {
+			continue
+		}
+		file, ok := im.files[fmt.Sprintf("pages-%d.img", id)]
+		if !ok {
+			return invalid("pages-%d.img: missing; %s refers to it", id, name)
+		}
+		if need := pages * int64(os.Getpagesize()); file.size < need {
+			return invalid("%s: expected %d bytes, has %d (truncated)", file.name, need, file.size)
+		}
+	}
+	return nil
+}
+
+// pagemap reads one list of memory pages: which image has them, and how many
+// pages long that is; 0 if that cannot be told.
+func (im images) pagemap(name string) (id uint32, pages int64, err error) {
+	first, untold := true, false
+	err = im.each(name, "PAGEMAP", func(msg []byte) error {
+		if first {
+			first = false
+			var head pagemap.PagemapHead
+			err := decode(msg, &head)
+			id = head.GetPagesId()
+			return err
+		}
+		var e pagemap.PagemapEntry
+		if err := decode(msg, &e); err != nil {
+			return err
+		}
+		// CRIU before 2.9 had in_parent instead of flags, and before 4.2 a
+		// smaller number of pages; its pagemap.c, init_compat_pagemap_entry.
+		flags, n := e.GetFlags(), e.GetNrPages()
+		if e.Flags == nil {
+			flags = pagesPresent
+		}
+		if e.NrPages == nil {
+			n = uint64(e.GetCompatNrPages())
+		}
+		switch {
+		case e.GetInParent() || flags&pagesParent != 0:
+			return invalid("some of the memory is in an older checkpoint that this one builds on; make one without pre-dump")
+		case flags&pagesPresent == 0 && flags&pagesLazy != 0:
+			return invalid("some of the memory was left where the checkpoint was made; make one without lazy pages")
+		case flags&pagesPresent == 0:
+			return nil
+		case n > 1<<40 || pages > 1<<40:
+			return invalid("lists more memory than there can be")
+		}
+		pages += int64(n)
+		// Something newer, such as compressed pages.
+		untold = untold || len(e.ProtoReflect().GetUnknown()) > 0
+		return nil
+	})
+	if untold {
+		pages = 0
+	}
+	return id, pages, err
+}

@@ -1,0 +1,123 @@
+package checkpoint
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	runc "github.com/containerd/go-runc"
+	"github.com/containerd/log"
+
+	"github.com/stasis-run/stasis/process"
+)
+
+// DumpRequest is what Dump needs to know.
+type DumpRequest struct {
+	Runtime *process.Runtime
+	Cgroup  *process.Cgroup // the container's; nil if it could not be loaded
+	InitPid int
+
+	Dir     string // where the checkpoint goes; may exist
+	WorkDir string // where CRIU leaves dump.log and stats-dump
+	Options Options
+	Exit    bool // the container ends with the dump
+	Paused  bool // the container is frozen, and stays so
+	Durable bool // the checkpoint has to survive a power cut
+
+	Container  Container // for the manifest
+	TerminalIO bool
+}
+
+// Dump has CRIU write the container to a folder. CRIU freezes the container by
+// itself, so nothing else is done meanwhile. Whatever fails, the container runs
+// on (or stays paused), its network open, and the folder is as it was; the
+// error holds CRIU's own error lines and says where its log is.
+func Dump(ctx context.Context, r DumpRequest) error {
+	folder, err := NewFolder(r.Dir)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(r.WorkDir, 0o711); err != nil {
+		return errors.Join(fmt.Errorf("make CRIU's work folder: %w", err), folder.Discard())
+	}
+	var actions []runc.CheckpointAction
+	if !r.Exit {
+		actions = append(actions, runc.LeaveRunning)
+	}
+	if err := r.Runtime.Checkpoint(ctx, r.Options.dumpOpts(folder.Path(), r.WorkDir), actions...); err != nil {
+		r.recover(ctx)
+		if derr := folder.Discard(); derr != nil {
+			log.G(ctx).WithError(derr).Warn("remove an unfinished checkpoint")
+		}
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		return criuError("checkpoint", r.Container.ID, err, filepath.Join(r.WorkDir, "dump.log"))
+	}
+	// CRIU gives back the state it found; with Exit that may be frozen, and a
+	// frozen process does not die.
+	if r.Exit || !r.Paused {
+		r.thaw(ctx)
+	}
+	return folder.Commit(Manifest{
+		Container:  r.Container,
+		Options:    r.Options,
+		Exit:       r.Exit,
+		TerminalIO: r.TerminalIO,
+		CRIU:       LogVersion(filepath.Join(r.WorkDir, "dump.log")),
+		Runtime:    Runtime{Name: filepath.Base(r.Runtime.Name()), Version: r.Runtime.Version(ctx)},
+	}, r.Durable)
+}
+
+// recover gives the container back what a CRIU that was killed in the middle
+// could not.
+func (r *DumpRequest) recover(ctx context.Context) {
+	if !r.Paused {
+		r.thaw(ctx)
+	}
+	if r.Options.OpenTCP {
+		if err := unlockNetwork(r.InitPid); err != nil {
+			log.G(ctx).WithError(err).Error("remove CRIU's network lock after a failed checkpoint")
+		}
+	}
+}
+
+func (r *DumpRequest) thaw(ctx context.Context) {
+	if r.Cgroup == nil {
+		return
+	}
+	if frozen, err := r.Cgroup.Frozen(); err != nil || !frozen {
+		return // an error: the group is gone, and the container with it
+	}
+	if err := r.Cgroup.Thaw(); err != nil {
+		log.G(ctx).WithError(err).Error("thaw the container after a checkpoint")
+	}
+}
+
+// dumpOpts are the runtime's options for a dump into dir.
+func (o Options) dumpOpts(dir, workDir string) *runc.CheckpointOpts {
+	return &runc.CheckpointOpts{
+		ImagePath:                dir,
+		WorkDir:                  workDir,
+		AllowOpenTCP:             o.OpenTCP,
+		AllowExternalUnixSockets: o.ExternalUnixSockets,
+		AllowTerminal:            o.Terminal,
+		FileLocks:                o.FileLocks,
+		EmptyNamespaces:          o.EmptyNamespaces,
+		Cgroups:                  runc.CgroupMode(o.CgroupsMode),
+	}
+}
+
+// criuError makes an error of a failed runtime call that holds what CRIU said.
+// It is one paragraph: clients show only the first lines of an error.
+func criuError(op, id string, err error, logPath string) error {
+	lines := LogErrors(logPath, 4)
+	if len(lines) == 0 {
+		return fmt.Errorf("%s container %s: %w (CRIU's log: %s)", op, id, err, logPath)
+	}
+	return fmt.Errorf("%s container %s: %w: CRIU says: %s (its whole log: %s)",
+		op, id, err, strings.Join(lines, "; "), logPath)
+}

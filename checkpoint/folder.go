@@ -1,0 +1,347 @@
+package checkpoint
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// Folder is a checkpoint being written. CRIU writes into a subfolder, and
+// Commit moves the files up, inventory.img last: a folder that has that file
+// holds a whole checkpoint, whatever interrupted the writing. An older
+// checkpoint stays usable until Commit has all of the new one.
+//
+// One goroutine uses a Folder, and ends it with either Commit or Discard.
+type Folder struct {
+	dir     string
+	created bool     // NewFolder made dir
+	old     []string // files of the checkpoint to be replaced
+	moved   []string // files of the new one that are in dir already
+	lock    *os.File // .partial, locked while it is being written
+	follow  *follower
+}
+
+// NewFolder prepares the folder dir for a checkpoint, and makes it if need be.
+// dir may hold an older checkpoint, which Commit replaces, and the rests of an
+// unfinished one. Anything else there is not ours to remove: the error matches
+// errdefs.ErrAlreadyExists. While someone else writes to the same folder, it
+// matches errdefs.ErrFailedPrecondition.
+func NewFolder(dir string) (*Folder, error) {
+	f := &Folder{dir: dir}
+	_, err := os.Lstat(dir)
+	if f.created = errors.Is(err, fs.ErrNotExist); f.created {
+		err = os.MkdirAll(dir, 0o700)
+	}
+	if err == nil {
+		err = f.claim()
+	}
+	if err != nil {
+		if f.created {
+			os.Remove(dir)
+		}
+		return nil, wrap(dir, err)
+	}
+	f.follow = follow(f.Path())
+	return f, nil
+}
+
+// Path is where CRIU has to write.
+func (f *Folder) Path() string { return filepath.Join(f.dir, partialName) }
+
+// claim makes .partial, or empties the one that a killed process left.
+func (f *Folder) claim() (err error) {
+	if err := os.Mkdir(f.Path(), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			os.Remove(f.Path()) // if it is empty; else it is not of our making
+		}
+	}()
+	lock, err := os.OpenFile(f.Path(), os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return err
+	}
+	// The lock ends with its holder. A file system without locks does without.
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		lock.Close()
+		return unusable("another checkpoint is being written to this folder")
+	}
+	if f.old, err = replaceable(f.dir); err == nil {
+		err = empty(f.Path())
+	}
+	if err != nil {
+		lock.Close()
+		return err
+	}
+	f.lock = lock
+	return nil
+}
+
+// replaceable lists the files in dir that belong to a checkpoint there, provided
+// that there are no others. Without inventory.img only those do that a manifest
+// of ours lists: *.img might be anybody's. Logs may be there, and stay.
+func replaceable(dir string) ([]string, error) {
+	files, err := listFolder(dir)
+	if err != nil {
+		return nil, err
+	}
+	_, whole := files[inventoryName]
+	listed := map[string]bool{}
+	if m, err := readManifest(dir); err == nil && m != nil {
+		for _, file := range m.Files {
+			listed[file.Name] = true
+		}
+	}
+	var names []string
+	for name, file := range files {
+		switch {
+		case !file.regular():
+		case listed[name], name == manifestName, whole && (isImage(name) || name == descriptorsName):
+			names = append(names, name)
+			continue
+		case incidental(name):
+			continue
+		}
+		return nil, &fault{errdefs.ErrAlreadyExists, fmt.Sprintf(
+			"the folder holds %q, which is no part of a checkpoint; give an empty folder, or one that does not exist", name)}
+	}
+	return names, nil
+}
+
+func empty(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
+			return err
+		}
+	}
+	return os.Chmod(dir, 0o700)
+}
+
+// Discard removes what was written. If NewFolder made the folder, that goes as
+// well. It may follow a failed Commit.
+func (f *Folder) Discard() error {
+	closeSums(f.follow.finish())
+	err := os.RemoveAll(f.Path())
+	for _, name := range f.moved {
+		err = errors.Join(err, os.Remove(filepath.Join(f.dir, name)))
+	}
+	f.moved = nil
+	f.lock.Close()
+	if f.created {
+		// Not if somebody else put something there, such as CRIU its log.
+		_ = os.Remove(f.dir)
+	}
+	return wrap(f.dir, err)
+}
+
+// Commit makes a checkpoint of what CRIU wrote, and replaces an older one. It
+// sets the manifest's version, files and facts about this host. With durable
+// it returns once everything is on the disk.
+//
+// If it fails, it discards everything, unless the container ended with this
+// checkpoint: then the files are all there is of it, and stay.
+func (f *Folder) Commit(m Manifest, durable bool) error {
+	defer f.lock.Close()
+	err := f.commit(m, durable)
+	switch {
+	case err == nil:
+		return nil
+	case m.Exit:
+		return fmt.Errorf("%w (what CRIU wrote is still there, in part in %s)", wrap(f.dir, err), f.Path())
+	}
+	if derr := f.Discard(); derr != nil {
+		err = errors.Join(err, derr)
+	}
+	return wrap(f.dir, err)
+}
+
+func (f *Folder) commit(m Manifest, durable bool) error {
+	sums := f.follow.finish()
+	defer closeSums(sums)
+	files, err := f.written()
+	if err != nil {
+		return err
+	}
+	m.Version = manifestVersion
+	m.Created = time.Now().UTC().Truncate(time.Millisecond)
+	m.Kernel, m.Architecture, m.CPUFeatures = KernelRelease(), runtime.GOARCH, HostCPUFeatures()
+	if m.Files, err = f.digest(files, sums, durable); err != nil {
+		return err
+	}
+	if err := m.check(); err != nil {
+		return err
+	}
+	// What needs space on the disk comes before what cannot be undone.
+	if err := f.writeManifest(&m, durable); err != nil {
+		return err
+	}
+	if err := f.removeOld(); err != nil {
+		return err
+	}
+	// The manifest is the first to come and names the others, so that a later
+	// NewFolder knows what it may remove.
+	if err := f.move(manifestName); err != nil {
+		return err
+	}
+	for _, file := range files {
+		if file.name != inventoryName {
+			if err := f.move(file.name); err != nil {
+				return err
+			}
+		}
+	}
+	// A rename changes ctime, hence only now. Without these, Open takes longer.
+	if f.stamp(&m) && f.writeManifest(&m, durable) == nil {
+		if err := f.move(manifestName); err != nil {
+			return err
+		}
+	}
+	if durable {
+		if err := syncFile(f.dir); err != nil {
+			return err
+		}
+	}
+	if err := f.move(inventoryName); err != nil {
+		return err
+	}
+	if durable {
+		if err := errors.Join(syncFile(f.dir), syncFile(filepath.Dir(f.dir))); err != nil {
+			return err
+		}
+	}
+	_ = os.RemoveAll(f.Path()) // empty; its presence harms nobody
+	return nil
+}
+
+// written lists what CRIU and the runtime wrote, the largest first.
+func (f *Folder) written() ([]entry, error) {
+	found, err := listFolder(f.Path())
+	if err != nil {
+		return nil, err
+	}
+	var files []entry
+	for _, file := range found {
+		if !file.regular() || !validName(file.name) {
+			return nil, fmt.Errorf("CRIU wrote %q, which is no file that a checkpoint can hold", file.name)
+		}
+		files = append(files, file)
+	}
+	slices.SortFunc(files, func(a, b entry) int { return cmp.Compare(b.size, a.size) })
+	return files, nil
+}
+
+// digest closes the files to others and returns their sums, sorted by name. It
+// leaves out files that no restore reads.
+func (f *Folder) digest(files []entry, sums map[string]*partialSum, durable bool) ([]File, error) {
+	listed := make([]File, len(files))
+	err := inParallel(context.Background(), len(files), func(ctx context.Context, i int) error {
+		name := files[i].name
+		file, err := openIn(f.Path(), name)
+		if err != nil {
+			return err
+		}
+		defer file.Close()
+		if err := file.Chmod(0o600); err != nil {
+			return err
+		}
+		if incidental(name) {
+			return nil
+		}
+		sum := sums[name]
+		if sum != nil && !sum.stillTrue(filepath.Join(f.Path(), name)) {
+			sum = nil
+		}
+		listed[i].Name = name
+		listed[i].SHA256, listed[i].Size, err = hashFile(ctx, file, sum)
+		if err == nil && durable {
+			err = file.Sync()
+		}
+		return err
+	})
+	listed = slices.DeleteFunc(listed, func(file File) bool { return file.Name == "" })
+	slices.SortFunc(listed, func(a, b File) int { return strings.Compare(a.Name, b.Name) })
+	return listed, err
+}
+
+// writeManifest writes .partial/stasis.json.
+func (f *Folder) writeManifest(m *Manifest, durable bool) error {
+	data, err := m.encode()
+	if err != nil {
+		return err
+	}
+	path := filepath.Join(f.Path(), manifestName)
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		return err
+	}
+	if durable {
+		return syncFile(path)
+	}
+	return nil
+}
+
+// removeOld ends the older checkpoint: inventory.img first, so that it is
+// unfinished from then on, and last the manifest, which says what is ours.
+func (f *Folder) removeOld() error {
+	var names []string
+	for _, name := range f.old {
+		if name != inventoryName && name != manifestName {
+			names = append(names, name)
+		}
+	}
+	for _, name := range slices.Concat([]string{inventoryName}, names, []string{manifestName}) {
+		if err := os.Remove(filepath.Join(f.dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+func (f *Folder) move(name string) error {
+	if err := os.Rename(filepath.Join(f.Path(), name), filepath.Join(f.dir, name)); err != nil {
+		return err
+	}
+	f.moved = append(f.moved, name)
+	return nil
+}
+
+// stamp records inode and ctime of the large files, and reports whether there
+// are any.
+func (f *Folder) stamp(m *Manifest) (any bool) {
+	for i := range m.Files {
+		file := &m.Files[i]
+		if file.Size < recheckSize {
+			continue
+		}
+		var st unix.Stat_t
+		if unix.Lstat(filepath.Join(f.dir, file.Name), &st) == nil {
+			file.Inode, file.CtimeNs = st.Ino, st.Ctim.Nano()
+			any = true
+		}
+	}
+	return any
+}
+
+func syncFile(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return f.Sync()
+}

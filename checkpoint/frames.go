@@ -1,0 +1,118 @@
+package checkpoint
+
+import (
+	"bufio"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+
+	"github.com/checkpoint-restore/go-criu/v8/magic"
+	"google.golang.org/protobuf/proto"
+)
+
+// magics are CRIU's names of kinds of images and their numbers.
+var magics = sync.OnceValue(magic.LoadMagic)
+
+// mixedImages are the kinds whose messages have other bytes between them.
+var mixedImages = map[string]bool{
+	"GHOST_FILE": true, "PIPES_DATA": true, "FIFO_DATA": true, "SK_QUEUES": true, "TCP_STREAM": true,
+	"BPFMAP_DATA": true, "IPCNS_SHM": true, "IPCNS_MSG": true, "IPCNS_SEM": true,
+}
+
+// frames reads an image message by message. An image is a common magic number
+// (which inventory.img lacks), the magic number of its kind, then for each
+// message its length and the message itself; numbers are 32 bits, little
+// endian (CRIU's image.c, protobuf.c).
+//
+// go-criu's own decoder is not used for this: it allocates whatever length it
+// reads, and fails on values that CRIU has learnt since.
+type frames struct {
+	kind string // such as "PSTREE"; "" if unknown
+	r    *bufio.Reader
+	left int64 // bytes of the image not yet read
+	buf  []byte
+}
+
+var errNoMagic = errors.New("truncated, or no image of CRIU's")
+
+// newFrames reads the head of an image of size bytes.
+func newFrames(r io.Reader, size int64) (*frames, error) {
+	f := &frames{r: bufio.NewReaderSize(r, 64<<10), left: size}
+	number, err := f.number()
+	if err != nil {
+		return nil, errNoMagic
+	}
+	names := magics()
+	if common := uint64(number); common == names.ByName["IMG_COMMON"] || common == names.ByName["IMG_SERVICE"] {
+		if number, err = f.number(); err != nil {
+			return nil, errNoMagic
+		}
+	}
+	f.kind = names.ByValue[uint64(number)]
+	return f, nil
+}
+
+func (f *frames) number() (uint32, error) {
+	var b [4]byte
+	if _, err := io.ReadFull(f.r, b[:]); err != nil {
+		return 0, err
+	}
+	f.left -= 4
+	return binary.LittleEndian.Uint32(b[:]), nil
+}
+
+// length reads the length of the next message; io.EOF after the last.
+func (f *frames) length() (int, error) {
+	if f.left <= 0 {
+		return 0, io.EOF
+	}
+	n, err := f.number()
+	if err != nil || int64(n) > f.left {
+		return 0, invalid("truncated: a message of %d bytes where %d are left", n, max(f.left, 0))
+	}
+	return int(n), nil
+}
+
+// next returns the next message, which is valid until the next call, or io.EOF.
+func (f *frames) next() ([]byte, error) {
+	n, err := f.length()
+	if err != nil {
+		return nil, err
+	}
+	if n > maxFrame {
+		return nil, invalid("a message of %d bytes, at most %d are allowed", n, maxFrame)
+	}
+	if n > cap(f.buf) {
+		f.buf = make([]byte, n)
+	}
+	msg := f.buf[:n]
+	if _, err := io.ReadFull(f.r, msg); err != nil {
+		return nil, fmt.Errorf("read a message of %d bytes: %w", n, err)
+	}
+	f.left -= int64(n)
+	return msg, nil
+}
+
+// skip passes over the next message.
+func (f *frames) skip() error {
+	n, err := f.length()
+	if err != nil {
+		return err
+	}
+	if _, err := f.r.Discard(n); err != nil {
+		return fmt.Errorf("read a message of %d bytes: %w", n, err)
+	}
+	f.left -= int64(n)
+	return nil
+}
+
+// decode decodes a message leniently: a value that go-criu does not know is
+// unset, also where CRIU's definition requires one.
+func decode(msg []byte, into proto.Message) error {
+	if err := (proto.UnmarshalOptions{AllowPartial: true}).Unmarshal(msg, into); err != nil {
+		return invalid("malformed: %v", err)
+	}
+	return nil
+}

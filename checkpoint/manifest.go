@@ -1,0 +1,140 @@
+package checkpoint
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"regexp"
+	"time"
+)
+
+// manifestVersion is the version of the format that this package writes, and
+// the newest that it reads. Any change to the set of keys takes a new number:
+// a reader must not restore while ignoring something that it was told.
+const manifestVersion = 1
+
+// Manifest is stasis.json.
+type Manifest struct {
+	Version   int       `json:"version"`
+	Created   time.Time `json:"created"`
+	Container Container `json:"container"`
+	Options   Options   `json:"options"`
+	// Exit: the container was stopped by this checkpoint.
+	Exit bool `json:"exit"`
+	// TerminalIO is process.terminal of the container's spec: a restore has to
+	// provide a console.
+	TerminalIO bool `json:"terminal_io"`
+	// CRIU and Kernel are versions, such as "4.2.1" and "6.12.43-amd64".
+	CRIU    string  `json:"criu"`
+	Runtime Runtime `json:"runtime"`
+	Kernel  string  `json:"kernel"`
+	// Architecture is a GOARCH.
+	Architecture string `json:"architecture"`
+	// CPUFeatures are those of HostCPUFeatures where the checkpoint was made. A
+	// program asks once at its start what the CPU can do, so a restore needs
+	// them all.
+	CPUFeatures []string `json:"cpu_features"`
+	// Files are all files that a restore reads, sorted by name.
+	Files []File `json:"files"`
+}
+
+// Container says whose checkpoint this is.
+type Container struct {
+	ID        string `json:"id"`
+	Namespace string `json:"namespace"` // containerd's
+	// SpecDigest is "sha256:" and the digest of the config.json in hex.
+	SpecDigest string `json:"spec_digest"`
+}
+
+// Runtime is the OCI runtime that made the checkpoint.
+type Runtime struct {
+	Name    string `json:"name"` // "runc", "crun"
+	Version string `json:"version"`
+}
+
+// File is one file of the checkpoint.
+type File struct {
+	Name   string `json:"name"`
+	Size   int64  `json:"size"`   // in bytes
+	SHA256 string `json:"sha256"` // in hex
+	// Inode and CtimeNs (ns since 1970) are those of a large file when it
+	// had reached its final place; else 0. As long as they and the size are the
+	// same, it is that file with that content, for the kernel sets ctime at
+	// every change and nobody can set it back.
+	Inode   uint64 `json:"inode,omitempty"`
+	CtimeNs int64  `json:"ctime_ns,omitempty"`
+}
+
+// decodeManifest reads stasis.json. It refuses unknown keys, since they would
+// be something that the writer found necessary to say.
+func decodeManifest(data []byte) (*Manifest, error) {
+	var head struct {
+		Version int `json:"version"`
+	}
+	if err := json.Unmarshal(data, &head); err != nil {
+		return nil, invalid("no valid JSON: %v", err)
+	}
+	switch {
+	case head.Version > manifestVersion:
+		return nil, unusable("format version %d is newer than %d, the newest this Stasis knows; restore it with a newer Stasis",
+			head.Version, manifestVersion)
+	case head.Version < 1:
+		return nil, invalid("no valid format version (%d)", head.Version)
+	}
+	d := json.NewDecoder(bytes.NewReader(data))
+	d.DisallowUnknownFields()
+	var m Manifest
+	if err := d.Decode(&m); err != nil {
+		return nil, invalid("%v", err)
+	}
+	if _, err := d.Token(); !errors.Is(err, io.EOF) {
+		return nil, invalid("something follows the manifest's closing brace")
+	}
+	if err := m.check(); err != nil {
+		return nil, invalid("%v", err)
+	}
+	return &m, nil
+}
+
+var sha256Hex = regexp.MustCompile(`^[0-9a-f]{64}$`)
+
+// check looks at each value by itself; image.go compares them with the folder.
+func (m *Manifest) check() error {
+	if err := m.Options.check(); err != nil {
+		return err
+	}
+	if m.Architecture == "" {
+		return errors.New("architecture is empty")
+	}
+	if len(m.Files) > maxFiles {
+		return fmt.Errorf("files: %d entries, at most %d are allowed", len(m.Files), maxFiles)
+	}
+	seen := make(map[string]bool, len(m.Files))
+	for i, f := range m.Files {
+		switch {
+		case !validName(f.Name):
+			return fmt.Errorf("files[%d]: %.80q is no plain file name", i, f.Name)
+		case seen[f.Name]:
+			return fmt.Errorf("files[%d]: %s is listed twice", i, f.Name)
+		case f.Size < 0:
+			return fmt.Errorf("files[%d]: %s has size %d", i, f.Name, f.Size)
+		case !sha256Hex.MatchString(f.SHA256):
+			return fmt.Errorf("files[%d]: %s has no valid sha256", i, f.Name)
+		}
+		seen[f.Name] = true
+	}
+	if !seen[inventoryName] {
+		return fmt.Errorf("files: %s is not listed", inventoryName)
+	}
+	return nil
+}
+
+func (m *Manifest) encode() ([]byte, error) {
+	data, err := json.MarshalIndent(m, "", "\t")
+	if err != nil {
+		return nil, err
+	}
+	return append(data, '\n'), nil
+}

@@ -1,0 +1,89 @@
+package checkpoint
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os/exec"
+	"strings"
+
+	runc "github.com/containerd/go-runc"
+)
+
+// unlockNetwork removes the rules with which CRIU keeps packets from a
+// container's TCP connections during a dump, from the network namespace of the
+// process pid. CRIU removes them itself unless it is killed.
+func unlockNetwork(pid int) error {
+	return inNetworkNamespace(fmt.Sprintf("/proc/%d/ns/net", pid), func() error {
+		return errors.Join(unlockNFT(), unlockIPTables("iptables"), unlockIPTables("ip6tables"))
+	})
+}
+
+// unlockNFT removes CRIU's nftables tables, one for each dump: "inet CRIU-<pid>".
+func unlockNFT() error {
+	out, err := output("nft", "list", "tables")
+	if err != nil {
+		return nil // no nft, so CRIU did not use it either (it has the library of its own)
+	}
+	for line := range strings.Lines(string(out)) {
+		fields := strings.Fields(line)
+		if len(fields) == 3 && strings.HasPrefix(fields[2], "CRIU") {
+			if err := run("nft", "delete", "table", fields[1], fields[2]); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// unlockIPTables removes CRIU's iptables rules: those that match its packet
+// mark 0xC114, and the chain CRIU that locks a whole namespace.
+func unlockIPTables(tool string) error {
+	out, err := output(tool+"-save", "-t", "filter")
+	if err != nil {
+		return nil
+	}
+	for line := range strings.Lines(string(out)) {
+		args := strings.Fields(line)
+		if len(args) < 2 || args[0] != "-A" {
+			continue
+		}
+		mark := strings.Contains(strings.ToLower(line), "0xc114")
+		jump := strings.HasSuffix(strings.TrimSpace(line), "-j CRIU")
+		if args[1] == "CRIU" || !mark && !jump {
+			continue
+		}
+		if err := run(tool, append([]string{"-w", "-D"}, args[1:]...)...); err != nil {
+			return err
+		}
+	}
+	if !bytes.Contains(out, []byte(":CRIU ")) {
+		return nil
+	}
+	return errors.Join(run(tool, "-w", "-F", "CRIU"), run(tool, "-w", "-X", "CRIU"))
+}
+
+func run(name string, args ...string) error {
+	_, err := output(name, args...)
+	return err
+}
+
+// output runs a command and returns what it writes. It waits through go-runc's
+// monitor, which in a shim is the reaper: nobody else may wait for a child.
+func output(name string, args ...string) ([]byte, error) {
+	var stdout, stderr bytes.Buffer
+	cmd := exec.Command(name, args...)
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	exits, err := runc.Monitor.Start(cmd)
+	if err != nil {
+		return nil, err
+	}
+	status, err := runc.Monitor.Wait(cmd, exits)
+	if err == nil && status != 0 {
+		err = fmt.Errorf("exit status %d", status)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w: %s", cmd, err, bytes.TrimSpace(stderr.Bytes()))
+	}
+	return stdout.Bytes(), nil
+}

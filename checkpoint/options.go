@@ -1,0 +1,47 @@
+package checkpoint
+
+import (
+	"fmt"
+	"regexp"
+	"slices"
+)
+
+// Options are the options of CRIU's dump that a restore has to repeat.
+type Options struct {
+	// OpenTCP: there are TCP connections (--tcp-established).
+	OpenTCP bool `json:"open_tcp,omitempty"`
+	// ExternalUnixSockets: there are unix datagram sockets whose peer is
+	// outside the container (--ext-unix-sk).
+	ExternalUnixSockets bool `json:"external_unix_sockets,omitempty"`
+	// Terminal is CRIU's --shell-job: a terminal belongs to a session whose
+	// leader is outside the container. A container that merely has a terminal
+	// of its own does not need it; Manifest.TerminalIO says that.
+	Terminal bool `json:"terminal,omitempty"`
+	// FileLocks: file locks were held (--file-locks).
+	FileLocks bool `json:"file_locks,omitempty"`
+	// EmptyNamespaces are kinds of namespaces, in OCI's words, that are
+	// restored without their content (--empty-ns).
+	EmptyNamespaces []string `json:"empty_namespaces,omitempty"`
+	// CgroupsMode is "", "soft", "full", "strict" or "ignore"
+	// (--manage-cgroups-mode); "" is the runtime's default.
+	CgroupsMode string `json:"cgroups_mode,omitempty"`
+}
+
+var (
+	namespaceKind = regexp.MustCompile(`^[a-z]{1,16}$`)
+	cgroupsModes  = []string{"", "soft", "full", "strict", "ignore"}
+)
+
+// check refuses values that could not have come from a dump: these strings end
+// up on the command line of a runtime.
+func (o *Options) check() error {
+	for _, ns := range o.EmptyNamespaces {
+		if !namespaceKind.MatchString(ns) {
+			return fmt.Errorf("options.empty_namespaces: %.40q is no kind of namespace", ns)
+		}
+	}
+	if !slices.Contains(cgroupsModes, o.CgroupsMode) {
+		return fmt.Errorf("options.cgroups_mode: %.40q is none of soft, full, strict, ignore", o.CgroupsMode)
+	}
+	return nil
+}

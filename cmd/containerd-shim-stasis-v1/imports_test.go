@@ -1,0 +1,58 @@
+package main
+
+import (
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/stasis-run/stasis/"
+
+// layers are our packages from the top down. A package may import those below
+// it, and no other.
+var layers = []string{"cmd/containerd-shim-stasis-v1", "shim", "task", "checkpoint", "process"}
+
+// heavy must not come into the shim, of which one runs for every pod. Each
+// reason is what we would have to do without.
+var heavy = map[string]string{
+	"google.golang.org/grpc/internal/transport":    "a gRPC server or client; api/runtime/task/v3 brings it",
+	"github.com/containerd/containerd/v2/client":   "containerd's client belongs to the command line",
+	"github.com/containerd/containerd/v2/cmd":      "another shim's code is not ours to build on",
+	"github.com/containerd/containerd/v2/pkg/shim": "it starts under containerd 2.3 and later only",
+	"k8s.io":   "Kubernetes belongs to the tests",
+	"net/http": "nothing in the shim speaks HTTP",
+}
+
+func list(t *testing.T, args ...string) []string {
+	t.Helper()
+	out, err := exec.Command("go", append([]string{"list"}, args...)...).Output()
+	if err != nil {
+		t.Fatalf("go list %v: %v", args, err)
+	}
+	return strings.Fields(string(out))
+}
+
+func TestImportsPointDown(t *testing.T) {
+	for i, pkg := range layers {
+		for _, imported := range list(t, "-f", "{{join .Imports \"\\n\"}}", module+pkg) {
+			name, ours := strings.CutPrefix(imported, module)
+			if !ours {
+				continue
+			}
+			if below := slices.Index(layers, name); below <= i {
+				t.Errorf("%s imports %s, which is not below it", pkg, name)
+			}
+		}
+	}
+}
+
+func TestTheShimIsLight(t *testing.T) {
+	for _, dep := range list(t, "-deps", ".") {
+		for prefix, why := range heavy {
+			if dep == prefix || strings.HasPrefix(dep, prefix+"/") {
+				t.Errorf("the shim imports %s: %s", dep, why)
+			}
+		}
+	}
+}

@@ -1,0 +1,60 @@
+package stack
+
+import (
+	"fmt"
+	"os"
+	"strings"
+)
+
+// writeConfig writes containerd's configuration, in the oldest format that the
+// release reads.
+func (s *Stack) writeConfig() error {
+	var b strings.Builder
+	old := s.opts.Version == "1.7"
+	if old {
+		fmt.Fprintln(&b, "version = 2")
+	} else {
+		fmt.Fprintln(&b, "version = 3")
+	}
+	// Nothing of this machine may serve us, nor may we get in its way: not
+	// its plugins' sockets, and no snapshotter that wants a device.
+	disabled := []string{
+		"io.containerd.nri.v1.nri",
+		"io.containerd.snapshotter.v1.blockfile", "io.containerd.snapshotter.v1.btrfs",
+		"io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.erofs",
+		"io.containerd.snapshotter.v1.zfs",
+	}
+	if !s.opts.CRI {
+		disabled = append(disabled, "io.containerd.grpc.v1.cri",
+			"io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime",
+			"io.containerd.podsandbox.controller.v1.podsandbox")
+	}
+	level := "info"
+	if os.Getenv("STASIS_DEBUG") != "" {
+		level = "debug"
+	}
+	fmt.Fprintf(&b, `root = %q
+state = %q
+disabled_plugins = ["%s"]
+
+[grpc]
+  address = %q
+
+[debug]
+  level = %q
+
+[plugins."io.containerd.internal.v1.opt"]
+  path = %q
+`, s.path("root"), s.StateDir(), strings.Join(disabled, `", "`), s.Address(), level, s.path("opt"))
+	if !old {
+		fmt.Fprintf(&b, `
+[plugins."io.containerd.shim.v1.manager"]
+  socket_dir = %q
+`, s.path("s"))
+	}
+	if s.opts.CRI {
+		s.criConfig(&b)
+	}
+	b.WriteString("\n" + s.opts.ExtraConfig)
+	return os.WriteFile(s.path("config.toml"), []byte(b.String()), 0o600)
+}

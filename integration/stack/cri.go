@@ -1,0 +1,5 @@
+package stack
+
+import "strings"
+
+func (s *Stack) criConfig(b *strings.Builder) {}

@@ -1,0 +1,127 @@
+package stack
+
+import (
+	"fmt"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+
+	"github.com/containerd/containerd/v2/pkg/oci"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+// A Netns is a network namespace that outlives containers, joined to the
+// host's by a pair of devices, so that a restored container finds its old
+// address.
+type Netns struct {
+	Name string
+	// Path is that of the namespace's file.
+	Path string
+	// HostAddr and Addr are the addresses of its two ends.
+	HostAddr, Addr string
+	device         string
+}
+
+// NewNetns makes a network namespace. Stop deletes it.
+func (s *Stack) NewNetns() *Netns {
+	s.tb.Helper()
+	// A net of our own in a range set aside for benchmarks, which no host has.
+	var net [2]byte
+	fmt.Sscanf(s.ID, "%02x%02x", &net[0], &net[1])
+	third := int(net[1]) + len(s.netns)
+	n := &Netns{
+		Name:     fmt.Sprintf("%s%s-%d", dirPrefix, s.ID, len(s.netns)),
+		device:   fmt.Sprintf("st%s%d", s.ID, len(s.netns)),
+		HostAddr: fmt.Sprintf("198.%d.%d.1", 18+net[0]&1, third&0xff),
+		Addr:     fmt.Sprintf("198.%d.%d.2", 18+net[0]&1, third&0xff),
+	}
+	n.Path = filepath.Join("/run/netns", n.Name)
+	s.netns = append(s.netns, n)
+	for _, args := range []string{
+		"netns add " + n.Name,
+		"link add " + n.device + " type veth peer name eth0 netns " + n.Name,
+		"addr add " + n.HostAddr + "/24 dev " + n.device,
+		"link set " + n.device + " up",
+		"-n " + n.Name + " addr add " + n.Addr + "/24 dev eth0",
+		"-n " + n.Name + " link set eth0 up",
+		"-n " + n.Name + " link set lo up",
+		"-n " + n.Name + " route add default via " + n.HostAddr,
+	} {
+		if err := ip(args); err != nil {
+			s.tb.Fatalf("%v", err)
+		}
+	}
+	return n
+}
+
+// With makes a container live in the network namespace.
+func (n *Netns) With() oci.SpecOpts {
+	return oci.WithLinuxNamespace(specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: n.Path})
+}
+
+// Firewall returns the names of the nftables tables in the network namespace.
+// While CRIU dumps or restores TCP connections, its lock is among them.
+func (n *Netns) Firewall() ([]string, error) {
+	var tables []string
+	err := inNetns(n.Path, func() { tables = nftTables() })
+	return tables, err
+}
+
+// delete fails if the network namespace is not there any more, or something
+// still lives in it.
+func (n *Netns) delete() error {
+	pids, err := exec.Command("ip", "netns", "pids", n.Name).Output()
+	if err == nil && len(pids) > 0 {
+		err = fmt.Errorf("processes in it: %s", strings.Join(strings.Fields(string(pids)), " "))
+	}
+	tables, _ := n.Firewall()
+	for _, t := range tables {
+		if strings.Contains(t, "CRIU") {
+			err = fmt.Errorf("firewall left in it: %s", t)
+		}
+	}
+	// Its other end goes with it.
+	ip("link del " + n.device)
+	if err := ip("netns del " + n.Name); err != nil {
+		return err
+	}
+	return err
+}
+
+// removeNetns removes the network namespaces of a stack that nobody knows.
+func removeNetns(id string) {
+	names, _ := filepath.Glob(filepath.Join("/run/netns", dirPrefix+id+"-*"))
+	for _, n := range names {
+		ip("netns del " + filepath.Base(n))
+	}
+}
+
+func ip(args string) error {
+	if out, err := exec.Command("ip", strings.Fields(args)...).CombinedOutput(); err != nil {
+		return fmt.Errorf("ip %s: %w\n%s", args, err, out)
+	}
+	return nil
+}
+
+// inNetns calls f in the network namespace.
+func inNetns(path string, f func()) error {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	errc := make(chan error)
+	go func() {
+		// Never unlocked: the thread ends with the goroutine, instead of
+		// being used by others.
+		runtime.LockOSThread()
+		err := unix.Setns(fd, unix.CLONE_NEWNET)
+		if err == nil {
+			f()
+		}
+		errc <- err
+	}()
+	return <-errc
+}

@@ -1,0 +1,400 @@
+package stack
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/containerd/containerd/api/types/runc/options"
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+)
+
+// Options choose what a Stack runs. The zero value is containerd 2.4 with
+// Stasis under its own name and runc below it.
+type Options struct {
+	// Version is that of containerd: "2.4" or "1.7".
+	Version string
+	// DropIn installs Stasis as containerd-shim-runc-v2, so that it runs
+	// under the name io.containerd.runc.v2.
+	DropIn bool
+	// Upstream runs containerd's own shim instead of Stasis.
+	Upstream bool
+	// Crun runs containers by crun instead of runc. Crun refuses hybrid
+	// cgroups, so containerd then runs in a mount namespace that hides their
+	// v2 half, and its mounts are not visible in the host's mount namespace.
+	Crun bool
+	// Snapshotter is "overlayfs" or "native".
+	Snapshotter string
+	// CRI enables Kubernetes' runtime interface; see Stack.CRISocket.
+	CRI bool
+	// ExtraConfig is added to containerd's configuration file.
+	ExtraConfig string
+	// Env is added to the environment of containerd, which shims and
+	// runtimes inherit.
+	Env []string
+	// KnownLeaks are what Stop finds and must not report, each a part of the
+	// report's text, for faults in other people's programs.
+	KnownLeaks []string
+}
+
+// A Stack is a private containerd. It is made by Start and used by one test.
+type Stack struct {
+	// ID marks everything that belongs to this stack: it is part of the names
+	// of its folder, cgroups and network devices, and the value of
+	// STASIS_TEST_ID in the environment of its processes.
+	ID string
+	// Namespace is the containerd namespace of Ctx, Ctr and so of most tests. It
+	// is not "default", as the state of runc is shared by all containerds: two
+	// may not have a container of the same name in the same namespace.
+	Namespace string
+	// Dir holds all the files of the stack, and is deleted by Stop.
+	Dir string
+
+	tb   TB
+	opts Options
+	bins binaries
+	env  []string
+	lock *os.File // held while the stack lives
+
+	client     *client.Client
+	ctx        context.Context
+	cancel     context.CancelFunc
+	stopOnce   sync.Once
+	containerd *daemon
+	faults     *Faults
+	baseline   baseline
+	netns      []*Netns
+	patience   time.Duration // with processes that take their time to end
+}
+
+// Start runs a containerd and arranges for Stop when the test is over.
+func Start(tb TB, opts Options) *Stack {
+	tb.Helper()
+	if os.Geteuid() != 0 {
+		tb.Fatalf("stack: must run as root")
+	}
+	if opts.Version == "" {
+		opts.Version = "2.4"
+	}
+	if opts.Snapshotter == "" {
+		opts.Snapshotter = "overlayfs"
+	}
+	if os.Getenv("STASIS_UPSTREAM") != "" {
+		opts.Upstream = true
+	}
+	bins, err := findBinaries(opts)
+	if err != nil {
+		tb.Fatalf("stack: %v", err)
+	}
+	sweepOnce.Do(func() { sweep(tb) })
+
+	s := &Stack{tb: tb, opts: opts, bins: bins, baseline: takeBaseline(), patience: 10 * time.Second}
+	if err := s.makeDir(); err != nil {
+		tb.Fatalf("stack: %v", err)
+	}
+	s.ctx, s.cancel = namespaces.WithNamespace(tb.Context(), s.Namespace), func() {}
+	if t, ok := tb.(interface{ Deadline() (time.Time, bool) }); ok {
+		if d, ok := t.Deadline(); ok {
+			// A test that hangs shall fail and clean up, not panic.
+			s.ctx, s.cancel = context.WithDeadline(s.ctx, d.Add(-20*time.Second))
+		}
+	}
+	tb.Cleanup(s.Stop)
+	if err := s.boot(); err != nil {
+		tb.Fatalf("stack: %v\n%s", err, tail(s.Logs(), 20))
+	}
+	return s
+}
+
+// makeDir makes the folder of the stack and what containerd needs in it.
+func (s *Stack) makeDir() error {
+	var id [4]byte
+	rand.Read(id[:])
+	s.ID = hex.EncodeToString(id[:])
+	s.Namespace = "test-" + s.ID
+	s.Dir = filepath.Join(os.TempDir(), dirPrefix+s.ID)
+	// A socket's path has at most 107 bytes; the longest is that of a shim.
+	if n := len(s.Dir + "/s/" + strings.Repeat("f", 64)); n > 107 {
+		return fmt.Errorf("TMPDIR (%s) is too long for the paths of sockets", os.TempDir())
+	}
+	for _, d := range []string{"", "bin", "fifo", "s", "tmp"} {
+		if err := os.Mkdir(s.path(d), 0o700); err != nil {
+			return err
+		}
+	}
+	var err error
+	if s.lock, err = lockDir(s.Dir); err != nil {
+		return err
+	}
+	for name, target := range s.bins.path {
+		if err := os.Symlink(target, s.path("bin", name)); err != nil {
+			return err
+		}
+	}
+	s.env = slices.Concat(os.Environ(), []string{
+		"PATH=" + s.path("bin") + ":" + filepath.Join(cacheDir(), "bin") + ":" + os.Getenv("PATH"),
+		idEnv + "=" + s.ID,
+		// Where containerd puts checkpoints on their way.
+		"TMPDIR=" + s.path("tmp"),
+		"XDG_RUNTIME_DIR=" + s.path("tmp"),
+	}, s.opts.Env)
+	return s.writeConfig()
+}
+
+func (s *Stack) path(elem ...string) string {
+	return filepath.Join(append([]string{s.Dir}, elem...)...)
+}
+
+// boot starts containerd and waits until it serves.
+func (s *Stack) boot() error {
+	args := []string{s.bins.containerd, "--config", s.path("config.toml")}
+	if s.opts.Crun {
+		args = append([]string{"unshare", "--mount", "sh", "-c", `
+			if mountpoint -q /sys/fs/cgroup/unified; then umount /sys/fs/cgroup/unified; fi
+			exec "$@"`, "sh"}, args...)
+	}
+	log, err := os.OpenFile(s.path("containerd.log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	cmd := exec.Command(args[0], args[1:]...)
+	cmd.Env = s.env
+	cmd.Dir = s.Dir
+	cmd.Stdout, cmd.Stderr = log, log
+	// Ctrl-C is for us; we then stop containerd.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	d := &daemon{cmd: cmd, done: make(chan struct{})}
+	s.containerd = d
+	go func() {
+		d.err = cmd.Wait()
+		close(d.done)
+	}()
+
+	// Only then the client: its connection would back off for a second.
+	dialed := func() bool {
+		conn, err := net.Dial("unix", s.Address())
+		if err != nil {
+			return false
+		}
+		conn.Close()
+		return true
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, bootTimeout)
+	defer cancel()
+	if err := poll(ctx, func() bool { return d.exited() || dialed() }); err != nil {
+		return fmt.Errorf("containerd does not serve: %w", err)
+	}
+	if s.client == nil {
+		s.client, err = client.New(s.Address(), client.WithTimeout(time.Second))
+	} else {
+		err = s.client.Reconnect()
+	}
+	if err != nil {
+		return err
+	}
+	for {
+		if ok, err := s.client.IsServing(ctx); ok {
+			return nil
+		} else if d.exited() {
+			return fmt.Errorf("containerd exited: %w", d.err)
+		} else if ctx.Err() != nil {
+			return fmt.Errorf("containerd does not serve: %w", err)
+		}
+	}
+}
+
+// bootTimeout is generous for the sake of emulated machines.
+const bootTimeout = time.Minute
+
+// A daemon is one run of containerd.
+type daemon struct {
+	cmd  *exec.Cmd
+	done chan struct{} // closed when it has exited; then err is set
+	err  error
+}
+
+func (d *daemon) exited() bool {
+	select {
+	case <-d.done:
+		return true
+	default:
+		return false
+	}
+}
+
+// signal sends sig to containerd and waits until it has exited.
+func (d *daemon) signal(ctx context.Context, sig syscall.Signal) error {
+	if err := d.cmd.Process.Signal(sig); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return err
+	}
+	select {
+	case <-d.done:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// Ctx returns a context with the namespace that Ctr uses too. It ends with the
+// test's own context, so before functions given to Cleanup are called, or
+// shortly before the test would be stopped for taking too long.
+func (s *Stack) Ctx() context.Context { return s.ctx }
+
+// Client returns a client of the stack's containerd, which stays valid after
+// Restart. Give it contexts that Ctx is the parent of.
+func (s *Stack) Client() *client.Client { return s.client }
+
+// Address returns the path of containerd's gRPC socket.
+func (s *Stack) Address() string { return s.path("c.sock") }
+
+// StateDir returns the folder with the bundle of each container: the one of
+// container c in namespace n is <StateDir>/io.containerd.runtime.v2.task/n/c; see
+// Container.Bundle.
+func (s *Stack) StateDir() string { return s.path("state") }
+
+// TempDir returns the temporary folder of containerd and of all below it.
+func (s *Stack) TempDir() string { return s.path("tmp") }
+
+// Containerd returns the pid of containerd.
+func (s *Stack) Containerd() int { return s.containerd.cmd.Process.Pid }
+
+// Runtime returns the name under which containers of this stack run.
+func (s *Stack) Runtime() string {
+	if s.opts.Upstream || s.opts.DropIn {
+		return "io.containerd.runc.v2"
+	}
+	return "io.containerd.stasis.v1"
+}
+
+// OCIRuntime returns the path of the OCI runtime, runc or crun, that containers
+// of this stack are given. After Faults it is faultrunc, which runs that.
+func (s *Stack) OCIRuntime() string {
+	if s.faults != nil {
+		return s.faults.binary
+	}
+	return s.bins.runtime
+}
+
+// RuncOptions returns runtime options that name the OCI runtime: binary, or
+// OCIRuntime if it is empty.
+func (s *Stack) RuncOptions(binary string) *options.Options {
+	if binary == "" {
+		binary = s.OCIRuntime()
+	}
+	return &options.Options{BinaryName: binary}
+}
+
+// CgroupPath returns the cgroup path for a container of the given name. All
+// lie below one cgroup, which Stop deletes.
+func (s *Stack) CgroupPath(name string) string {
+	return "/" + dirPrefix + s.ID + "/" + name
+}
+
+// Ctr runs ctr and returns what it printed on stdout.
+func (s *Stack) Ctr(args ...string) string {
+	s.tb.Helper()
+	out, err := s.CtrErr(args...)
+	if err != nil {
+		s.tb.Fatalf("%v", err)
+	}
+	return out
+}
+
+// CtrErr is Ctr for a command that may fail. The error has what ctr printed on
+// stderr.
+func (s *Stack) CtrErr(args ...string) (string, error) {
+	cmd := exec.CommandContext(s.ctx, s.bins.ctr, append([]string{"--address", s.Address(), "--namespace", s.Namespace}, args...)...)
+	cmd.Env = s.env
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	// Let it put the terminal right and delete its container.
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	cmd.WaitDelay = 5 * time.Second
+	out, err := cmd.Output()
+	if err != nil {
+		err = fmt.Errorf("ctr %s: %w\n%s", strings.Join(args, " "), err, stderr.String())
+	}
+	return string(out), err
+}
+
+// Kill9 kills containerd as a crash would. Shims and containers live on.
+func (s *Stack) Kill9() {
+	s.tb.Helper()
+	if err := s.containerd.signal(s.ctx, syscall.SIGKILL); err != nil {
+		s.tb.Fatalf("kill containerd: %v", err)
+	}
+}
+
+// Restart starts containerd again, after it was stopped in good order if Kill9
+// did not.
+func (s *Stack) Restart() {
+	s.tb.Helper()
+	if err := s.containerd.signal(s.ctx, syscall.SIGTERM); err != nil {
+		s.tb.Fatalf("stop containerd: %v", err)
+	}
+	if err := s.boot(); err != nil {
+		s.tb.Fatalf("restart: %v\n%s", err, tail(s.Logs(), 20))
+	}
+}
+
+// Logs returns what containerd and its shims have logged.
+func (s *Stack) Logs() string {
+	b, err := os.ReadFile(s.path("containerd.log"))
+	if err != nil {
+		return err.Error()
+	}
+	return string(b)
+}
+
+// tail returns the last n lines of text that may be of interest.
+func tail(text string, n int) string {
+	lines := strings.Split(strings.TrimSuffix(text, "\n"), "\n")
+	lines = slices.DeleteFunc(lines, func(l string) bool { return strings.Contains(l, "loading plugin") })
+	return strings.Join(lines[max(0, len(lines)-n):], "\n")
+}
+
+// Poll waits until cond is true, which it asks every few milliseconds.
+func (s *Stack) Poll(ctx context.Context, what string, cond func() bool) {
+	s.tb.Helper()
+	ctx, cancel := context.WithTimeout(ctx, waitTimeout)
+	defer cancel()
+	if err := poll(ctx, cond); err != nil {
+		s.tb.Fatalf("waiting for %s: %v", what, err)
+	}
+}
+
+// waitTimeout ends waits for things that take milliseconds. It is as long as
+// it is for the sake of emulated machines.
+const waitTimeout = time.Minute
+
+func poll(ctx context.Context, cond func() bool) error {
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	for !cond() {
+		select {
+		case <-ctx.Done():
+			if cond() {
+				return nil
+			}
+			return ctx.Err()
+		case <-tick.C:
+		}
+	}
+	return nil
+}

@@ -1,0 +1,157 @@
+package process
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"unsafe"
+
+	"github.com/containerd/cgroups/v3/cgroup1"
+	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
+)
+
+// WatchOOM calls notify each time the kernel kills a process of the group for
+// lack of memory, until stop is called or the group is gone.
+func (c *Cgroup) WatchOOM(notify func()) (stop func(), err error) {
+	if c.v2 != nil {
+		return watchMemoryEvents(filepath.Join(c.memory, "memory.events"), notify)
+	}
+	return c.watchEventfd(notify)
+}
+
+// watchEventfd is WatchOOM for version 1: an eventfd that the kernel signals
+// for each OOM, and once when the group is removed
+// (Documentation/admin-guide/cgroup-v1/memory.rst).
+func (c *Cgroup) watchEventfd(notify func()) (func(), error) {
+	fd, err := c.v1.RegisterMemoryEvent(cgroup1.OOMEvent())
+	if err != nil {
+		return nil, fmt.Errorf("watch for OOM: %w", err)
+	}
+	if err := unix.SetNonblock(int(fd), true); err != nil {
+		unix.Close(int(fd))
+		return nil, err
+	}
+	f := os.NewFile(fd, "oom-eventfd")
+	go func() {
+		defer f.Close()
+		count := make([]byte, 8)
+		for {
+			if _, err := f.Read(count); err != nil {
+				return
+			}
+			if _, err := os.Stat(c.memory); err != nil {
+				return // removed
+			}
+			notify()
+		}
+	}()
+	return func() { f.Close() }, nil
+}
+
+// memoryEvents is the shim's one inotify instance: the kernel allows few of
+// them per user (fs.inotify.max_user_instances, often 128), and there is a shim
+// for every pod.
+var memoryEvents struct {
+	sync.Mutex
+	fd      int // inotify, once watches is made; never closed
+	watches map[int]*memoryWatch
+}
+
+type memoryWatch struct {
+	path   string
+	killed uint64 // oom_kill as last read
+	notify func()
+}
+
+// watchMemoryEvents is WatchOOM for version 2: memory.events is modified when
+// one of its counters changes (Documentation/admin-guide/cgroup-v2.rst).
+func watchMemoryEvents(path string, notify func()) (func(), error) {
+	m := &memoryEvents
+	m.Lock()
+	defer m.Unlock()
+	if m.watches == nil {
+		fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+		if err != nil {
+			return nil, fmt.Errorf("watch for OOM: inotify: %w", err)
+		}
+		m.fd, m.watches = fd, map[int]*memoryWatch{}
+		go readMemoryEvents(os.NewFile(uintptr(fd), "inotify"))
+	}
+	wd, err := unix.InotifyAddWatch(m.fd, path, unix.IN_MODIFY)
+	if err != nil {
+		return nil, fmt.Errorf("watch %s: %w", path, err)
+	}
+	killed, _ := oomKills(path)
+	m.watches[wd] = &memoryWatch{path: path, killed: killed, notify: notify}
+	return func() {
+		m.Lock()
+		defer m.Unlock()
+		if _, ok := m.watches[wd]; ok {
+			delete(m.watches, wd)
+			_, _ = unix.InotifyRmWatch(m.fd, uint32(wd))
+		}
+	}, nil
+}
+
+func readMemoryEvents(file *os.File) {
+	buf := make([]byte, 16*unix.SizeofInotifyEvent)
+	for {
+		n, err := file.Read(buf)
+		if err != nil {
+			log.L.WithError(err).Error("read inotify: no more OOM events")
+			return
+		}
+		for off := 0; off+unix.SizeofInotifyEvent <= n; {
+			event := (*unix.InotifyEvent)(unsafe.Pointer(&buf[off]))
+			off += unix.SizeofInotifyEvent + int(event.Len)
+			memoryModified(int(event.Wd), event.Mask)
+		}
+	}
+}
+
+func memoryModified(wd int, mask uint32) {
+	m := &memoryEvents
+	m.Lock()
+	w := m.watches[wd]
+	if w == nil {
+		m.Unlock()
+		return
+	}
+	if mask&unix.IN_IGNORED != 0 { // the group was removed
+		delete(m.watches, wd)
+		m.Unlock()
+		return
+	}
+	killed, err := oomKills(w.path)
+	more := err == nil && killed > w.killed
+	if more {
+		w.killed = killed
+	}
+	m.Unlock()
+	if more {
+		w.notify()
+	}
+}
+
+// oomKills reads the counter oom_kill of a memory.events file.
+func oomKills(path string) (uint64, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return 0, err
+	}
+	return parseOOMKills(data)
+}
+
+func parseOOMKills(data []byte) (uint64, error) {
+	for line := range bytes.Lines(data) {
+		if count, ok := strings.CutPrefix(string(line), "oom_kill "); ok {
+			return strconv.ParseUint(strings.TrimSpace(count), 10, 64)
+		}
+	}
+	return 0, nil
+}

@@ -1,0 +1,223 @@
+package process
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync/atomic"
+
+	runc "github.com/containerd/go-runc"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+// DefaultRuntimeRoot is where the OCI runtime keeps its state, a folder per
+// namespace below it, as for upstream's shim.
+const DefaultRuntimeRoot = "/run/containerd/runc"
+
+// RuntimeConfig says which OCI runtime runs a container, and how.
+type RuntimeConfig struct {
+	Binary        string // name or path; empty: runc
+	Root          string // empty: DefaultRuntimeRoot
+	SystemdCgroup bool
+}
+
+// Runtime runs the OCI runtime (runc, crun) for one container. Its errors hold
+// the runtime's own last error line.
+type Runtime struct {
+	id     string
+	bundle string
+	runc   runc.Runc
+	calls  atomic.Uint64
+}
+
+// NewRuntime returns the runtime for the container id, whose bundle is given,
+// in a containerd namespace.
+func NewRuntime(cfg RuntimeConfig, namespace, bundle, id string) *Runtime {
+	root := cfg.Root
+	if root == "" {
+		root = DefaultRuntimeRoot
+	}
+	return &Runtime{id: id, bundle: bundle, runc: runc.Runc{
+		Command:   cfg.Binary,
+		LogFormat: runc.JSON,
+		// A runtime must not outlive the shim that would hear of its end.
+		PdeathSignal:  unix.SIGKILL,
+		Root:          filepath.Join(root, namespace),
+		SystemdCgroup: cfg.SystemdCgroup,
+	}}
+}
+
+// Name is the runtime's binary as configured, "runc" by default.
+func (r *Runtime) Name() string {
+	if r.runc.Command == "" {
+		return runc.DefaultCommand
+	}
+	return r.runc.Command
+}
+
+// RuntimeError is a failed call of the OCI runtime.
+type RuntimeError struct {
+	Op  string // create, start, exec, …
+	Msg string // the runtime's last error line, "" if it wrote none
+	Err error  // the exit status, with the output where no log was written
+}
+
+// Error reads "OCI runtime create failed: …", as upstream's shim words it:
+// there are clients that look for it.
+func (e *RuntimeError) Error() string {
+	if e.Msg == "" {
+		return fmt.Sprintf("OCI runtime %s failed: %v", e.Op, e.Err)
+	}
+	return fmt.Sprintf("OCI runtime %s failed: %s", e.Op, e.Msg)
+}
+
+func (e *RuntimeError) Unwrap() error { return e.Err }
+
+// call runs fn with a go-runc client that logs to a file of its own, so that
+// the error lines of calls that run side by side are not confused.
+func (r *Runtime) call(op string, fn func(*runc.Runc) error) error {
+	c := r.runc
+	c.Log = filepath.Join(r.bundle, "log-"+strconv.FormatUint(r.calls.Add(1), 10)+".json")
+	defer os.Remove(c.Log)
+	err := fn(&c)
+	if err == nil {
+		return nil
+	}
+	return &RuntimeError{Op: op, Msg: lastError(c.Log), Err: err}
+}
+
+// lastError returns the last message of level error in a runtime's JSON log.
+func lastError(path string) string {
+	f, err := os.Open(path)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	msg := ""
+	lines := bufio.NewScanner(f)
+	lines.Buffer(nil, 1<<20)
+	for lines.Scan() {
+		var entry struct{ Level, Msg string }
+		if json.Unmarshal(lines.Bytes(), &entry) == nil && entry.Level == "error" {
+			msg = strings.TrimSpace(entry.Msg)
+		}
+	}
+	return msg
+}
+
+// Create creates the container from its bundle; its init waits for Start. It
+// returns init's pid.
+func (r *Runtime) Create(ctx context.Context, opts *runc.CreateOpts) (int, error) {
+	opts.PidFile = r.InitPidFile()
+	err := r.call("create", func(c *runc.Runc) error { return c.Create(ctx, r.id, r.bundle, opts) })
+	if err != nil {
+		return 0, err
+	}
+	return readPid(opts.PidFile)
+}
+
+// InitPidFile is where the runtime leaves init's pid.
+func (r *Runtime) InitPidFile() string { return filepath.Join(r.bundle, "init.pid") }
+
+// Start lets the created init run.
+func (r *Runtime) Start(ctx context.Context) error {
+	return r.call("start", func(c *runc.Runc) error { return c.Start(ctx, r.id) })
+}
+
+// Exec starts another process in the container and returns its pid.
+func (r *Runtime) Exec(ctx context.Context, execID string, spec *specs.Process, opts *runc.ExecOpts) (int, error) {
+	opts.Detach = true
+	opts.PidFile = filepath.Join(r.bundle, execID+".pid")
+	defer os.Remove(opts.PidFile)
+	err := r.call("exec", func(c *runc.Runc) error { return c.Exec(ctx, r.id, *spec, opts) })
+	if err != nil {
+		return 0, err
+	}
+	return readPid(opts.PidFile)
+}
+
+// Kill signals init, or with all every process of the container.
+func (r *Runtime) Kill(ctx context.Context, sig unix.Signal, all bool) error {
+	return r.call("kill", func(c *runc.Runc) error {
+		return c.Kill(ctx, r.id, int(sig), &runc.KillOpts{All: all})
+	})
+}
+
+// Pause freezes the container.
+func (r *Runtime) Pause(ctx context.Context) error {
+	return r.call("pause", func(c *runc.Runc) error { return c.Pause(ctx, r.id) })
+}
+
+// Resume thaws the container.
+func (r *Runtime) Resume(ctx context.Context) error {
+	return r.call("resume", func(c *runc.Runc) error { return c.Resume(ctx, r.id) })
+}
+
+// Update changes the container's resource limits.
+func (r *Runtime) Update(ctx context.Context, resources *specs.LinuxResources) error {
+	return r.call("update", func(c *runc.Runc) error { return c.Update(ctx, r.id, resources) })
+}
+
+// Delete removes the container from the runtime, killing what is left of it. A
+// container that the runtime does not know is no error: a checkpoint that
+// stops the container removes it too.
+func (r *Runtime) Delete(ctx context.Context) error {
+	return r.call("delete", func(c *runc.Runc) error {
+		return c.Delete(ctx, r.id, &runc.DeleteOpts{Force: true})
+	})
+}
+
+// Checkpoint has CRIU dump the container. The runtime leads a process group, so
+// that a cancelled dump ends CRIU too (see Reaper.Command): it would otherwise
+// go on and hold the container frozen.
+func (r *Runtime) Checkpoint(ctx context.Context, opts *runc.CheckpointOpts, actions ...runc.CheckpointAction) error {
+	return r.call("checkpoint", func(c *runc.Runc) error {
+		c.Setpgid = true
+		return c.Checkpoint(ctx, r.id, opts, actions...)
+	})
+}
+
+// Restore has CRIU bring the container back from opts.ImagePath, and returns
+// init's pid. It is cancelled like Checkpoint.
+func (r *Runtime) Restore(ctx context.Context, opts *runc.RestoreOpts) (int, error) {
+	opts.Detach = true
+	opts.PidFile = r.InitPidFile()
+	err := r.call("restore", func(c *runc.Runc) error {
+		c.Setpgid = true
+		_, err := c.Restore(ctx, r.id, r.bundle, opts)
+		return err
+	})
+	if err != nil {
+		return 0, err
+	}
+	return readPid(opts.PidFile)
+}
+
+// Version is the runtime's version as it prints it, such as "1.5.2"; "" if it
+// cannot be asked.
+func (r *Runtime) Version(ctx context.Context) string {
+	c := runc.Runc{Command: r.runc.Command}
+	v, err := c.Version(ctx)
+	if err != nil {
+		return ""
+	}
+	return v.Runc
+}
+
+func readPid(path string) (int, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return 0, fmt.Errorf("the runtime left no pid: %w", err)
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(data)))
+	if err != nil || pid <= 0 {
+		return 0, fmt.Errorf("%s: %q is not a pid", path, data)
+	}
+	return pid, nil
+}

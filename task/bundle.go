@@ -1,0 +1,126 @@
+package task
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/containerd/api/types/runc/options"
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/pkg/atomicfile"
+	runc "github.com/containerd/go-runc"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/runtime-spec/specs-go"
+)
+
+// bundle is a container's folder, which containerd makes and removes. Besides
+// config.json and rootfs it holds what Cleanup needs of a container whose shim
+// is gone, under the names and in the forms of upstream's shim, so that either
+// can clean up after the other:
+//
+//	options.json  the runtime's options
+//	runtime       the runtime's binary
+//	init.pid      init's pid, written by the runtime
+//	exit.json     how init ended
+//	work          containerd's folder for what outlives the bundle
+//
+// and one of ours, restore-from: containerd's temporary copy of the checkpoint.
+type bundle string
+
+func (b bundle) path(name string) string { return filepath.Join(string(b), name) }
+
+func (b bundle) rootfs() string { return b.path("rootfs") }
+
+// workDir is where CRIU works unless the caller says where.
+func (b bundle) workDir() string { return b.path("work") }
+
+// maxSpec bounds config.json, in bytes. containerd's gRPC messages, one of which
+// brought it, end at 16 MiB.
+const maxSpec = 16 << 20
+
+// spec reads config.json, and its digest.
+func (b bundle) spec() (*specs.Spec, digest.Digest, error) {
+	st, err := os.Stat(b.path("config.json"))
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, "", invalid("bundle %s holds no config.json", b)
+	case err != nil:
+		return nil, "", err
+	case st.Size() > maxSpec:
+		return nil, "", invalid("bundle %s: config.json is larger than %d bytes", b, maxSpec)
+	}
+	data, err := os.ReadFile(b.path("config.json"))
+	if err != nil {
+		return nil, "", err
+	}
+	spec := &specs.Spec{}
+	if err := json.Unmarshal(data, spec); err != nil {
+		return nil, "", invalid("bundle %s: config.json: %v", b, err)
+	}
+	return spec, digest.FromBytes(data), nil
+}
+
+func (b bundle) writeOptions(opts *options.Options) error {
+	data, err := json.Marshal(opts)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(b.path("options.json"), data, 0o600); err != nil {
+		return err
+	}
+	return os.WriteFile(b.path("runtime"), []byte(opts.BinaryName), 0o600)
+}
+
+// readOptions returns what writeOptions wrote; options that were never written
+// are the defaults.
+func (b bundle) readOptions() (*options.Options, error) {
+	opts := &options.Options{}
+	data, err := os.ReadFile(b.path("options.json"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return opts, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return opts, json.Unmarshal(data, opts)
+}
+
+func (b bundle) writeExit(pid, status int, at time.Time) error {
+	data, err := json.Marshal(runc.Exit{Pid: pid, Status: status, Timestamp: at})
+	if err != nil {
+		return err
+	}
+	f, err := atomicfile.New(b.path("exit.json"), 0o600)
+	if err != nil {
+		return err
+	}
+	if _, err := f.Write(data); err != nil {
+		f.Cancel()
+		return err
+	}
+	return f.Close()
+}
+
+func (b bundle) readExit() (*runc.Exit, error) {
+	data, err := os.ReadFile(b.path("exit.json"))
+	if err != nil {
+		return nil, err
+	}
+	exit := &runc.Exit{}
+	if err := json.Unmarshal(data, exit); err != nil {
+		return nil, err
+	}
+	if exit.Pid <= 0 || exit.Timestamp.IsZero() {
+		return nil, fmt.Errorf("exit.json: %s is no exit", data)
+	}
+	return exit, nil
+}
+
+// unmount undoes what mountRootfs did; a rootfs that is not mounted is no error.
+func (b bundle) unmount() error {
+	return mount.UnmountRecursive(b.rootfs(), 0)
+}

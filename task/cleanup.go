@@ -1,0 +1,137 @@
+package task
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	taskapi "github.com/containerd/containerd/api/runtime/task/v2"
+	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/stasis-run/stasis/process"
+)
+
+// Cleanup removes what a container leaves whose shim is gone, at whatever moment
+// it went: its processes, its cgroup, its mounts, a CRIU at work on it. It tells
+// how init ended, as far as that is known. What cannot be removed is logged:
+// containerd deletes the bundle in any case.
+func Cleanup(ctx context.Context, namespace, bundlePath, id string) (*taskapi.DeleteResponse, error) {
+	b := bundle(bundlePath)
+	logger := log.G(ctx).WithField("container", id)
+	opts, err := b.readOptions()
+	if err != nil {
+		logger.WithError(err).Warn("read the runtime's options; using the defaults")
+	}
+	rt := newRuntime(namespace, b, id, opts)
+	cgroup := ""
+	if spec, _, err := b.spec(); err != nil {
+		logger.WithError(err).Warn("find the container's cgroup")
+	} else if spec.Linux != nil {
+		cgroup = spec.Linux.CgroupsPath
+	}
+	pid, err := b.initPid()
+	if err == nil && process.InCgroup(pid, cgroup) {
+		freeFromCRIU(ctx, pid)
+	}
+	if err := rt.Delete(ctx); err != nil {
+		logger.WithError(err).Warn("delete the container from the runtime")
+	}
+	ended := time.Now()
+	// The runtime does not know a container in the middle of a restore, but
+	// CRIU and what it has made so far are in the container's cgroup.
+	if err := process.RemoveCgroup(cgroup); err != nil {
+		logger.WithError(err).Warn("remove the container's cgroup")
+	}
+	if err := b.unmount(); err != nil {
+		logger.WithError(err).Warn("unmount the container's rootfs")
+	}
+	b.removeTemporary(ctx)
+
+	exit, err := b.readExit()
+	if err == nil {
+		return &taskapi.DeleteResponse{
+			Pid:        uint32(exit.Pid),
+			ExitStatus: uint32(exit.Status),
+			ExitedAt:   timestamppb.New(exit.Timestamp),
+		}, nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		logger.WithError(err).Warn("read how the container ended")
+	}
+	return &taskapi.DeleteResponse{
+		Pid:        uint32(pid),
+		ExitStatus: 128 + uint32(unix.SIGKILL),
+		ExitedAt:   timestamppb.New(ended),
+	}, nil
+}
+
+// initPid reads the pid that the runtime has left; 0 with an error if none.
+func (b bundle) initPid() (int, error) {
+	data, err := os.ReadFile(b.path("init.pid"))
+	if err != nil {
+		return 0, err
+	}
+	return strconv.Atoi(strings.TrimSpace(string(data)))
+}
+
+// removeTemporary removes containerd's copy of a checkpoint whose restore the
+// shim did not live to see.
+func (b bundle) removeTemporary(ctx context.Context) {
+	data, err := os.ReadFile(b.path(restoreFrom))
+	if err != nil {
+		return
+	}
+	path := string(data)
+	// The note is ours, but a wrong one must not cost more than a checkpoint.
+	if !tempCheckpoint.MatchString(filepath.Base(path)) {
+		return
+	}
+	if err := os.RemoveAll(path); err != nil {
+		log.G(ctx).WithError(err).Warn("remove containerd's temporary copy of a checkpoint")
+	}
+}
+
+// freeFromCRIU ends a dump that has outlived its shim: it kills the CRIU that
+// traces init, and thaws the container so that it can die.
+func freeFromCRIU(ctx context.Context, init int) {
+	if tracer := tracerOf(init); tracer > 1 {
+		if err := unix.Kill(tracer, unix.SIGKILL); err != nil && err != unix.ESRCH {
+			log.G(ctx).WithError(err).Warn("end a checkpoint whose shim is gone")
+		}
+	}
+	cg, err := process.LoadCgroup(init)
+	if err != nil {
+		return // init is gone
+	}
+	if frozen, err := cg.Frozen(); err != nil || !frozen {
+		return
+	}
+	if err := cg.Thaw(); err != nil {
+		log.G(ctx).WithError(err).Warn("thaw a container whose shim is gone")
+	}
+}
+
+// tracerOf returns the process that traces pid, 0 if none does.
+func tracerOf(pid int) int {
+	f, err := os.Open(filepath.Join("/proc", strconv.Itoa(pid), "status"))
+	if err != nil {
+		return 0
+	}
+	defer f.Close()
+	lines := bufio.NewScanner(f)
+	for lines.Scan() {
+		if value, ok := strings.CutPrefix(lines.Text(), "TracerPid:"); ok {
+			tracer, _ := strconv.Atoi(strings.TrimSpace(value))
+			return tracer
+		}
+	}
+	return 0
+}

@@ -1,0 +1,126 @@
+package task
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"time"
+
+	"github.com/containerd/containerd/api/events"
+	taskapi "github.com/containerd/containerd/api/runtime/task/v2"
+	"github.com/containerd/errdefs"
+	runc "github.com/containerd/go-runc"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/process"
+)
+
+// addExec notes a process to be started by startExec.
+func (c *container) addExec(r *taskapi.ExecProcessRequest) error {
+	var spec specs.Process
+	if err := json.Unmarshal(r.Spec.GetValue(), &spec); err != nil {
+		return invalid("exec %s: spec: %v", r.ExecID, err)
+	}
+	spec.Terminal = r.Terminal
+	p := newProc(c, r.ExecID, process.Stdio{Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, Terminal: r.Terminal})
+	p.spec = &spec
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.execs[r.ExecID] != nil {
+		return fmt.Errorf("exec id %s: %w", r.ExecID, errdefs.ErrAlreadyExists)
+	}
+	if err := c.init.check(opExec); err != nil {
+		return err
+	}
+	c.execs[r.ExecID] = p
+	return nil
+}
+
+// startExec starts a process that addExec noted.
+func (c *container) startExec(ctx context.Context, p *proc) (int, error) {
+	ctx, release, err := c.shared(ctx)
+	if err != nil {
+		return 0, err
+	}
+	defer release()
+	p.starting.Lock()
+	defer p.starting.Unlock()
+
+	c.mu.Lock()
+	err = p.check(opStart)
+	if err == nil && c.stopping {
+		err = fmt.Errorf("container %s init process is not running: %w", c.id, errdefs.ErrFailedPrecondition)
+	}
+	if err == nil {
+		c.running.Add(1) // ends in live, or below
+	}
+	c.mu.Unlock()
+	if err != nil {
+		return 0, err
+	}
+
+	// A runtime that hangs must not outlive init, whose exit waits for this.
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(c.alive, cancel)()
+
+	if err := c.launchExec(ctx, p); err != nil {
+		c.mu.Lock()
+		launched := p.child != nil
+		if !launched {
+			p.state, p.exit = Stopped, process.Exit{Status: 255, At: time.Now()}
+			close(p.exited)
+		}
+		c.mu.Unlock()
+		if !launched {
+			c.running.Done()
+		}
+		return 0, fmt.Errorf("exec %s in container %s: %w", p.execID, c.id, err)
+	}
+	c.mu.Lock()
+	p.state = Running
+	pid := p.pid()
+	c.mu.Unlock()
+	c.service.publish(&events.TaskExecStarted{ContainerID: c.id, ExecID: p.execID, Pid: uint32(pid)})
+	return pid, nil
+}
+
+func (c *container) launchExec(ctx context.Context, p *proc) error {
+	pio, err := p.openIO(ctx)
+	if err != nil {
+		return err
+	}
+	child, err := c.service.reaper.Launch(func() (int, error) {
+		return c.runtime.Exec(ctx, p.execID, p.spec, &runc.ExecOpts{
+			IO:            pio.Pipes(),
+			ConsoleSocket: pio.ConsoleSocket(),
+		})
+	})
+	if err != nil {
+		pio.Close()
+		return err
+	}
+	err = pio.Attach(ctx)
+	p.adopt(child, pio)
+	if err != nil {
+		// A process nobody can talk to is of no use.
+		_ = child.Signal(unix.SIGKILL)
+	}
+	return err
+}
+
+// deleteExec forgets a process that is not running.
+func (c *container) deleteExec(ctx context.Context, p *proc) (process.Exit, error) {
+	c.mu.Lock()
+	err := p.check(opDelete)
+	c.mu.Unlock()
+	if err != nil {
+		return process.Exit{}, err
+	}
+	p.release(ctx)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.execs, p.execID)
+	return p.exit, nil
+}

@@ -1,0 +1,143 @@
+package task
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/containerd/containerd/api/types/runc/options"
+	"github.com/containerd/containerd/api/types/runtimeoptions/v1"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/typeurl/v2"
+	"github.com/pelletier/go-toml/v2"
+	"google.golang.org/protobuf/types/known/anypb"
+)
+
+// maxConfig bounds the options' TOML, in bytes.
+const maxConfig = 1 << 20
+
+// DecodeOptions reads a task's runtime options: containerd.runc.v1.Options, or
+// runtimeoptions.v1.Options, which is what CRI makes of the options of a
+// runtime it does not know: TOML, or the path of a file of it, with the names of
+// the former's fields. None at all are the defaults. Errors are
+// errdefs.ErrInvalidArgument.
+func DecodeOptions(any *anypb.Any) (*options.Options, error) {
+	if any.GetTypeUrl() == "" && len(any.GetValue()) == 0 {
+		return &options.Options{}, nil
+	}
+	v, err := typeurl.UnmarshalAny(any)
+	if err != nil {
+		return nil, invalid("options of type %q: %v", any.GetTypeUrl(), err)
+	}
+	switch v := v.(type) {
+	case *options.Options:
+		return v, nil
+	case *runtimeoptions.Options:
+		return decodeTOMLOptions(v)
+	}
+	return nil, invalid("options of type %q: want containerd.runc.v1.Options or runtimeoptions.v1.Options", any.GetTypeUrl())
+}
+
+// tomlOptions are the options as CRI's configuration spells them, in
+// [plugins.….runtimes.NAME.options].
+type tomlOptions struct {
+	NoPivotRoot   bool
+	NoNewKeyring  bool
+	ShimCgroup    string
+	IoUid         uint32
+	IoGid         uint32
+	BinaryName    string
+	Root          string
+	SystemdCgroup bool
+	CriuImagePath string
+	CriuWorkPath  string
+
+	CriuPath string // of containerd 1.x; runc has ignored it since 1.1
+
+	// CRI's own keys, which it leaves in.
+	TypeUrl    string
+	ConfigPath string
+	ConfigBody string
+}
+
+func decodeTOMLOptions(o *runtimeoptions.Options) (*options.Options, error) {
+	body, from := o.GetConfigBody(), "config_body"
+	if path := o.GetConfigPath(); path != "" {
+		from = path
+		var err error
+		if body, err = readConfig(path); err != nil {
+			return nil, invalid("options: config_path: %v", err)
+		}
+	}
+	var t tomlOptions
+	dec := toml.NewDecoder(bytes.NewReader(body)).DisallowUnknownFields()
+	if err := dec.Decode(&t); err != nil {
+		var strict *toml.StrictMissingError
+		if errors.As(err, &strict) {
+			err = fmt.Errorf("unknown key %q", strict.Errors[0].Key())
+		}
+		return nil, invalid("options: %s: %v", from, err)
+	}
+	return &options.Options{
+		NoPivotRoot:   t.NoPivotRoot,
+		NoNewKeyring:  t.NoNewKeyring,
+		ShimCgroup:    t.ShimCgroup,
+		IoUid:         t.IoUid,
+		IoGid:         t.IoGid,
+		BinaryName:    t.BinaryName,
+		Root:          t.Root,
+		SystemdCgroup: t.SystemdCgroup,
+		CriuImagePath: t.CriuImagePath,
+		CriuWorkPath:  t.CriuWorkPath,
+	}, nil
+}
+
+func readConfig(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	body, err := io.ReadAll(io.LimitReader(f, maxConfig+1))
+	if err == nil && len(body) > maxConfig {
+		err = fmt.Errorf("%s: larger than %d bytes", path, maxConfig)
+	}
+	return body, err
+}
+
+// decodeCheckpointOptions reads the options of a Checkpoint call; none are the
+// defaults.
+func decodeCheckpointOptions(any *anypb.Any) (*options.CheckpointOptions, error) {
+	opts := &options.CheckpointOptions{}
+	if any.GetTypeUrl() == "" && len(any.GetValue()) == 0 {
+		return opts, nil
+	}
+	v, err := typeurl.UnmarshalAny(any)
+	if err != nil {
+		return nil, invalid("options of type %q: %v", any.GetTypeUrl(), err)
+	}
+	opts, ok := v.(*options.CheckpointOptions)
+	if !ok {
+		return nil, invalid("options of type %q: want containerd.runc.v1.CheckpointOptions", any.GetTypeUrl())
+	}
+	switch opts.CgroupsMode {
+	case "", "soft", "full", "strict", "ignore":
+	default:
+		return nil, invalid("options: cgroups_mode %q: want soft, full, strict or ignore", opts.CgroupsMode)
+	}
+	for _, ns := range opts.EmptyNamespaces {
+		if ns != "network" {
+			return nil, invalid("options: empty_namespaces %q: CRIU can leave out network only", ns)
+		}
+	}
+	if opts.ParentPath != "" {
+		return nil, fmt.Errorf("options: parent_path: checkpoints on top of another are not supported yet: %w", errdefs.ErrNotImplemented)
+	}
+	return opts, nil
+}
+
+func invalid(format string, args ...any) error {
+	return fmt.Errorf(format+": %w", append(args, errdefs.ErrInvalidArgument)...)
+}
