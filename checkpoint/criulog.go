@@ -39,18 +39,18 @@ var logHarmless = []string{
 }
 
 // LogErrors returns CRIU's own error lines from a dump.log or restore.log, in
-// their order, without time and pid, each once: at most the last max, and what
+// their order, without time and pid, each once: at most the last limit, and what
 // only says that there was an error only if that is all there is. A log that
 // cannot be read has none.
-func LogErrors(path string, max int) []string {
+func LogErrors(path string, limit int) []string {
 	data, err := readPart(path, logTail, true)
 	if err != nil {
 		return nil
 	}
-	return logErrors(data, max)
+	return logErrors(data, limit)
 }
 
-func logErrors(data []byte, max int) []string {
+func logErrors(data []byte, limit int) []string {
 	var causes, consequences []string
 	for line := range bytes.Lines(data) {
 		m := logError.FindSubmatch(bytes.TrimRight(line, "\r\n"))
@@ -70,7 +70,7 @@ func logErrors(data []byte, max int) []string {
 			*list = append(*list, text)
 		}
 		// Only the last are of interest; a log may have any number.
-		if len(*list) > max {
+		if len(*list) > limit {
 			*list = (*list)[1:]
 		}
 	}

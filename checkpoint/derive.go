@@ -134,15 +134,15 @@ func (im images) checkComplete(name string) error {
 }
 
 // anyMessage reports whether an image is there and has a message.
-func (im images) anyMessage(name, kind string) (any bool, err error) {
+func (im images) anyMessage(name, kind string) (some bool, err error) {
 	err = im.each(name, kind, func([]byte) error {
-		any = true
+		some = true
 		return io.EOF
 	})
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}
-	return any, err
+	return some, err
 }
 
 func (im images) inventory() (*inventory.InventoryEntry, error) {
@@ -212,7 +212,10 @@ func (im images) tasks() (arch string, pids map[uint32]bool, err error) {
 				return err
 			}
 		}
-		return errors.Join(need("mm-%d.img", p.GetPid()), need("pagemap-%d.img", p.GetPid()))
+		if err := need("mm-%d.img", p.GetPid()); err != nil {
+			return err
+		}
+		return need("pagemap-%d.img", p.GetPid())
 	})
 	if errors.Is(err, fs.ErrNotExist) {
 		err = invalid("pstree.img: missing")
@@ -327,9 +330,9 @@ func (im images) memory() error {
 		if pages == 0 {
 			continue
 		}
-		file, ok := im.files[fmt.Sprintf("pages-%d.img", id)]
+		file, ok := im.files[pagesName(id)]
 		if !ok {
-			return invalid("pages-%d.img: missing; %s refers to it", id, name)
+			return invalid("%s: missing; %s refers to it", pagesName(id), name)
 		}
 		if need := pages * int64(os.Getpagesize()); file.size < need {
 			return invalid("%s: expected %d bytes, has %d (truncated)", file.name, need, file.size)
@@ -337,6 +340,8 @@ func (im images) memory() error {
 	}
 	return nil
 }
+
+func pagesName(id uint32) string { return fmt.Sprintf("pages-%d.img", id) }
 
 // pagemap reads one list of memory pages: which image has them, and how many
 // pages long that is; 0 if that cannot be told.

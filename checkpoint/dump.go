@@ -79,7 +79,7 @@ func (r *DumpRequest) recover(ctx context.Context) {
 		r.thaw(ctx)
 	}
 	if r.Options.OpenTCP {
-		if err := unlockNetwork(r.InitPid); err != nil {
+		if err := unlockNetwork(fmt.Sprintf("/proc/%d/ns/net", r.InitPid), r.InitPid); err != nil {
 			log.G(ctx).WithError(err).Error("remove CRIU's network lock after a failed checkpoint")
 		}
 	}

@@ -134,7 +134,7 @@ func empty(dir string) error {
 }
 
 // Discard removes what was written. If NewFolder made the folder, that goes as
-// well. It may follow a failed Commit.
+// well. After a Commit that succeeded it does nothing.
 func (f *Folder) Discard() error {
 	closeSums(f.follow.finish())
 	err := os.RemoveAll(f.Path())
@@ -161,6 +161,7 @@ func (f *Folder) Commit(m Manifest, durable bool) error {
 	err := f.commit(m, durable)
 	switch {
 	case err == nil:
+		f.created, f.moved = false, nil
 		return nil
 	case m.Exit:
 		return fmt.Errorf("%w (what CRIU wrote is still there, in part in %s)", wrap(f.dir, err), f.Path())
@@ -239,6 +240,9 @@ func (f *Folder) written() ([]entry, error) {
 	for _, file := range found {
 		if !file.regular() || !validName(file.name) {
 			return nil, fmt.Errorf("CRIU wrote %q, which is no file that a checkpoint can hold", file.name)
+		}
+		if err := checkSize(file); err != nil {
+			return nil, err
 		}
 		files = append(files, file)
 	}
@@ -322,7 +326,7 @@ func (f *Folder) move(name string) error {
 
 // stamp records inode and ctime of the large files, and reports whether there
 // are any.
-func (f *Folder) stamp(m *Manifest) (any bool) {
+func (f *Folder) stamp(m *Manifest) (some bool) {
 	for i := range m.Files {
 		file := &m.Files[i]
 		if file.Size < recheckSize {
@@ -331,10 +335,10 @@ func (f *Folder) stamp(m *Manifest) (any bool) {
 		var st unix.Stat_t
 		if unix.Lstat(filepath.Join(f.dir, file.Name), &st) == nil {
 			file.Inode, file.CtimeNs = st.Ino, st.Ctim.Nano()
-			any = true
+			some = true
 		}
 	}
-	return any
+	return some
 }
 
 func syncFile(path string) error {

@@ -3,7 +3,6 @@ package checkpoint
 import (
 	"bufio"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"sync"
@@ -35,7 +34,7 @@ type frames struct {
 	buf  []byte
 }
 
-var errNoMagic = errors.New("truncated, or no image of CRIU's")
+var errNoMagic = invalid("truncated, or no image of CRIU's")
 
 // newFrames reads the head of an image of size bytes.
 func newFrames(r io.Reader, size int64) (*frames, error) {

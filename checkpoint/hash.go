@@ -9,8 +9,8 @@ import (
 	"hash"
 	"io"
 	"os"
-	"path/filepath"
 	"runtime"
+	"slices"
 	"sync"
 	"time"
 
@@ -19,6 +19,7 @@ import (
 
 const (
 	hashBuffer = 1 << 20
+	hashPiece  = 64 << 10 // takes about 50 µs
 	// followEvery is how often the follower looks for what CRIU has written
 	// meanwhile. At 2 GB/s that is 20 MB, which Commit hashes in as many ms.
 	followEvery = 10 * time.Millisecond
@@ -48,7 +49,11 @@ func (s *partialSum) advance(buf []byte, stop func() bool) error {
 	for !stop() {
 		n, err := s.file.ReadAt(buf, s.n)
 		if n > 0 {
-			s.hash.Write(buf[:n])
+			// A hash cannot be interrupted, so a garbage collection may
+			// have to wait for one, at this goroutine's priority.
+			for piece := range slices.Chunk(buf[:n], hashPiece) {
+				s.hash.Write(piece)
+			}
 			s.n += int64(n)
 			last := sample{end: s.n, size: min(n, len(sample{}.data))}
 			copy(last.data[:], buf[n-last.size:n])
@@ -89,6 +94,10 @@ func (s *partialSum) stillTrue(path string) bool {
 
 // follower hashes the images with memory pages while CRIU writes them, so that
 // Commit need not read gigabytes once more. What it reads is in the page cache.
+//
+// The container is frozen meanwhile, so nothing may be taken from CRIU: the
+// goroutine has a thread of its own with the lowest priority. On a busy host it
+// does not get far, and Commit hashes the rest, after the thaw.
 type follower struct {
 	dir  string
 	stop chan struct{}
@@ -124,6 +133,8 @@ func (f *follower) stopped() bool {
 
 func (f *follower) run() {
 	defer close(f.done)
+	runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+	_ = unix.Setpriority(unix.PRIO_PROCESS, unix.Gettid(), 19)
 	tick := time.NewTicker(followEvery)
 	defer tick.Stop()
 	var buf []byte
@@ -133,23 +144,33 @@ func (f *follower) run() {
 			return
 		case <-tick.C:
 		}
-		names, _ := filepath.Glob(filepath.Join(f.dir, "pages-*.img"))
-		for _, path := range names {
-			name := filepath.Base(path)
-			if f.sums[name] == nil {
-				file, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+		// What cannot be listed, opened or read now is Commit's to report.
+		for _, name := range pageImages(f.dir) {
+			sum := f.sums[name]
+			if sum == nil {
+				file, err := openIn(f.dir, name)
 				if err != nil {
-					continue // Commit sees it as well, and says so
+					continue
 				}
-				f.sums[name] = newPartialSum(file)
+				sum = newPartialSum(file)
+				f.sums[name] = sum
 			}
 			if buf == nil {
 				buf = make([]byte, hashBuffer)
 			}
-			// A failed read is tried again, by Commit in the end.
-			_ = f.sums[name].advance(buf, f.stopped)
+			_ = sum.advance(buf, f.stopped)
 		}
 	}
+}
+
+func pageImages(dir string) []string {
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil
+	}
+	defer d.Close()
+	names, _ := d.Readdirnames(-1)
+	return slices.DeleteFunc(names, func(name string) bool { return !isPages(name) })
 }
 
 func closeSums(sums map[string]*partialSum) {

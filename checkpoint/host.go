@@ -20,8 +20,8 @@ var cpuFeatures = []string{
 	"popcnt", "abm", "lahf_lm", "movbe", "aes", "vaes", "pclmulqdq", "vpclmulqdq", "sha_ni", "sha512", "sm3", "sm4", "gfni",
 	"avx", "avx2", "avx512*", "avx_*", "avx10*", "f16c", "fma", "fma4", "xop", "bmi1", "bmi2", "tbm", "adx",
 	"amx_*", "xsave", "xsaveopt", "xsavec", "xgetbv1", "fsgsbase", "rdrand", "rdseed", "rdtscp", "rdpid",
-	"pku", "ospke", "rtm", "hle", "clflush", "clflushopt", "clwb", "clzero", "movdiri", "movdir64b", "waitpkg",
-	"serialize", "erms", "fsrm", "umip", "user_shstk", "3dnowprefetch", "cldemote", "enqcmd", "cmpccxadd", "raoint",
+	"pku", "ospke", "rtm", "hle", "clflush", "clflushopt", "clwb", "clzero", "movdiri", "movdir64b", "waitpkg", "mwaitx",
+	"serialize", "user_shstk", "3dnowprefetch", "enqcmd", "cmpccxadd", "raoint", "tsxldtrk",
 	// arm64: "Features", arch/arm64/kernel/cpuinfo.c
 	"fp", "fphp", "asimd", "asimd*", "pmull*", "sha1", "sha2", "sha3", "crc32", "atomics", "lse128", "cpuid",
 	"jscvt", "fcma", "lrcpc*", "dcpop", "dcpodp", "sve", "sve*", "f64mm", "f32mm", "i8mm", "bf16", "ebf16", "dgh", "rng",
@@ -31,8 +31,8 @@ var cpuFeatures = []string{
 
 func isCPUFeature(flag string) bool {
 	return slices.ContainsFunc(cpuFeatures, func(f string) bool {
-		prefix, any := strings.CutSuffix(f, "*")
-		return flag == f || any && strings.HasPrefix(flag, prefix)
+		prefix, open := strings.CutSuffix(f, "*")
+		return flag == f || open && strings.HasPrefix(flag, prefix)
 	})
 }
 

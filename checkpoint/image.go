@@ -1,6 +1,7 @@
 package checkpoint
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -165,6 +166,9 @@ func listFolder(dir string) (map[string]entry, error) {
 func openIn(dir, name string) (*os.File, error) {
 	// O_NONBLOCK, lest a FIFO that has replaced the file stops us.
 	f, err := os.OpenFile(filepath.Join(dir, name), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if errors.Is(err, unix.ELOOP) {
+		return nil, invalid("%q: a symbolic link; a checkpoint has only regular files", name)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -212,11 +216,12 @@ func checkNames(files map[string]entry, m *Manifest) error {
 		}
 	}
 	for name, file := range files {
+		if err := checkSize(file); err != nil {
+			return err
+		}
 		switch {
 		case !file.regular():
 			return invalid("%q: a %s; a checkpoint has only regular files", name, file.kind())
-		case sizeLimit(name) >= 0 && file.size > sizeLimit(name):
-			return invalid("%s: %d bytes, at most %d are allowed", name, file.size, sizeLimit(name))
 		case listed[name] || incidental(name) || name == manifestName:
 		case m == nil && (isImage(name) && validName(name) || name == descriptorsName):
 		case m != nil:
@@ -265,7 +270,7 @@ func verify(ctx context.Context, dir string, files map[string]entry, m *Manifest
 			hash = append(hash, want)
 		}
 	}
-	slices.SortFunc(hash, func(a, b File) int { return int(min(max(b.Size-a.Size, -1), 1)) })
+	slices.SortFunc(hash, func(a, b File) int { return cmp.Compare(b.Size, a.Size) })
 	return inParallel(ctx, len(hash), func(ctx context.Context, i int) error {
 		want := hash[i]
 		f, err := openIn(dir, want.Name)

@@ -46,7 +46,7 @@ var rawImages = []string{
 // files, pipes, sockets and queues.
 var contentImages = []string{
 	"pages-", "tmpfs-", "ghost-file-", "pipes-data", "fifo-data", "sk-queues",
-	"tcp-stream-", "tty-data", "bpfmap-data", "ipcns-shm-", "ipcns-msg-",
+	"tcp-stream-", "tty-data", "bpfmap-data", "ipcns-shm-", "ipcns-msg-", "amdgpu-",
 }
 
 func hasPrefix(name string, prefixes []string) bool {
@@ -70,14 +70,22 @@ func incidental(name string) bool {
 	return strings.HasSuffix(name, ".log") || name == "stats-dump" || name == "stats-restore"
 }
 
-// sizeLimit returns how many bytes the file name may have, or -1.
+// checkSize refuses a file that is larger than the limits allow.
+func checkSize(file entry) error {
+	if limit := sizeLimit(file.name); limit >= 0 && file.size > limit {
+		return invalid("%s: %d bytes, at most %d are allowed", file.name, file.size, limit)
+	}
+	return nil
+}
+
+// sizeLimit returns how many bytes a file of that name may have, or -1.
 func sizeLimit(name string) int64 {
 	switch {
 	case name == manifestName:
 		return maxManifest
 	case isPagemap(name):
 		return maxPagemap
-	case isImage(name) && hasPrefix(name, contentImages):
+	case isImage(name) && hasPrefix(name, contentImages), incidental(name):
 		return -1
 	}
 	return maxImage

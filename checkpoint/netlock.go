@@ -8,30 +8,37 @@ import (
 	"strings"
 
 	runc "github.com/containerd/go-runc"
+	"github.com/google/nftables"
 )
 
 // unlockNetwork removes the rules with which CRIU keeps packets from a
-// container's TCP connections during a dump, from the network namespace of the
-// process pid. CRIU removes them itself unless it is killed.
-func unlockNetwork(pid int) error {
-	return inNetworkNamespace(fmt.Sprintf("/proc/%d/ns/net", pid), func() error {
-		return errors.Join(unlockNFT(), unlockIPTables("iptables"), unlockIPTables("ip6tables"))
+// container's TCP connections while it works, from the network namespace at
+// path. CRIU removes them itself unless it is killed. pid is init's at the time
+// of the dump.
+func unlockNetwork(path string, pid int) error {
+	return inNetworkNamespace(path, func() error {
+		return errors.Join(unlockNFT(pid), unlockIPTables("iptables"), unlockIPTables("ip6tables"))
 	})
 }
 
-// unlockNFT removes CRIU's nftables tables, one for each dump: "inet CRIU-<pid>".
-func unlockNFT() error {
-	out, err := output("nft", "list", "tables")
+// unlockNFT removes the nftables table that CRIU makes for a dump. Its name has
+// init's pid, so another container's, in a namespace that both share, stays.
+func unlockNFT(pid int) error {
+	conn, err := nftables.New()
 	if err != nil {
-		return nil // no nft, so CRIU did not use it either (it has the library of its own)
+		return fmt.Errorf("nftables: %w", err)
 	}
-	for line := range strings.Lines(string(out)) {
-		fields := strings.Fields(line)
-		if len(fields) == 3 && strings.HasPrefix(fields[2], "CRIU") {
-			if err := run("nft", "delete", "table", fields[1], fields[2]); err != nil {
-				return err
-			}
+	tables, err := conn.ListTables()
+	if err != nil {
+		return nil // a kernel without nftables, which CRIU then did not use
+	}
+	for _, t := range tables {
+		if t.Name == fmt.Sprintf("CRIU-%d", pid) {
+			conn.DelTable(t)
 		}
+	}
+	if err := conn.Flush(); err != nil {
+		return fmt.Errorf("remove CRIU's nftables table: %w", err)
 	}
 	return nil
 }

@@ -22,6 +22,7 @@ type RestoreRequest struct {
 	Spec    *specs.Spec // config.json
 	WorkDir string      // where CRIU leaves restore.log and stats-restore
 	NoPivot bool
+	Self    string // a program that runs LoopbackHook when called with ActionLoopback
 
 	IO            runc.IO            // the new stdio; nil with a terminal
 	ConsoleSocket runc.ConsoleSocket // where the terminal is sent; nil without
@@ -46,7 +47,7 @@ func Restore(ctx context.Context, r RestoreRequest) (int, error) {
 			options.OpenTCP = false
 		}
 	}
-	if err := setCRIUConfig(r.Bundle, r.Spec, criuConfig); err != nil {
+	if err := r.amendSpec(criuConfig); err != nil {
 		return 0, err
 	}
 	opts := &runc.RestoreOpts{

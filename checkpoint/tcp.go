@@ -1,16 +1,12 @@
 package checkpoint
 
 import (
-	"encoding/json"
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"runtime"
 	"slices"
-	"strings"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -34,14 +30,12 @@ func mustCloseTCP(img *Image, spec *specs.Spec) (bool, error) {
 	default:
 		return false, fmt.Errorf("annotation %s=%q: it is keep or close: %w", AnnotationTCP, how, errdefs.ErrInvalidArgument)
 	}
-	path, own := networkNamespace(spec)
-	if own {
-		// CRIU makes the namespace as it was, its addresses included.
-		return false, nil
-	}
-	have, err := addressesIn(path)
-	if err != nil {
-		return false, fmt.Errorf("list the addresses of the container's network namespace: %w", err)
+	var have []netip.Addr // none but loopback's in a namespace that is made anew
+	if path, own := networkNamespace(spec); !own {
+		var err error
+		if have, err = addressesIn(path); err != nil {
+			return false, fmt.Errorf("list the addresses of the container's network namespace: %w", err)
+		}
 	}
 	connected, err := img.EstablishedTCP()
 	if err != nil {
@@ -108,81 +102,4 @@ func inNetworkNamespace(path string, fn func() error) error {
 		done <- fn()
 	}()
 	return <-done
-}
-
-// annotationCRIUConfig names a CRIU configuration file for runc and crun. It is
-// the way to options that the runtime's command line lacks (tcp-close in runc).
-const annotationCRIUConfig = "org.criu.config"
-
-// runtimeCRIUConfigs are the files that the runtimes use without the
-// annotation.
-var runtimeCRIUConfigs = []string{"/etc/criu/runc.conf", "/etc/criu/crun.conf"}
-
-// setCRIUConfig has the runtime use a CRIU configuration file that holds lines,
-// after those of the file it would have used. With no lines to add, and none
-// added before, config.json stays as it is.
-func setCRIUConfig(bundle string, spec *specs.Spec, lines string) error {
-	path := filepath.Join(bundle, "criu.conf")
-	current := spec.Annotations[annotationCRIUConfig]
-	if lines == "" && current != path {
-		return nil
-	}
-	if current != path {
-		if err := writeCRIUConfig(path, current, lines); err != nil {
-			return fmt.Errorf("write CRIU's configuration: %w", err)
-		}
-		if spec.Annotations == nil {
-			spec.Annotations = map[string]string{}
-		}
-		spec.Annotations[annotationCRIUConfig] = path
-		return writeSpecAnnotations(bundle, spec.Annotations)
-	}
-	return nil // an earlier try of this restore wrote it
-}
-
-func writeCRIUConfig(path, base, lines string) error {
-	candidates := runtimeCRIUConfigs
-	if base != "" {
-		candidates = []string{base}
-	}
-	var config strings.Builder
-	for _, c := range candidates {
-		data, err := os.ReadFile(c)
-		if errors.Is(err, os.ErrNotExist) && base == "" {
-			continue
-		}
-		if err != nil {
-			return err
-		}
-		config.Write(data)
-		config.WriteByte('\n')
-		break
-	}
-	config.WriteString(lines)
-	return os.WriteFile(path, []byte(config.String()), 0o600)
-}
-
-// writeSpecAnnotations replaces the annotations of the bundle's config.json and
-// leaves the rest as it is, fields this build does not know included.
-func writeSpecAnnotations(bundle string, annotations map[string]string) error {
-	path := filepath.Join(bundle, "config.json")
-	data, err := os.ReadFile(path)
-	if err != nil {
-		return err
-	}
-	var config map[string]json.RawMessage
-	if err := json.Unmarshal(data, &config); err != nil {
-		return fmt.Errorf("%s: %w", path, err)
-	}
-	if config["annotations"], err = json.Marshal(annotations); err != nil {
-		return err
-	}
-	if data, err = json.Marshal(config); err != nil {
-		return err
-	}
-	tmp := path + ".tmp"
-	if err := os.WriteFile(tmp, data, 0o600); err != nil {
-		return err
-	}
-	return os.Rename(tmp, path)
 }

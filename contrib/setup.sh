@@ -19,6 +19,9 @@
 # stamp is written last: a component whose stamp is missing or says something
 # else is made again.
 
+# shellcheck disable=SC2016 # apt, bash -c and eval expand what stands in single quotes
+# shellcheck source=/dev/null
+
 set -euo pipefail
 shopt -s inherit_errexit nullglob
 
@@ -45,6 +48,8 @@ components=(criu runc busybox containerd redis python crun containerd17)
 
 # Filled in by main: a scratch folder inside the cache, gone at exit.
 tmp=
+# The command that run waits for.
+child=
 
 say() { printf 'setup: %s\n' "$*"; }
 die() {
@@ -52,12 +57,16 @@ die() {
 	exit 1
 }
 
-# run CMD...: keeps an external command's output to itself unless it fails.
+# run CMD...: keeps an external command's output to itself unless it fails. It
+# runs in the background, or a signal to us would wait for it.
 run() {
-	if ! "$@" >"$tmp/log" 2>&1 </dev/null; then
+	"$@" >"$tmp/log" 2>&1 </dev/null &
+	child=$!
+	if ! wait "$child"; then
 		tail -n 30 "$tmp/log" >&2
 		die "failed: $*"
 	fi
+	child=
 }
 
 quote() { printf "'%s'" "${1//\'/\'\\\'\'}"; }
@@ -204,10 +213,10 @@ unpack() {
 # TREE, with that tree's own loader and libraries. What PROGRAM runs in its turn
 # is not affected, and it needs nothing of the environment.
 wrap() {
-	local tree=$1 program=$2 file=$3 loader
-	loader=("$tmp/tree"/usr/lib/*/ld-linux*.so.*)
-	((${#loader[@]} == 1)) || die "no dynamic loader in the packages of $program"
-	loader=$tree${loader[0]#"$tmp/tree"}
+	local tree=$1 program=$2 file=$3 loader loaders
+	loaders=("$tmp/tree"/usr/lib/*/ld-linux*.so.*)
+	((${#loaders[@]} == 1)) || die "no dynamic loader in the packages of $program"
+	loader=$tree${loaders[0]#"$tmp/tree"}
 	cat >"$file" <<-WRAPPER
 		#!/bin/sh
 		exec $(quote "$loader") --library-path $(quote "${loader%/*}") $(quote "$tree/$program") "\$@"
@@ -229,15 +238,15 @@ link() {
 
 # --- components --------------------------------------------------------------
 #
-# For each: want_X prints what it is to be made from (its stamp), ok_X says in
-# a few milliseconds whether it is there and works, make_X makes it and may set
-# note, a word on the outcome for the summary.
+# For each: want_X prints what it is to be made from, ok_X says in a moment
+# whether it is there and works, make_X makes it and may set note, a word on the
+# outcome for the summary. A stamp holds the three: what from, the note, the recipe.
 
 # criu_works CRIU: can it dump and restore a process with an inet socket, here?
 # It takes a third of a second, and nothing less tells: criu 4.1 passes its own
 # `criu check` on Linux 6.16 and later, but cannot dump any inet socket there.
 criu_works() (
-	dir=$(mktemp -d) pid=
+	dir=$(mktemp -d ${tmp:+-p "$tmp"}) pid=
 	trap '[[ -z $pid ]] || kill -9 "$pid"; rm -rf "$dir"' EXIT
 	exec >"${tmp:-$dir}/criu.log" 2>&1 </dev/null
 	"$1" check || exit 1
@@ -464,12 +473,18 @@ finish() {
 	place "$tmp/tree" "$cache/rootfs/$1"
 }
 
-# current COMPONENT: is it made from what it should be, and does it work? Sets want.
+# recipe COMPONENT: a checksum of the functions that make it.
+recipe() {
+	printf '%s' "$skip_in_rootfs" "$(declare -f "make_$1" build finish rootfs unpack wrap)" | cksum
+}
+
+# current COMPONENT: is it made from what it should be, as it should be, and does
+# it work? Sets want.
 current() {
-	local stamp=
+	local stamp=()
 	want=$("want_$1") || die "cannot tell what $1 is to be made from"
-	[[ -f $cache/stamps/$1 ]] && { read -r stamp || true; } <"$cache/stamps/$1"
-	[[ $stamp == "$want" ]] && "ok_$1"
+	[[ -f $cache/stamps/$1 ]] && mapfile -t stamp <"$cache/stamps/$1"
+	[[ ${stamp[0]-} == "$want" && ${stamp[2]-} == "$(recipe "$1")" ]] && "ok_$1"
 }
 
 # --- commands ----------------------------------------------------------------
@@ -479,7 +494,7 @@ require_host() {
 	if ! command -v apt-get >/dev/null || ! command -v dpkg-deb >/dev/null; then
 		die "this host is not Debian-like (no apt-get). Install by other means, and put into PATH:
   containerd, ctr and containerd-shim-runc-v2 (the version in go.mod), runc >= 1.1, crun built with +CRIU and libcriu,
-  criu >= 4.1 ('criu check' must pass), the CNI plugins in /usr/lib/cni, iptables, iproute2,
+  criu (4.2 or later on Linux 6.16 and later, else 4.1), the CNI plugins in /usr/lib/cni, iptables, iproute2,
   and for building them: Go, gcc, the headers of libc and libseccomp, pkg-config"
 	fi
 	command -v go >/dev/null || die "no go in PATH: install Go as https://go.dev/doc/install says"
@@ -522,7 +537,7 @@ install_all() {
 	# Left over by a setup that was killed.
 	rm -rf "$cache"/tmp.*
 	tmp=$(mktemp -d "$cache/tmp.XXXXXX")
-	trap 'rm -rf "$tmp"' EXIT
+	trap '[[ -z $child ]] || kill "$child" 2>/dev/null || true; rm -rf "$tmp"' EXIT
 	trap 'exit 130' INT
 	trap 'exit 143' TERM
 
@@ -534,7 +549,7 @@ install_all() {
 		rm -f "$cache/stamps/$c"
 		"make_$c" 9>&-
 		"ok_$c" || die "$c does not work after it was made"
-		printf '%s\n%s\n' "$want" "$note" >"$tmp/stamp"
+		printf '%s\n' "$want" "$note" "$(recipe "$c")" >"$tmp/stamp"
 		place "$tmp/stamp" "$cache/stamps/$c"
 		rm -rf "$tmp/tree" "$tmp/gobin"
 		made=$((made + 1))

@@ -53,7 +53,9 @@ func TestSmoke(t *testing.T) {
 
 // TestFaults checks that faultrunc does what tests ask of it, and nothing else.
 func TestFaults(t *testing.T) {
-	s := stack.Start(t, stack.Options{Upstream: true})
+	// What upstream's shim leaves behind when it is killed.
+	leaks := []string{"shim socket", "runc-process"}
+	s := stack.Start(t, stack.Options{Upstream: true, KnownLeaks: leaks})
 	ctx := s.Ctx()
 	f := s.Faults()
 	c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sleep", "1000"))

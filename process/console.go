@@ -60,7 +60,7 @@ func (p *IO) attachConsole(ctx context.Context) error {
 		p.copies.Go(func() { copyBuffer(discard{}, cons) })
 		return nil
 	}
-	out, err := openOutput(p.stdio.Stdout)
+	out, err := openOutput(ctx, p.stdio.Stdout)
 	if err != nil {
 		return err
 	}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/containerd/console"
+	"github.com/containerd/fifo"
 	runc "github.com/containerd/go-runc"
 	"golang.org/x/sys/unix"
 )
@@ -27,6 +28,10 @@ type Stdio struct {
 // drainTimeout bounds the wait for the last output of a process that is gone:
 // another one may have inherited its pipes and hold them open for ever.
 const drainTimeout = 10 * time.Second
+
+// attachTimeout bounds the wait for the client to open the other end of the
+// output, as in upstream's shim.
+const attachTimeout = 30 * time.Second
 
 // IO connects one process to its Stdio. It is opened before the runtime starts
 // the process, attached after, and closed once.
@@ -152,6 +157,8 @@ func (p *IO) ConsoleSocket() runc.ConsoleSocket {
 // Attach starts the copying between the process and its Stdio. The runtime has
 // started the process and, with a terminal, sent it.
 func (p *IO) Attach(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, attachTimeout)
+	defer cancel()
 	if p.stdio.Stdin != "" {
 		if err := p.attachStdin(); err != nil {
 			return err
@@ -171,7 +178,7 @@ func (p *IO) Attach(ctx context.Context) error {
 		out := outputs[stream.path]
 		if out == nil {
 			var err error
-			if out, err = openOutput(stream.path); err != nil {
+			if out, err = openOutput(ctx, stream.path); err != nil {
 				return err
 			}
 			outputs[stream.path] = out
@@ -216,15 +223,22 @@ type output struct {
 	mu    sync.Mutex
 }
 
-func openOutput(path string) (*output, error) {
+// openOutput waits for a FIFO's reader: all that a short-lived process writes
+// before the client has opened its end would be lost when ours is closed.
+func openOutput(ctx context.Context, path string) (*output, error) {
 	st, err := os.Stat(path)
 	if err != nil {
 		return nil, fmt.Errorf("open output: %w", err)
 	}
 	flags := os.O_WRONLY | os.O_APPEND
 	if st.Mode()&os.ModeNamedPipe != 0 {
-		// Open for both, a FIFO neither waits for a reader nor breaks when
-		// the reader goes away (containerd restarts, a client detaches).
+		writer, err := fifo.OpenFifo(ctx, path, unix.O_WRONLY, 0)
+		if err != nil {
+			return nil, fmt.Errorf("wait for a reader of output %s: %w", path, err)
+		}
+		defer writer.Close()
+		// Open for both, a FIFO does not break when the reader goes away
+		// (containerd restarts, a client detaches).
 		flags = os.O_RDWR
 	}
 	f, err := os.OpenFile(path, flags, 0)

@@ -18,7 +18,7 @@ func ioConfig() IOConfig {
 	return IOConfig{ID: "c", Namespace: "ns", Reaper: reaper()}
 }
 
-func fifo(t *testing.T, name string) string {
+func mkfifo(t *testing.T, name string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), name)
 	if err := unix.Mkfifo(path, 0o600); err != nil {
@@ -94,7 +94,7 @@ func readAll(t *testing.T, path string) <-chan string {
 }
 
 func TestFIFOs(t *testing.T) {
-	in, out, errs := fifo(t, "in"), fifo(t, "out"), fifo(t, "err")
+	in, out, errs := mkfifo(t, "in"), mkfifo(t, "out"), mkfifo(t, "err")
 	stdout, stderr := readAll(t, out), readAll(t, errs)
 	runWithIO(t, "cat; echo oops >&2", Stdio{Stdin: in, Stdout: out, Stderr: errs}, func(pio *IO) {
 		// Two clients, one after the other: the first one's end is no end

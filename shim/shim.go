@@ -1,6 +1,6 @@
 // Package shim is how containerd starts, finds, groups and deletes a shim.
 //
-// The binary runs in one of four ways:
+// The binary runs in one of five ways:
 //
 //	start    containerd's call. Finds the shim of the container's group, or
 //	         spawns one, and prints its address.
@@ -9,6 +9,8 @@
 //	delete   containerd's call after a shim died: removes what the container
 //	         left, and prints how it ended.
 //	-info    describes the runtime.
+//	loopback
+//	         the OCI runtime's call in a restore, see checkpoint.LoopbackHook.
 //
 // What is called a group is the set of containers that share a shim: those of
 // a pod, mostly.
@@ -29,6 +31,8 @@ import (
 	"github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/ttrpc"
 	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/stasis-run/stasis/checkpoint"
 )
 
 // Build says which build of the shim this is.
@@ -91,6 +95,9 @@ func run(args []string, build Build, rt Runtime) error {
 		return nil
 	case f.info:
 		return printInfo(context.Background(), os.Stdin, os.Stdout, build, rt)
+	}
+	if f.action == checkpoint.ActionLoopback {
+		return checkpoint.LoopbackHook(os.Stdin)
 	}
 	if err := f.validate(); err != nil {
 		return err

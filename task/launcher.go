@@ -83,13 +83,15 @@ func (l *restore) start(ctx context.Context, init *proc) error {
 	}
 	child, err := c.service.reaper.Launch(func() (int, error) {
 		return checkpoint.Restore(ctx, checkpoint.RestoreRequest{
-			Runtime:       c.runtime,
-			ID:            c.id,
-			Image:         l.image,
-			Bundle:        string(c.bundle),
-			Spec:          c.spec,
-			WorkDir:       workDir,
-			NoPivot:       c.options.NoPivotRoot,
+			Runtime: c.runtime,
+			ID:      c.id,
+			Image:   l.image,
+			Bundle:  string(c.bundle),
+			Spec:    c.spec,
+			WorkDir: workDir,
+			NoPivot: c.options.NoPivotRoot,
+			// The link is right even if the file was replaced.
+			Self:          fmt.Sprintf("/proc/%d/exe", os.Getpid()),
 			IO:            pio.Pipes(),
 			ConsoleSocket: pio.ConsoleSocket(),
 		})
@@ -157,6 +159,9 @@ func newLauncher(ctx context.Context, c *container, path string) (launcher, erro
 	}
 	if path == "" {
 		return coldStart{c}, nil
+	}
+	if !filepath.IsAbs(path) {
+		return nil, invalid("checkpoint path %q is not absolute", path)
 	}
 	temp := ""
 	if path != c.options.CriuImagePath && isTemporary(path) {

@@ -144,7 +144,7 @@ func (p *proc) kill(ctx context.Context, sig unix.Signal, all bool) error {
 	child, state, abort := p.child, p.state, c.abortStart
 	c.mu.Unlock()
 	finished := fmt.Errorf("%s %s: process already finished: %w", p.kind(), p.id(), errdefs.ErrNotFound)
-	if state == Stopped {
+	if state == Stopped && (!all || p.execID != "") {
 		return finished
 	}
 	if p.execID != "" {

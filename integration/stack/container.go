@@ -306,7 +306,7 @@ func (c *Container) CheckpointErr(ctx context.Context, dir string, opts *options
 func (c *Container) Checkpoint(ctx context.Context, dir string, opts *options.CheckpointOptions) {
 	c.s.tb.Helper()
 	if err := c.CheckpointErr(ctx, dir, opts); err != nil {
-		c.s.tb.Fatalf("container %s: %v\n%s", c.ID(), err, c.criuLog("dump", dir))
+		c.s.tb.Fatalf("container %s: %v\n%s", c.ID(), err, c.CRIULog("dump", dir))
 	}
 }
 
@@ -323,7 +323,7 @@ func (c *Container) RestoreErr(ctx context.Context, dir string) error {
 func (c *Container) Restore(ctx context.Context, dir string) {
 	c.s.tb.Helper()
 	if err := c.RestoreErr(ctx, dir); err != nil {
-		c.s.tb.Fatalf("container %s: %v\n%s", c.ID(), err, c.criuLog("restore", dir))
+		c.s.tb.Fatalf("container %s: %v\n%s", c.ID(), err, c.CRIULog("restore", dir))
 	}
 }
 
@@ -333,7 +333,7 @@ func (c *Container) CheckpointImage(ctx context.Context, ref string, opts *optio
 	c.s.tb.Helper()
 	img, err := c.checkpointImage(ctx, ref, opts)
 	if err != nil {
-		c.s.tb.Fatalf("container %s: checkpoint to %s: %v\n%s", c.ID(), ref, err, c.criuLog("dump", ""))
+		c.s.tb.Fatalf("container %s: checkpoint to %s: %v\n%s", c.ID(), ref, err, c.CRIULog("dump", ""))
 	}
 	return img
 }
@@ -371,13 +371,14 @@ func (s *Stack) RestoreImage(ctx context.Context, name string, checkpoint client
 	}
 	c := s.Wrap(rc)
 	if err := c.StartErr(ctx, client.WithTaskCheckpoint(checkpoint)); err != nil {
-		s.tb.Fatalf("restore %s: %v\n%s", name, err, c.criuLog("restore", ""))
+		s.tb.Fatalf("restore %s: %v\n%s", name, err, c.CRIULog("restore", ""))
 	}
 	return c
 }
 
-// criuLog returns the end of what CRIU logged, wherever the shim put it.
-func (c *Container) criuLog(kind, dir string) string {
+// CRIULog returns the end of what CRIU logged when it dumped into a folder, or
+// restored from it ("dump" or "restore"), wherever the shim put that.
+func (c *Container) CRIULog(kind, dir string) string {
 	bundle := c.Bundle()
 	for _, pattern := range []string{
 		filepath.Join(dir, kind+".log"),
@@ -392,7 +393,7 @@ func (c *Container) criuLog(kind, dir string) string {
 		files, _ := filepath.Glob(pattern)
 		for _, f := range slices.Backward(files) {
 			if b, err := os.ReadFile(f); err == nil {
-				return f + ":\n" + tail(string(b), 40)
+				return f + ":\n" + tail(string(b), 400)
 			}
 		}
 	}

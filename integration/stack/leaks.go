@@ -49,11 +49,10 @@ func takeBaseline() baseline {
 // it yourself only to do so earlier.
 func (s *Stack) Stop() {
 	s.tb.Helper()
-	s.stopOnce.Do(s.stop)
-}
-
-func (s *Stack) stop() {
-	s.tb.Helper()
+	if s.stopped {
+		return
+	}
+	s.stopped = true
 	defer s.cancel()
 	defer s.lock.Close()
 	if s.faults != nil {

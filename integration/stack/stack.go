@@ -12,7 +12,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
@@ -71,7 +70,7 @@ type Stack struct {
 	client     *client.Client
 	ctx        context.Context
 	cancel     context.CancelFunc
-	stopOnce   sync.Once
+	stopped    bool
 	containerd *daemon
 	faults     *Faults
 	baseline   baseline

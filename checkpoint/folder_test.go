@@ -1,0 +1,361 @@
+package checkpoint
+
+import (
+	"bytes"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+)
+
+// fill writes a checkpoint's files as CRIU would, without the modes we want.
+func fill(t testing.TB, dir string, more ...string) {
+	t.Helper()
+	must(t, os.CopyFS(dir, os.DirFS(filepath.Join("testdata", "runc-sleep"))))
+	for _, name := range more {
+		must(t, os.WriteFile(filepath.Join(dir, name), []byte(name), 0o644))
+	}
+}
+
+func names(t testing.TB, dir string) []string {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	must(t, err)
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+func TestCommit(t *testing.T) {
+	for _, durable := range []bool{false, true} {
+		dir := filepath.Join(t.TempDir(), "a", "b")
+		f, err := NewFolder(dir)
+		must(t, err)
+		fill(t, f.Path(), "dump.log", "stats-dump")
+		before := time.Now().Add(-time.Second)
+		must(t, f.Commit(Manifest{
+			Container: Container{ID: "c", Namespace: "n", SpecDigest: "sha256:0"}, CRIU: "4.2.1",
+			Options: Options{FileLocks: true, EmptyNamespaces: []string{"network"}},
+		}, durable))
+
+		want := append(names(t, filepath.Join("testdata", "runc-sleep")), "dump.log", "stats-dump", manifestName)
+		slices.Sort(want)
+		if got := names(t, dir); !slices.Equal(got, want) {
+			t.Errorf("files\n%q, want\n%q", got, want)
+		}
+		for _, name := range append(want, ".") {
+			info, err := os.Lstat(filepath.Join(dir, name))
+			must(t, err)
+			mode := os.FileMode(0o600)
+			if name == "." {
+				mode = os.ModeDir | 0o700
+			}
+			if info.Mode() != mode {
+				t.Errorf("%s has mode %v", name, info.Mode())
+			}
+		}
+		img, err := Open(t.Context(), dir)
+		must(t, err)
+		m := img.Manifest()
+		if m.Version != 1 || m.Created.Before(before) || m.Container.Namespace != "n" || m.CRIU != "4.2.1" {
+			t.Errorf("manifest %+v", m)
+		}
+		if !slices.IsSortedFunc(m.Files, func(a, b File) int { return strings.Compare(a.Name, b.Name) }) {
+			t.Errorf("files are not sorted: %v", m.Files)
+		}
+		for _, file := range m.Files {
+			if incidental(file.Name) {
+				t.Errorf("%s is listed", file.Name)
+			}
+			checkSum(t, dir, file.Name)
+		}
+	}
+}
+
+func TestNewFolderIn(t *testing.T) {
+	old := func(t *testing.T, dir string) {
+		f, err := NewFolder(dir)
+		must(t, err)
+		fill(t, f.Path(), "core-77.img")
+		must(t, f.Commit(Manifest{}, false))
+	}
+	for _, tc := range []struct {
+		name    string
+		prepare func(t *testing.T, dir string)
+		refused string // named in the error
+	}{
+		{"nothing", func(t *testing.T, dir string) { must(t, os.Remove(dir)) }, ""},
+		{"an empty folder", func(t *testing.T, dir string) {}, ""},
+		{"an ext4 mount point", func(t *testing.T, dir string) { must(t, os.Mkdir(filepath.Join(dir, "lost+found"), 0o700)) }, ""},
+		{"a checkpoint", old, ""},
+		{"a checkpoint without manifest", func(t *testing.T, dir string) { fill(t, dir, "core-77.img", "dump.log") }, ""},
+		{"an unfinished checkpoint", func(t *testing.T, dir string) {
+			old(t, dir)
+			must(t, os.Remove(filepath.Join(dir, inventoryName)))
+		}, ""},
+		{"the rest of a killed one", func(t *testing.T, dir string) {
+			must(t, os.Mkdir(filepath.Join(dir, partialName), 0o755))
+			fill(t, filepath.Join(dir, partialName), "core-77.img")
+			must(t, os.Mkdir(filepath.Join(dir, partialName, "sub"), 0o700))
+		}, ""},
+		{"a log", func(t *testing.T, dir string) { write(t, filepath.Join(dir, "dump.log"), nil) }, ""},
+		{"a foreign file", func(t *testing.T, dir string) { write(t, filepath.Join(dir, "letter.txt"), nil) }, "letter.txt"},
+		{"foreign images", func(t *testing.T, dir string) { write(t, filepath.Join(dir, "disk.img"), nil) }, "disk.img"},
+		{"foreign images and a rest", func(t *testing.T, dir string) {
+			write(t, filepath.Join(dir, "disk.img"), nil)
+			must(t, os.Mkdir(filepath.Join(dir, partialName), 0o755))
+			write(t, filepath.Join(dir, partialName, inventoryName), nil)
+		}, "disk.img"},
+		{"a checkpoint and a foreign file", func(t *testing.T, dir string) {
+			old(t, dir)
+			write(t, filepath.Join(dir, "letter.txt"), nil)
+		}, "letter.txt"},
+		{"a checkpoint and a foreign folder", func(t *testing.T, dir string) {
+			old(t, dir)
+			must(t, os.Mkdir(filepath.Join(dir, "src"), 0o700))
+		}, "src"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			dir := t.TempDir()
+			tc.prepare(t, dir)
+			before := []string(nil)
+			if tc.refused != "" {
+				before = names(t, dir)
+			}
+			f, err := NewFolder(dir)
+			if tc.refused != "" {
+				wantError(t, err, errdefs.ErrAlreadyExists, tc.refused, dir)
+				if after := names(t, dir); !slices.Equal(before, after) {
+					t.Errorf("the folder had %q and has %q", before, after)
+				}
+				return
+			}
+			must(t, err)
+			if rest := names(t, f.Path()); len(rest) > 0 {
+				t.Errorf(".partial holds %q", rest)
+			}
+			fill(t, f.Path(), "core-88.img")
+			must(t, f.Commit(Manifest{}, false))
+			_, err = Open(t.Context(), dir)
+			must(t, err)
+			if _, err := os.Lstat(filepath.Join(dir, "core-77.img")); err == nil {
+				t.Error("a file of the old checkpoint is still there")
+			}
+		})
+	}
+}
+
+func TestDiscard(t *testing.T) {
+	parent := t.TempDir()
+	made := filepath.Join(parent, "made")
+	f, err := NewFolder(made)
+	must(t, err)
+	fill(t, f.Path())
+	must(t, f.Discard())
+	if rest := names(t, parent); len(rest) > 0 {
+		t.Errorf("left %q", rest)
+	}
+	// An older checkpoint stays, and a folder that was there.
+	dir := t.TempDir()
+	for range 2 {
+		f, err = NewFolder(dir)
+		must(t, err)
+		fill(t, f.Path())
+		must(t, f.Commit(Manifest{Container: Container{ID: "old"}}, false))
+	}
+	f, err = NewFolder(dir)
+	must(t, err)
+	fill(t, f.Path(), "core-99.img")
+	must(t, f.Discard())
+	img, err := Open(t.Context(), dir)
+	must(t, err)
+	if img.Manifest().Container.ID != "old" || slices.Contains(names(t, dir), partialName) {
+		t.Errorf("after Discard: %q", names(t, dir))
+	}
+}
+
+func TestCommitFails(t *testing.T) {
+	begin := func(t *testing.T) *Folder {
+		f, err := NewFolder(filepath.Join(t.TempDir(), "c"))
+		must(t, err)
+		fill(t, f.Path())
+		return f
+	}
+	t.Run("without an inventory", func(t *testing.T) {
+		f := begin(t)
+		must(t, os.Remove(filepath.Join(f.Path(), inventoryName)))
+		wantError(t, f.Commit(Manifest{}, false), nil, "inventory.img is not listed", f.dir)
+		if _, err := os.Lstat(f.dir); err == nil {
+			t.Errorf("left %q", names(t, f.dir))
+		}
+	})
+	t.Run("with a link", func(t *testing.T) {
+		f := begin(t)
+		must(t, os.Symlink("..", filepath.Join(f.Path(), "parent")))
+		wantError(t, f.Commit(Manifest{}, false), nil, `"parent"`)
+	})
+	t.Run("half way", func(t *testing.T) {
+		f := begin(t)
+		must(t, os.MkdirAll(filepath.Join(f.dir, "mm-1.img", "x"), 0o700))
+		if err := f.Commit(Manifest{}, false); err == nil {
+			t.Fatal("no error")
+		}
+		if rest := names(t, f.dir); !slices.Equal(rest, []string{"mm-1.img"}) {
+			t.Errorf("left %q", rest)
+		}
+	})
+	t.Run("and keeps what is left of a stopped container", func(t *testing.T) {
+		f := begin(t)
+		must(t, os.MkdirAll(filepath.Join(f.dir, "mm-1.img", "x"), 0o700))
+		err := f.Commit(Manifest{Exit: true}, false)
+		wantError(t, err, nil, f.Path())
+		if _, err := os.Lstat(filepath.Join(f.Path(), inventoryName)); err != nil {
+			t.Error(err)
+		}
+		_, err = Open(t.Context(), f.dir)
+		wantError(t, err, errdefs.ErrFailedPrecondition, "unfinished")
+	})
+}
+
+func TestTwoWriters(t *testing.T) {
+	dir := t.TempDir()
+	f, err := NewFolder(dir)
+	must(t, err)
+	fill(t, f.Path())
+	_, err = NewFolder(dir)
+	wantError(t, err, errdefs.ErrFailedPrecondition, "another checkpoint")
+	must(t, f.Commit(Manifest{}, false))
+	must(t, f.Discard())
+	_, err = Open(t.Context(), dir)
+	must(t, err)
+	g, err := NewFolder(dir)
+	must(t, err)
+	must(t, g.Discard())
+}
+
+// Page images are hashed while they grow. Whatever is done to them meanwhile,
+// the sum is that of what is there in the end.
+func TestFollow(t *testing.T) {
+	random := make([]byte, 9<<20+123)
+	rand.Read(random)
+	for _, tc := range []struct {
+		name   string
+		first  []byte // hashed by the follower, before
+		then   func(path string) error
+		reused bool // Commit goes on from there
+	}{
+		{"appended", random[:3<<20+5], func(path string) error {
+			return writeAt(path, random[3<<20+5:], 3<<20+5)
+		}, true},
+		{"complete", random, func(string) error { return nil }, true},
+		{"replaced", bytes.Repeat([]byte{7}, 5<<20), func(path string) error {
+			return errors.Join(os.WriteFile(path+".new", random, 0o600), os.Rename(path+".new", path))
+		}, false},
+		{"shrunk", random, func(path string) error { return os.Truncate(path, 5<<20) }, false},
+		{"shrunk and grown", random, func(path string) error {
+			return errors.Join(os.Truncate(path, 5<<20), os.Truncate(path, 10<<20))
+		}, false},
+		{"allocated ahead", make([]byte, len(random)), func(path string) error { return writeAt(path, random, 0) }, false},
+		{"changed in place", random, func(path string) error {
+			return writeAt(path, bytes.Repeat([]byte{7}, 4<<20), 0)
+		}, false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			f, err := NewFolder(filepath.Join(t.TempDir(), "c"))
+			must(t, err)
+			fill(t, f.Path())
+			path := filepath.Join(f.Path(), "pages-5.img")
+			sums := f.follow.finish() // this test is the follower now
+			write(t, path, tc.first)
+			file, err := openIn(f.Path(), "pages-5.img")
+			must(t, err)
+			sum := newPartialSum(file)
+			sums["pages-5.img"] = sum
+			must(t, sum.advance(make([]byte, hashBuffer), func() bool { return false }))
+			must(t, tc.then(path))
+
+			if got := sum.stillTrue(path); got != tc.reused {
+				t.Errorf("stillTrue: %v", got)
+			}
+			must(t, f.Commit(Manifest{}, false))
+			checkSum(t, f.dir, "pages-5.img")
+		})
+	}
+}
+
+// The same with a file that grows while the real follower runs.
+func TestFollower(t *testing.T) {
+	f, err := NewFolder(filepath.Join(t.TempDir(), "[x]*"))
+	must(t, err)
+	fill(t, f.Path())
+	file, err := os.Create(filepath.Join(f.Path(), "pages-5.img"))
+	must(t, err)
+	block := make([]byte, 256<<10)
+	for range 100 {
+		rand.Read(block)
+		_, err := file.Write(block)
+		must(t, err)
+		time.Sleep(time.Millisecond)
+	}
+	must(t, file.Close())
+	must(t, f.Commit(Manifest{}, false))
+	checkSum(t, f.dir, "pages-5.img")
+}
+
+func writeAt(path string, data []byte, off int64) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt(data, off)
+	return errors.Join(err, f.Close())
+}
+
+// checkSum compares a file of a checkpoint with the manifest.
+func checkSum(t *testing.T, dir, name string) {
+	t.Helper()
+	data, err := os.ReadFile(filepath.Join(dir, name))
+	must(t, err)
+	m, err := readManifest(dir)
+	must(t, err)
+	want := sha256.Sum256(data)
+	i := slices.IndexFunc(m.Files, func(f File) bool { return f.Name == name })
+	if i < 0 || m.Files[i].SHA256 != hex.EncodeToString(want[:]) || m.Files[i].Size != int64(len(data)) {
+		t.Errorf("%s: wrong sum or size", name)
+	}
+}
+
+// Discard ends the follower at once and leaves neither goroutine nor descriptor.
+func TestFollowerStops(t *testing.T) {
+	goroutines := runtime.NumGoroutine()
+	descriptors := len(names(t, "/proc/self/fd"))
+	f, err := NewFolder(filepath.Join(t.TempDir(), "c"))
+	must(t, err)
+	fill(t, f.Path())
+	big := filepath.Join(f.Path(), "pages-5.img")
+	write(t, big, nil)
+	must(t, os.Truncate(big, 1<<36)) // takes a minute to hash
+	time.Sleep(5 * followEvery)
+	start := time.Now()
+	must(t, f.Discard())
+	if took := time.Since(start); took > time.Second {
+		t.Errorf("Discard took %v", took)
+	}
+	if n := runtime.NumGoroutine(); n > goroutines {
+		t.Errorf("%d goroutines, were %d", n, goroutines)
+	}
+	if n := len(names(t, "/proc/self/fd")); n > descriptors {
+		t.Errorf("%d descriptors, were %d", n, descriptors)
+	}
+}

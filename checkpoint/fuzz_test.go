@@ -1,0 +1,134 @@
+package checkpoint
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func seeds(f *testing.F, pattern string) {
+	paths, err := filepath.Glob(filepath.Join("testdata", pattern))
+	must(f, err)
+	if len(paths) == 0 {
+		f.Fatal("no seeds")
+	}
+	for _, path := range paths {
+		if strings.Contains(path, "pages-") {
+			continue
+		}
+		data, err := os.ReadFile(path)
+		must(f, err)
+		f.Add(data)
+	}
+}
+
+// A manifest that is accepted is written and read again without a difference.
+func FuzzManifest(f *testing.F) {
+	f.Add([]byte(goodManifest))
+	f.Add([]byte(strings.Replace(goodManifest, `"version":1`, `"version":2`, 1)))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		m, err := decodeManifest(data)
+		if err != nil {
+			return
+		}
+		for _, file := range m.Files {
+			if filepath.Base(file.Name) != file.Name || strings.HasPrefix(file.Name, ".") {
+				t.Fatalf("accepted the name %q", file.Name)
+			}
+		}
+		out, err := m.encode()
+		must(t, err)
+		again, err := decodeManifest(out)
+		if err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		second, err := again.encode()
+		must(t, err)
+		if !bytes.Equal(out, second) {
+			t.Fatalf("%s\n%s", out, second)
+		}
+	})
+}
+
+// Messages lie within the image, whatever their lengths say.
+func FuzzFrames(f *testing.F) {
+	seeds(f, "*/*.img")
+	f.Fuzz(func(t *testing.T, data []byte) {
+		read := func(step func(*frames) (int, error)) {
+			frames, err := newFrames(bytes.NewReader(data), int64(len(data)))
+			if err != nil {
+				return
+			}
+			total := 0
+			for {
+				n, err := step(frames)
+				total += n
+				if total > len(data) {
+					t.Fatalf("%d bytes of messages in %d", total, len(data))
+				}
+				if errors.Is(err, io.EOF) && frames.left != 0 {
+					t.Fatalf("ends with %d bytes left", frames.left)
+				}
+				if err != nil {
+					return
+				}
+			}
+		}
+		read(func(f *frames) (int, error) { msg, err := f.next(); return len(msg), err })
+		read(func(f *frames) (int, error) { return 0, f.skip() })
+	})
+}
+
+// Whatever one of a checkpoint's images holds, Open neither panics nor hangs.
+func FuzzDerive(f *testing.F) {
+	targets := []string{inventoryName, "pstree.img", "core-1.img", "files.img", "pagemap-1.img", "filelocks.img", "tty-info.img"}
+	for i, name := range targets {
+		paths, err := filepath.Glob(filepath.Join("testdata", "*", name))
+		must(f, err)
+		for _, path := range paths {
+			data, err := os.ReadFile(path)
+			must(f, err)
+			f.Add(uint8(i), data)
+		}
+	}
+	dir := realFolder(f, "runc-terminal")
+	write(f, filepath.Join(dir, "filelocks.img"), image(f, "FILE_LOCKS"))
+	f.Fuzz(func(t *testing.T, target uint8, data []byte) {
+		name := targets[int(target)%len(targets)]
+		path := filepath.Join(dir, name)
+		good, err := os.ReadFile(path)
+		must(t, err)
+		defer write(t, path, good)
+		write(t, path, data)
+		img, err := Open(t.Context(), dir)
+		if err != nil {
+			if !strings.HasPrefix(err.Error(), "checkpoint "+dir+": ") {
+				t.Fatal(err)
+			}
+			return
+		}
+		addrs, err := img.EstablishedTCP()
+		if err != nil || img.Options().OpenTCP != (len(addrs) > 0) {
+			t.Fatalf("options %+v, addresses %v, %v", img.Options(), addrs, err)
+		}
+	})
+}
+
+func FuzzLogErrors(f *testing.F) {
+	seeds(f, "logs/*.log")
+	f.Fuzz(func(t *testing.T, data []byte) {
+		lines := logErrors(data, 3)
+		if len(lines) > 3 {
+			t.Fatalf("%d lines", len(lines))
+		}
+		for _, line := range lines {
+			if len(line) > logLine+len("…") || !strings.HasPrefix(line, "Error (") || strings.ContainsAny(line, "\n\r\x00\x1b") {
+				t.Fatalf("%q", line)
+			}
+		}
+	})
+}
