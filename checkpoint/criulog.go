@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -25,7 +26,7 @@ const (
 // restored task, that task's pid, and names the line of CRIU's source.
 //
 //	(00.107297)      1: Error (criu/tty.c:1435): tty: No task found with sid 5
-var logError = regexp.MustCompile(`^(?:\(\d+\.\d+\) *)?(?:\d+: *)?(Error \([^() ]+:\d+\): .*)$`)
+var logError = lazyRegexp(`^(?:\(\d+\.\d+\) *)?(?:\d+: *)?(Error \([^() ]+:\d+\): .*)$`)
 
 // logConsequences are errors that only say that there was another.
 var logConsequences = []string{
@@ -53,7 +54,7 @@ func LogErrors(path string, limit int) []string {
 func logErrors(data []byte, limit int) []string {
 	var causes, consequences []string
 	for line := range bytes.Lines(data) {
-		m := logError.FindSubmatch(bytes.TrimRight(line, "\r\n"))
+		m := logError().FindSubmatch(bytes.TrimRight(line, "\r\n"))
 		if m == nil {
 			continue
 		}
@@ -80,7 +81,14 @@ func logErrors(data []byte, limit int) []string {
 	return causes
 }
 
-var logVersion = regexp.MustCompile(`(?m)^(?:\(\d+\.\d+\) *)?Version: (\d[0-9A-Za-z.+~-]{0,40})(?: |$)`)
+var logVersion = lazyRegexp(`(?m)^(?:\(\d+\.\d+\) *)?Version: (\d[0-9A-Za-z.+~-]{0,40})(?: |$)`)
+
+// lazyRegexp compiles a regular expression at its first use. There is a shim for
+// every pod, and most never need any of them: not their memory, nor the time
+// that they would take at the shim's start.
+func lazyRegexp(expr string) func() *regexp.Regexp {
+	return sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(expr) })
+}
 
 // LogVersion returns the version that CRIU writes at the head of its logs, such
 // as "4.2.1", or "" if there is none.
@@ -89,7 +97,7 @@ func LogVersion(path string) string {
 	if err != nil {
 		return ""
 	}
-	if m := logVersion.FindSubmatch(data); m != nil {
+	if m := logVersion().FindSubmatch(data); m != nil {
 		return string(m[1])
 	}
 	return ""

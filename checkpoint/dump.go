@@ -10,6 +10,7 @@ import (
 
 	runc "github.com/containerd/go-runc"
 	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/process"
 )
@@ -47,43 +48,62 @@ func Dump(ctx context.Context, r DumpRequest) error {
 	if !r.Exit {
 		actions = append(actions, runc.LeaveRunning)
 	}
-	if err := r.Runtime.Checkpoint(ctx, r.Options.dumpOpts(folder.Path(), r.WorkDir), actions...); err != nil {
-		r.recover(ctx)
+	// Of use after init's end too.
+	netns := fmt.Sprintf("/proc/%d/ns/net", r.InitPid)
+	if ns, err := os.Open(netns); err == nil {
+		defer ns.Close()
+		netns = fmt.Sprintf("/proc/self/fd/%d", ns.Fd())
+	}
+	// A request whose time has run out ends CRIU, though not at any moment.
+	callCtx, kill := context.WithCancel(context.WithoutCancel(ctx))
+	defer kill()
+	defer context.AfterFunc(ctx, func() {
+		r.settle()
+		kill()
+	})()
+	err = r.Runtime.Checkpoint(callCtx, r.Options.dumpOpts(folder.Path(), r.WorkDir), actions...)
+	if err != nil && r.Exit && finished(r.logPath()) {
+		// CRIU was killed while it killed the container, of which this is now
+		// all there is.
+		log.G(ctx).WithError(err).WithField("container", r.Container.ID).Warn("CRIU ended after it had written everything")
+		err = nil
+		if kerr := r.Runtime.Kill(context.WithoutCancel(ctx), unix.SIGKILL, true); kerr != nil {
+			log.G(ctx).WithError(kerr).WithField("container", r.Container.ID).Warn("kill a container that was dumped")
+		}
+	}
+	if err != nil {
+		r.rescue(ctx, netns)
 		if derr := folder.Discard(); derr != nil {
 			log.G(ctx).WithError(derr).Warn("remove an unfinished checkpoint")
 		}
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
-		return criuError("checkpoint", r.Container.ID, err, filepath.Join(r.WorkDir, "dump.log"))
+		return criuError("checkpoint", r.Container.ID, err, r.logPath())
 	}
 	// CRIU gives back the state it found; with Exit that may be frozen, and a
 	// frozen process does not die.
 	if r.Exit || !r.Paused {
 		r.thaw(ctx)
 	}
+	// It leaves a network namespace locked that outlives the container, so that
+	// no answer of the kernel's ends a connection before the restore. Without
+	// connections, that would only harm who shares the namespace.
+	if r.Exit && !r.Options.OpenTCP {
+		r.unlock(ctx, netns)
+	}
 	return folder.Commit(Manifest{
 		Container:  r.Container,
 		Options:    r.Options,
 		Exit:       r.Exit,
 		TerminalIO: r.TerminalIO,
-		CRIU:       LogVersion(filepath.Join(r.WorkDir, "dump.log")),
+		CRIU:       LogVersion(r.logPath()),
 		Runtime:    Runtime{Name: filepath.Base(r.Runtime.Name()), Version: r.Runtime.Version(ctx)},
 	}, r.Durable)
 }
 
-// recover gives the container back what a CRIU that was killed in the middle
-// could not.
-func (r *DumpRequest) recover(ctx context.Context) {
-	if !r.Paused {
-		r.thaw(ctx)
-	}
-	if r.Options.OpenTCP {
-		if err := unlockNetwork(fmt.Sprintf("/proc/%d/ns/net", r.InitPid), r.InitPid); err != nil {
-			log.G(ctx).WithError(err).Error("remove CRIU's network lock after a failed checkpoint")
-		}
-	}
-}
+// logPath is that of CRIU's log.
+func (r *DumpRequest) logPath() string { return filepath.Join(r.WorkDir, "dump.log") }
 
 func (r *DumpRequest) thaw(ctx context.Context) {
 	if r.Cgroup == nil {

@@ -175,6 +175,9 @@ func (f *Folder) Commit(m Manifest, durable bool) error {
 func (f *Folder) commit(m Manifest, durable bool) error {
 	sums := f.follow.finish()
 	defer closeSums(sums)
+	if err := repairTimers(f.Path()); err != nil {
+		return err
+	}
 	files, err := f.written()
 	if err != nil {
 		return err

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"regexp"
 	"time"
 )
 
@@ -98,7 +97,7 @@ func decodeManifest(data []byte) (*Manifest, error) {
 	return &m, nil
 }
 
-var sha256Hex = regexp.MustCompile(`^[0-9a-f]{64}$`)
+var sha256Hex = lazyRegexp(`^[0-9a-f]{64}$`)
 
 // check looks at each value by itself; image.go compares them with the folder.
 func (m *Manifest) check() error {
@@ -120,7 +119,7 @@ func (m *Manifest) check() error {
 			return fmt.Errorf("files[%d]: %s is listed twice", i, f.Name)
 		case f.Size < 0:
 			return fmt.Errorf("files[%d]: %s has size %d", i, f.Name, f.Size)
-		case !sha256Hex.MatchString(f.SHA256):
+		case !sha256Hex().MatchString(f.SHA256):
 			return fmt.Errorf("files[%d]: %s has no valid sha256", i, f.Name)
 		}
 		seen[f.Name] = true

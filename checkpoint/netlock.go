@@ -5,25 +5,23 @@ import (
 	"errors"
 	"fmt"
 	"os/exec"
+	"slices"
 	"strings"
 
 	runc "github.com/containerd/go-runc"
 	"github.com/google/nftables"
 )
 
-// unlockNetwork removes the rules with which CRIU keeps packets from a
-// container's TCP connections while it works, from the network namespace at
-// path. CRIU removes them itself unless it is killed. pid is init's at the time
-// of the dump.
-func unlockNetwork(path string, pid int) error {
-	return inNetworkNamespace(path, func() error {
-		return errors.Join(unlockNFT(pid), unlockIPTables("iptables"), unlockIPTables("ip6tables"))
-	})
+// unlockNetwork removes CRIU's rules from the network namespace that the calling
+// thread is in.
+func unlockNetwork(ids []string) error {
+	return errors.Join(unlockNFT(ids), unlockIPTables("iptables"), unlockIPTables("ip6tables"))
 }
 
 // unlockNFT removes the nftables table that CRIU makes for a dump. Its name has
-// init's pid, so another container's, in a namespace that both share, stays.
-func unlockNFT(pid int) error {
+// CRIU's run ID, before CRIU 4.1 init's pid, so another container's, in a
+// namespace that both share, stays.
+func unlockNFT(ids []string) error {
 	conn, err := nftables.New()
 	if err != nil {
 		return fmt.Errorf("nftables: %w", err)
@@ -33,7 +31,7 @@ func unlockNFT(pid int) error {
 		return nil // a kernel without nftables, which CRIU then did not use
 	}
 	for _, t := range tables {
-		if t.Name == fmt.Sprintf("CRIU-%d", pid) {
+		if id, ok := strings.CutPrefix(t.Name, "CRIU-"); ok && slices.Contains(ids, id) {
 			conn.DelTable(t)
 		}
 	}

@@ -2,7 +2,6 @@ package checkpoint
 
 import (
 	"fmt"
-	"regexp"
 	"slices"
 )
 
@@ -28,7 +27,7 @@ type Options struct {
 }
 
 var (
-	namespaceKind = regexp.MustCompile(`^[a-z]{1,16}$`)
+	namespaceKind = lazyRegexp(`^[a-z]{1,16}$`)
 	cgroupsModes  = []string{"", "soft", "full", "strict", "ignore"}
 )
 
@@ -36,7 +35,7 @@ var (
 // up on the command line of a runtime.
 func (o *Options) check() error {
 	for _, ns := range o.EmptyNamespaces {
-		if !namespaceKind.MatchString(ns) {
+		if !namespaceKind().MatchString(ns) {
 			return fmt.Errorf("options.empty_namespaces: %.40q is no kind of namespace", ns)
 		}
 	}

@@ -90,16 +90,28 @@ func inNetworkNamespace(path string, fn func() error) error {
 		return err
 	}
 	defer ns.Close()
-	done := make(chan error, 1)
-	go func() {
-		// Never unlocked: the thread is in the wrong namespace, and ends
-		// with the goroutine.
+	done := make(chan struct{})
+	var enter func()
+	enter = func() {
 		runtime.LockOSThread()
-		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
-			done <- fmt.Errorf("enter %s: %w", path, err)
+		if unix.Gettid() == os.Getpid() {
+			// The main thread never ends, so it must stay where it is. While
+			// it is taken here, it cannot be another goroutine's.
+			defer runtime.UnlockOSThread()
+			go enter()
+			<-done
 			return
 		}
-		done <- fn()
-	}()
-	return <-done
+		// Not unlocked: the thread is in the wrong namespace, and ends with
+		// the goroutine.
+		defer close(done)
+		if err = unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
+			err = fmt.Errorf("enter %s: %w", path, err)
+			return
+		}
+		err = fn()
+	}
+	go enter()
+	<-done
+	return err
 }

@@ -146,7 +146,7 @@ func (j *journal) add(e taskEvent) {
 // sync returns when all events have been recorded that containerd has got.
 func (j *journal) sync(ctx context.Context) {
 	j.t.Helper()
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
 	for n := 0; ; n++ {
 		// Again and again, for the subscription is made behind our back.
@@ -463,18 +463,43 @@ func (s *scene) shim(c *stack.Container) (taskapi.TTRPCTaskService, int) {
 	return shim, int(r.ShimPid)
 }
 
-// children returns the children of a process whose command line has the word.
+// inside waits until the shim runs all of the functions, one goroutine each.
+func (s *scene) inside(shim int, functions ...string) {
+	s.t.Helper()
+	const begin, end = "=== BEGIN goroutine stack dump ===", "=== END goroutine stack dump ==="
+	for range 200 {
+		before := strings.Count(s.Logs(), end)
+		s.must("ask for the shim's stacks", syscall.Kill(shim, syscall.SIGUSR1))
+		s.Poll(s.ctx, "the shim's stacks", func() bool { return strings.Count(s.Logs(), end) > before })
+		logs := s.Logs()
+		dump := logs[strings.LastIndex(logs, begin):]
+		ok := true
+		for _, f := range functions {
+			i := strings.Index(dump, f+"(")
+			if ok = i >= 0; !ok {
+				break
+			}
+			dump = dump[i+1:]
+		}
+		if ok {
+			return
+		}
+	}
+	s.t.Fatalf("the shim is not inside %v", functions)
+}
+
+// children returns the children of a process whose command lines have the word.
 func children(pid int, word string) []int {
 	var found []int
-	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
-	for _, t := range tasks {
-		b, _ := os.ReadFile(t)
-		for f := range strings.FieldsSeq(string(b)) {
-			child, _ := strconv.Atoi(f)
-			args, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", child))
-			if strings.Contains("\x00"+string(args), "\x00"+word+"\x00") {
-				found = append(found, child)
-			}
+	// The kernel's own list of children may lack some.
+	all, _ := filepath.Glob("/proc/[0-9]*")
+	for _, dir := range all {
+		stat, _ := os.ReadFile(filepath.Join(dir, "stat"))
+		_, fields, _ := strings.Cut(string(stat), ") ")
+		args, _ := os.ReadFile(filepath.Join(dir, "cmdline"))
+		if f := strings.Fields(fields); len(f) > 1 && f[1] == strconv.Itoa(pid) && strings.Contains(string(args), "\x00"+word+"\x00") {
+			child, _ := strconv.Atoi(filepath.Base(dir))
+			found = append(found, child)
 		}
 	}
 	return found
@@ -611,9 +636,11 @@ func TestHungExec(t *testing.T) {
 	hung := s.exec(c, "hung", "true")
 	start := s.hold("exec", stack.Before, func() error { return hung.Start(s.ctx) })
 	// Only this one: it does not see that the others are released.
-	for _, pid := range children(shim, "exec") {
-		s.must("stop the runtime", syscall.Kill(pid, syscall.SIGSTOP))
+	runtimes := children(shim, "exec")
+	if len(runtimes) != 1 {
+		t.Fatalf("the shim runs %d execs", len(runtimes))
 	}
+	s.must("stop the runtime", syscall.Kill(runtimes[0], syscall.SIGSTOP))
 	s.f.Release("exec", stack.Before)
 	if out := c.Exec(s.ctx, "echo", "hi"); out != "hi\n" {
 		t.Errorf("another exec printed %q", out)
@@ -631,15 +658,21 @@ func TestHungExec(t *testing.T) {
 func TestDeleteOfStartingExec(t *testing.T) {
 	s := newScene(t, stack.Options{})
 	c := s.running("c")
-	shim, _ := s.shim(c)
+	shim, shimPid := s.shim(c)
 	p := s.exec(c, "e", "sleep", "1000")
 	exit, err := p.Wait(s.ctx)
 	s.must("wait", err)
 	start := s.hold("exec", stack.After, func() error { return p.Start(s.ctx) })
-	if _, err := shim.Delete(s.ctx, &taskapi.DeleteRequest{ID: "c", ExecID: "e"}); err == nil {
+	deleted := make(chan error, 1)
+	go func() {
+		_, err := shim.Delete(s.ctx, &taskapi.DeleteRequest{ID: "c", ExecID: "e"})
+		deleted <- err
+	}()
+	s.inside(shimPid, "Service).Delete")
+	s.must("start", start.release())
+	if err := <-deleted; err == nil {
 		t.Error("an exec was deleted while it was being started")
 	}
-	s.must("start", start.release())
 	s.must("kill", p.Kill(s.ctx, syscall.SIGKILL))
 	if status := <-exit; status.ExitCode() != 137 {
 		t.Errorf("exit code %d, want 137", status.ExitCode())
@@ -654,20 +687,15 @@ func TestDeleteOfStartingExec(t *testing.T) {
 func TestWaitEndsWithDelete(t *testing.T) {
 	s := newScene(t, stack.Options{})
 	c := s.running("c")
-	shim, _ := s.shim(c)
+	shim, shimPid := s.shim(c)
+	// Besides containerd, which waits for init.
 	wait := func(id, exec string) *heldCall {
-		// Only if it waits does it see the exec.
 		h := &heldCall{s: s, what: "wait", done: make(chan error, 1)}
-		ready := make(chan struct{})
 		go func() {
-			close(ready)
 			_, err := shim.Wait(s.ctx, &taskapi.WaitRequest{ID: id, ExecID: exec})
-			if errdefs.IsNotFound(native(err)) {
-				err = nil // it came too late
-			}
 			h.done <- err
 		}()
-		<-ready
+		s.inside(shimPid, "Service).Wait", "Service).Wait")
 		return h
 	}
 	s.exec(c, "deleted", "true")
@@ -703,6 +731,26 @@ func TestShutdownWithExits(t *testing.T) {
 	s.gone(shim)
 	s.clean(c)
 	s.must("delete", c.Container.Delete(s.ctx, client.WithSnapshotCleanup))
+}
+
+// TestShutdownInDelete asks a shim to end while its last container is being
+// deleted, and not again.
+func TestShutdownInDelete(t *testing.T) {
+	s := newScene(t, stack.Options{})
+	s.crashes = true // for containerd knows nothing of it
+	c := s.running("c")
+	c.Kill(s.ctx, syscall.SIGKILL)
+	shim, pid := s.shim(c)
+	deletion := s.hold("delete", stack.Before, func() error {
+		_, err := shim.Delete(s.ctx, &taskapi.DeleteRequest{ID: "c"})
+		return err
+	})
+	_, err := shim.Shutdown(s.ctx, &taskapi.ShutdownRequest{ID: "c"})
+	s.must("shutdown", err)
+	deletion.waiting()
+	s.must("delete", deletion.release())
+	s.gone(pid)
+	s.clean(c)
 }
 
 // TestRestoredInitDies has a restored init die before the runtime says that it
@@ -747,10 +795,13 @@ func TestFailedRestore(t *testing.T) {
 			s.f.Clear("restore")
 			s.Kill9()
 			s.Restart()
-			c.Load(s.ctx)
-			s.must("restore again", c.Task.Start(s.ctx))
-			s.end(c)
+			task, err := c.Container.Task(s.ctx, nil)
+			s.must("load", err)
+			_, err = task.Delete(s.ctx)
+			s.must("delete", err)
 			s.gone(pid)
+			c.Restore(s.ctx, dir)
+			s.end(c)
 		})
 	}
 }
@@ -893,38 +944,28 @@ func TestTwoDeletes(t *testing.T) {
 	group := oci.WithAnnotations(map[string]string{"io.containerd.runc.v2.group": "g"})
 	other := s.running("other", group)
 	c := s.running("c", group)
-	shim, _ := s.shim(c)
+	shim, shimPid := s.shim(c)
 	c.Kill(s.ctx, syscall.SIGKILL)
-	deleteIt := func() error {
-		r, err := shim.Delete(s.ctx, &taskapi.DeleteRequest{ID: "c"})
-		if err == nil && r.ExitStatus != 137 {
-			return fmt.Errorf("exit status %d", r.ExitStatus)
-		}
+	first := s.hold("delete", stack.Before, func() error {
+		_, err := c.Task.Delete(s.ctx)
 		return err
-	}
-	first := s.hold("delete", stack.Before, deleteIt)
+	})
 	second := make(chan error, 1)
-	go func() { second <- deleteIt() }()
-	err := first.release()
-	errs := []error{err, <-second}
-	if ok := slices.Index(errs, nil); ok < 0 || !errdefs.IsNotFound(native(errs[1-ok])) {
-		t.Errorf("two deletes: %v; want one not to find it", errs)
+	go func() {
+		_, err := shim.Delete(s.ctx, &taskapi.DeleteRequest{ID: "c"})
+		second <- err
+	}()
+	s.inside(shimPid, "Service).Delete", "Service).Delete")
+	s.must("delete", first.release())
+	if err := <-second; !errdefs.IsNotFound(native(err)) {
+		t.Errorf("second delete: %v, want not found", err)
 	}
-	s.waitFor(s.ctx, "delete", "c", "")
-	s.clean2(c)
+	s.must("delete", c.Container.Delete(s.ctx, client.WithSnapshotCleanup))
+	s.end(other)
+	s.waitFor(s.ctx, "delete", "other", "")
 	if n := len(s.of("delete", "c")); n != 1 {
 		t.Errorf("%d delete events", n)
 	}
-	s.end(other)
-}
-
-// clean2 has containerd forget a container that was deleted behind its back.
-func (s *scene) clean2(c *stack.Container) {
-	s.t.Helper()
-	if _, err := c.Task.Delete(s.ctx); err != nil && !errdefs.IsNotFound(err) {
-		s.t.Fatalf("delete: %v", err)
-	}
-	s.must("delete", c.Container.Delete(s.ctx, client.WithSnapshotCleanup))
 }
 
 // TestTwoStarts starts init, and an exec, twice at once.

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	eventsapi "github.com/containerd/containerd/api/events"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
@@ -19,8 +20,6 @@ import (
 	"github.com/containerd/containerd/v2/core/events"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/pkg/oci"
-	"github.com/containerd/errdefs"
-	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/ttrpc"
 	"github.com/containerd/typeurl/v2"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -53,7 +52,10 @@ func startShim(t *testing.T, opts stack.Options) *taskShim {
 	if err := anchor.Create(s.Ctx()); err != nil {
 		t.Fatal(err)
 	}
-	return &taskShim{dialShim(t, anchor), t, s, s.Ctx(), anchor}
+	// A call that hangs shall be known by name.
+	ctx, cancel := context.WithTimeout(s.Ctx(), time.Minute)
+	t.Cleanup(cancel)
+	return &taskShim{dialShim(t, anchor), t, s, ctx, anchor}
 }
 
 // dialShim connects to the shim of a container's task.
@@ -63,6 +65,8 @@ func dialShim(t *testing.T, c *stack.Container) taskapi.TTRPCTaskService {
 	data, err := os.ReadFile(filepath.Join(c.Bundle(), "bootstrap.json"))
 	if err == nil {
 		err = json.Unmarshal(data, &params)
+	} else if data, err = os.ReadFile(filepath.Join(c.Bundle(), "address")); err == nil {
+		params.Address = string(data) // containerd 1.x
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -175,10 +179,7 @@ func code(err error) string {
 	return status.Code(err).String()
 }
 
-// isInvalid tells whether an error off the wire is an invalid argument.
-func isInvalid(err error) bool { return errdefs.IsInvalidArgument(errgrpc.ToNative(err)) }
-
-// tasksEvents collects the task events of a stack.
+// taskEvents collects the task events of a stack.
 type taskEvents struct {
 	s  *stack.Stack
 	mu sync.Mutex
@@ -231,6 +232,28 @@ func (e *taskEvents) waitFor(ctx context.Context, topic string, n int) {
 		}
 		return seen >= n
 	})
+}
+
+// containerEvent is what the messages of all topics have in common.
+type containerEvent interface {
+	proto.Message
+	GetContainerID() string
+}
+
+// topics are those of a container's events, in short.
+func topics(t *testing.T, watch *taskEvents, id string) string {
+	t.Helper()
+	var found []string
+	for _, e := range watch.get() {
+		v, err := typeurl.UnmarshalAny(e.Event)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if v.(containerEvent).GetContainerID() == id {
+			found = append(found, strings.TrimPrefix(e.Topic, "/tasks/"))
+		}
+	}
+	return strings.Join(found, " ")
 }
 
 // normal makes messages of two stacks comparable: it leaves out what differs
@@ -291,4 +314,47 @@ func (n *normal) value(key string, v any) any {
 		return fifoDir.ReplaceAllString(v, "/fifo/N/")
 	}
 	return v
+}
+
+// shimPid returns the pid of the shim that serves a container's task.
+func shimPid(t *testing.T, c *stack.Container) int {
+	t.Helper()
+	ns, id := filepath.Base(filepath.Dir(c.Bundle())), c.ID()
+	resp, err := dialShim(t, c).Connect(namespaces.WithNamespace(t.Context(), ns), &taskapi.ConnectRequest{ID: id})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return int(resp.ShimPid)
+}
+
+// shimPath returns the program of a container's shim: of its init's parent.
+func shimPath(t *testing.T, c *stack.Container) string {
+	t.Helper()
+	path, err := os.Readlink(fmt.Sprintf("/proc/%s/exe", procField(t, int(c.Task.Pid()), "PPid")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// procField returns a field of a process's /proc/<pid>/status.
+func procField(t *testing.T, pid int, name string) string {
+	t.Helper()
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(data)) {
+		if value, ok := strings.CutPrefix(line, name+":"); ok {
+			return strings.TrimSpace(value)
+		}
+	}
+	t.Fatalf("process %d has no %s", pid, name)
+	return ""
+}
+
+// readCgroup reads a file of a container's cgroup of version 1.
+func readCgroup(s *stack.Stack, controller, name, file string) (string, error) {
+	data, err := os.ReadFile(filepath.Join("/sys/fs/cgroup", controller, s.CgroupPath(name), file))
+	return strings.TrimSpace(string(data)), err
 }

@@ -110,6 +110,15 @@ func (c *Cgroup) Frozen() (bool, error) {
 	return s != "THAWED" && s != "0", nil
 }
 
+// Freeze has the kernel stop the group's processes. It does not wait for them.
+func (c *Cgroup) Freeze() error {
+	name, value := "freezer.state", "FROZEN"
+	if c.v2 != nil {
+		name, value = "cgroup.freeze", "1"
+	}
+	return os.WriteFile(filepath.Join(c.freezer, name), []byte(value), 0)
+}
+
 // Thaw lets the group's processes run.
 func (c *Cgroup) Thaw() error {
 	if c.v2 != nil {

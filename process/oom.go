@@ -2,12 +2,14 @@ package process
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 	"unsafe"
 
 	"github.com/containerd/cgroups/v3/cgroup1"
@@ -16,7 +18,9 @@ import (
 )
 
 // WatchOOM calls notify each time the kernel kills a process of the group for
-// lack of memory, until stop is called or the group is gone.
+// lack of memory, until stop is called or the group is gone. What the kernel has
+// done before stop, notify is told of before stop returns: a process killed for
+// lack of memory is known to be when its exit is.
 func (c *Cgroup) WatchOOM(notify func()) (stop func(), err error) {
 	if c.v2 != nil {
 		return watchMemoryEvents(filepath.Join(c.memory, "memory.events"), notify)
@@ -37,20 +41,47 @@ func (c *Cgroup) watchEventfd(notify func()) (func(), error) {
 		return nil, err
 	}
 	f := os.NewFile(fd, "oom-eventfd")
+	done := make(chan struct{})
 	go func() {
+		defer close(done)
 		defer f.Close()
 		count := make([]byte, 8)
 		for {
-			if _, err := f.Read(count); err != nil {
+			_, err := f.Read(count)
+			stopped := errors.Is(err, os.ErrDeadlineExceeded)
+			if err != nil && (!stopped || !readable(f, count)) {
 				return
 			}
 			if _, err := os.Stat(c.memory); err != nil {
 				return // removed
 			}
 			notify()
+			if stopped {
+				return
+			}
 		}
 	}()
-	return func() { f.Close() }, nil
+	return func() {
+		_ = f.SetReadDeadline(time.Now())
+		<-done
+	}, nil
+}
+
+// readable reads what there is, past the file's deadline and without waiting.
+func readable(f *os.File, buf []byte) bool {
+	if err := f.SetReadDeadline(time.Time{}); err != nil {
+		return false
+	}
+	conn, err := f.SyscallConn()
+	if err != nil {
+		return false
+	}
+	n := 0
+	err = conn.Read(func(fd uintptr) bool {
+		n, _ = unix.Read(int(fd), buf)
+		return true
+	})
+	return err == nil && n > 0
 }
 
 // memoryEvents is the shim's one inotify instance: the kernel allows few of
@@ -89,6 +120,7 @@ func watchMemoryEvents(path string, notify func()) (func(), error) {
 	killed, _ := oomKills(path)
 	m.watches[wd] = &memoryWatch{path: path, killed: killed, notify: notify}
 	return func() {
+		memoryModified(wd, 0)
 		m.Lock()
 		defer m.Unlock()
 		if _, ok := m.watches[wd]; ok {

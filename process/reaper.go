@@ -1,6 +1,7 @@
 package process
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -39,6 +40,18 @@ func (c *Child) Done() <-chan struct{} { return c.done }
 func (c *Child) Exit() Exit {
 	<-c.done
 	return c.exit
+}
+
+// Exited tells whether the process has exited, even if its SIGCHLD is still on
+// its way.
+func (c *Child) Exited() bool {
+	c.reaper.reap()
+	select {
+	case <-c.done:
+		return true
+	default:
+		return false
+	}
 }
 
 // Signal sends sig to the process, and to no other: a pid cannot be given to
@@ -183,6 +196,62 @@ func (r *Reaper) Command(cmd *exec.Cmd) (*Child, error) {
 	return r.register(cmd.Process.Pid), nil
 }
 
+// orphanInterval is how often the group of a command is looked at.
+const orphanInterval = time.Second
+
+// seeThrough waits for a command to exit. If it leads a process group and fails,
+// the rest of the group is gone too on return: what CRIU had begun, such as a
+// call of iptables, must not end later than CRIU. And a CRIU that was killed may
+// leave a child of its own which waits for it forever, and the runtime for that.
+func (r *Reaper) seeThrough(cmd *exec.Cmd, child *Child) Exit {
+	if cmd.SysProcAttr == nil || !cmd.SysProcAttr.Setpgid {
+		return child.Exit()
+	}
+	look := time.NewTicker(orphanInterval)
+	defer look.Stop()
+	for {
+		select {
+		case <-look.C:
+			r.killGroup(child.Pid, isCRIU)
+			continue
+		case <-child.Done():
+		}
+		exit := child.Exit()
+		if exit.Status != 0 {
+			_ = retry(func() error {
+				if n := r.killGroup(child.Pid, nil); n > 0 {
+					return fmt.Errorf("%d processes are left", n)
+				}
+				return nil
+			})
+		}
+		return exit
+	}
+}
+
+// killGroup kills the processes of a group that have become children of this
+// one, because their parents have died, save for its leader; only those for which
+// also returns true, if it is not nil. It returns their number.
+func (r *Reaper) killGroup(group int, also func(pid int) bool) (n int) {
+	// Nothing is reaped meanwhile, so their pids stay theirs.
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, pid := range children() {
+		if g, err := unix.Getpgid(pid); err != nil || g != group || pid == group || also != nil && !also(pid) {
+			continue
+		}
+		_ = unix.Kill(pid, unix.SIGKILL)
+		n++
+	}
+	return n
+}
+
+// isCRIU tells whether a process is CRIU as runtimes start it, or a child of it.
+func isCRIU(pid int) bool {
+	args, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	return bytes.Contains(args, []byte("\x00swrk\x00"))
+}
+
 // The rest makes Reaper go-runc's process monitor, so that it collects the
 // runtime's own processes too.
 var _ runc.ProcessMonitor = (*Reaper)(nil)
@@ -195,7 +264,7 @@ func (r *Reaper) Start(cmd *exec.Cmd) (chan runc.Exit, error) {
 	}
 	exits := make(chan runc.Exit, 1)
 	go func() {
-		exit := child.Exit()
+		exit := r.seeThrough(cmd, child)
 		exits <- runc.Exit{Pid: exit.Pid, Status: exit.Status, Timestamp: exit.At}
 	}()
 	return exits, nil
@@ -215,7 +284,7 @@ func (r *Reaper) StartLocked(cmd *exec.Cmd) (chan runc.Exit, error) {
 		if err != nil {
 			return
 		}
-		exit := child.Exit()
+		exit := r.seeThrough(cmd, child)
 		exits <- runc.Exit{Pid: exit.Pid, Status: exit.Status, Timestamp: exit.At}
 	}()
 	if err := <-started; err != nil {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/containerd/console"
@@ -320,10 +321,64 @@ func (p *IO) Close() {
 
 var buffers = sync.Pool{New: func() any { b := make([]byte, 16<<10); return &b }}
 
-// copyBuffer is io.Copy with a pooled buffer. The wrappers hide ReadFrom and
-// WriteTo, which would allocate one of their own per stream.
+// copyBuffer is io.Copy with a pooled buffer, which it has only while there is
+// something to copy: most streams are silent most of the time.
 func copyBuffer(to io.Writer, from io.Reader) {
-	b := buffers.Get().(*[]byte)
-	defer buffers.Put(b)
-	_, _ = io.CopyBuffer(struct{ io.Writer }{to}, struct{ io.Reader }{from}, *b)
+	read := readerOf(from)
+	for {
+		b, n, err := read()
+		if n > 0 {
+			if _, werr := to.Write((*b)[:n]); werr != nil {
+				err = werr
+			}
+		}
+		if b != nil {
+			buffers.Put(b)
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// readerOf returns a function that reads into one of buffers. If it can, it
+// takes that only when there is something to read.
+func readerOf(from io.Reader) func() (b *[]byte, n int, err error) {
+	var conn syscall.RawConn
+	if file, ok := from.(syscall.Conn); ok {
+		conn, _ = file.SyscallConn()
+	}
+	if conn == nil {
+		return func() (*[]byte, int, error) {
+			b := buffers.Get().(*[]byte)
+			n, err := from.Read(*b)
+			return b, n, err
+		}
+	}
+	return func() (b *[]byte, n int, err error) {
+		waited := conn.Read(func(fd uintptr) (done bool) {
+			b = buffers.Get().(*[]byte)
+			for {
+				n, err = unix.Read(int(fd), *b)
+				if err != unix.EINTR {
+					break
+				}
+			}
+			if err == unix.EAGAIN {
+				buffers.Put(b)
+				b = nil
+				return false
+			}
+			return true
+		})
+		switch {
+		case waited != nil: // closed
+			return b, 0, waited
+		case err != nil:
+			return b, 0, err
+		case n == 0:
+			return b, 0, io.EOF
+		}
+		return b, n, nil
+	}
 }

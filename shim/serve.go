@@ -26,6 +26,8 @@ const (
 	drainTimeout = 5 * time.Second
 	// trimDelay is how long the shim must be idle to give memory back.
 	trimDelay = 5 * time.Second
+	// trimBytes is how much it must have allocated for that to be worth it.
+	trimBytes = 256 << 10
 )
 
 // serve is the shim: it serves until its service or a signal ends it.
@@ -79,7 +81,7 @@ func serveOn(l net.Listener, f flags, rt Runtime, stop *shutdown, leave func()) 
 	if err != nil {
 		return fmt.Errorf("make the task service: %w", err)
 	}
-	requests := newRequests()
+	requests := &requests{trim: newTrimmer()}
 	server, err := ttrpc.NewServer(
 		ttrpc.WithServerHandshaker(ttrpc.UnixSocketRequireSameUser()),
 		ttrpc.WithUnaryServerInterceptor(requests.intercept),
@@ -196,10 +198,38 @@ func stacks() []byte {
 }
 
 // setMemory trades time for memory: there is a shim for every pod, and it is
-// idle most of the time.
+// idle most of the time. The heap of one that is left alone stays below the
+// minimum at which the collector starts, which is 4 MB times the percentage.
 func setMemory() {
-	debug.SetGCPercent(40)
+	debug.SetGCPercent(50)
 	runtime.GOMAXPROCS(2)
+}
+
+// trimmer gives memory back when the shim falls idle.
+type trimmer struct {
+	timer *time.Timer
+	total uint64 // bytes allocated ever, when it last looked
+}
+
+func newTrimmer() *trimmer {
+	t := &trimmer{}
+	t.timer = time.AfterFunc(trimDelay, t.trim)
+	return t
+}
+
+// used tells that the shim is not idle.
+func (t *trimmer) used() { t.timer.Reset(trimDelay) }
+
+func (t *trimmer) trim() {
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	// The first collections cost about 1 MB for good, in the runtime's own
+	// tables: more than they free of a heap that never filled.
+	if m.NumGC == 0 || m.TotalAlloc-t.total < trimBytes {
+		return
+	}
+	t.total = m.TotalAlloc
+	debug.FreeOSMemory()
 }
 
 // shutdown is a request to end, made once or more.
@@ -212,21 +242,17 @@ func newShutdown() *shutdown { return &shutdown{requested: make(chan struct{})} 
 
 func (s *shutdown) request() { s.once.Do(func() { close(s.requested) }) }
 
-// requests counts the requests under way and gives memory back after them.
+// requests counts the requests under way.
 type requests struct {
 	active atomic.Int64
-	trim   *time.Timer
-}
-
-func newRequests() *requests {
-	return &requests{trim: time.AfterFunc(trimDelay, debug.FreeOSMemory)}
+	trim   *trimmer
 }
 
 func (r *requests) intercept(ctx context.Context, unmarshal ttrpc.Unmarshaler, _ *ttrpc.UnaryServerInfo, method ttrpc.Method) (any, error) {
 	r.active.Add(1)
 	defer func() {
 		r.active.Add(-1)
-		r.trim.Reset(trimDelay)
+		r.trim.used()
 	}()
 	return method(ctx, unmarshal)
 }

@@ -38,30 +38,75 @@ func (b bundle) rootfs() string { return b.path("rootfs") }
 // workDir is where CRIU works unless the caller says where.
 func (b bundle) workDir() string { return b.path("work") }
 
+// dumpDir is where CRIU works in a dump unless the caller says where.
+func (b bundle) dumpDir() string { return filepath.Join(b.workDir(), "checkpoint") }
+
 // maxSpec bounds config.json, in bytes. containerd's gRPC messages, one of which
 // brought it, end at 16 MiB.
 const maxSpec = 16 << 20
 
-// spec reads config.json, and its digest.
-func (b bundle) spec() (*specs.Spec, digest.Digest, error) {
+// config is what every shim needs to know of config.json. specs.Spec is only
+// decoded where it has to be: encoding/json keeps 150 KB of what it learns about
+// that type for good.
+type config struct {
+	Process *struct {
+		Terminal bool `json:"terminal"`
+	} `json:"process"`
+	Linux *struct {
+		CgroupsPath string                 `json:"cgroupsPath"`
+		Namespaces  []specs.LinuxNamespace `json:"namespaces"`
+	} `json:"linux"`
+}
+
+// hasTerminal tells whether init is to have one.
+func (c *config) hasTerminal() bool { return c.Process != nil && c.Process.Terminal }
+
+// sharesPIDs tells whether the container lacks a pid namespace of its own, so
+// that its processes outlive its init.
+func (c *config) sharesPIDs() bool {
+	if c.Linux != nil {
+		for _, ns := range c.Linux.Namespaces {
+			if ns.Type == specs.PIDNamespace {
+				return ns.Path != ""
+			}
+		}
+	}
+	return true
+}
+
+// config reads config.json, and its digest.
+func (b bundle) config() (*config, digest.Digest, error) {
+	c := &config{}
+	data, err := b.readConfig(c)
+	return c, digest.FromBytes(data), err
+}
+
+// spec reads all of config.json.
+func (b bundle) spec() (*specs.Spec, error) {
+	spec := &specs.Spec{}
+	_, err := b.readConfig(spec)
+	return spec, err
+}
+
+// readConfig decodes config.json into v, and returns its bytes.
+func (b bundle) readConfig(v any) ([]byte, error) {
 	st, err := os.Stat(b.path("config.json"))
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return nil, "", invalid("bundle %s holds no config.json", b)
+		return nil, invalid("bundle %s holds no config.json", b)
 	case err != nil:
-		return nil, "", err
+		return nil, err
 	case st.Size() > maxSpec:
-		return nil, "", invalid("bundle %s: config.json is larger than %d bytes", b, maxSpec)
+		return nil, invalid("bundle %s: config.json is larger than %d bytes", b, maxSpec)
 	}
 	data, err := os.ReadFile(b.path("config.json"))
 	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
-	spec := &specs.Spec{}
-	if err := json.Unmarshal(data, spec); err != nil {
-		return nil, "", invalid("bundle %s: config.json: %v", b, err)
+	if err := json.Unmarshal(data, v); err != nil {
+		return nil, invalid("bundle %s: config.json: %v", b, err)
 	}
-	return spec, digest.FromBytes(data), nil
+	return data, nil
 }
 
 func (b bundle) writeOptions(opts *options.Options) error {

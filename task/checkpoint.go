@@ -2,7 +2,6 @@ package task
 
 import (
 	"context"
-	"path/filepath"
 
 	"github.com/containerd/containerd/api/events"
 	"github.com/containerd/containerd/api/types/runc/options"
@@ -31,7 +30,7 @@ func (c *container) checkpoint(ctx context.Context, dir string, opts *options.Ch
 	if workDir == "" {
 		// Not below dir: containerd removes that after a failure, and the
 		// log is what explains it.
-		workDir = filepath.Join(c.bundle.workDir(), "checkpoint")
+		workDir = c.bundle.dumpDir()
 	}
 	err = checkpoint.Dump(ctx, checkpoint.DumpRequest{
 		Runtime: c.runtime,
@@ -57,7 +56,7 @@ func (c *container) checkpoint(ctx context.Context, dir string, opts *options.Ch
 			Namespace:  c.namespace,
 			SpecDigest: c.specDigest.String(),
 		},
-		TerminalIO: c.spec.Process != nil && c.spec.Process.Terminal,
+		TerminalIO: c.config.hasTerminal(),
 	})
 	if err != nil {
 		return err

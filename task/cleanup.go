@@ -1,9 +1,9 @@
 package task
 
 import (
-	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/process"
 )
 
@@ -32,14 +33,14 @@ func Cleanup(ctx context.Context, namespace, bundlePath, id string) (*taskapi.De
 	}
 	rt := newRuntime(namespace, b, id, opts)
 	cgroup := ""
-	if spec, _, err := b.spec(); err != nil {
+	if config, _, err := b.config(); err != nil {
 		logger.WithError(err).Warn("find the container's cgroup")
-	} else if spec.Linux != nil {
-		cgroup = spec.Linux.CgroupsPath
+	} else if config.Linux != nil {
+		cgroup = config.Linux.CgroupsPath
 	}
 	pid, err := b.initPid()
 	if err == nil && process.InCgroup(pid, cgroup) {
-		freeFromCRIU(ctx, pid)
+		freeFromCRIU(ctx, pid, filepath.Join(b.dumpDir(), "dump.log"))
 	}
 	if err := rt.Delete(ctx); err != nil {
 		logger.WithError(err).Warn("delete the container from the runtime")
@@ -91,7 +92,7 @@ func (b bundle) removeTemporary(ctx context.Context) {
 	}
 	path := string(data)
 	// The note is ours, but a wrong one must not cost more than a checkpoint.
-	if !tempCheckpoint.MatchString(filepath.Base(path)) {
+	if !tempCheckpoint().MatchString(filepath.Base(path)) {
 		return
 	}
 	if err := os.RemoveAll(path); err != nil {
@@ -100,11 +101,25 @@ func (b bundle) removeTemporary(ctx context.Context) {
 }
 
 // freeFromCRIU ends a dump that has outlived its shim: it kills the CRIU that
-// traces init, and thaws the container so that it can die.
-func freeFromCRIU(ctx context.Context, init int) {
-	if tracer := tracerOf(init); tracer > 1 {
-		if err := unix.Kill(tracer, unix.SIGKILL); err != nil && err != unix.ESRCH {
+// traces init, opens the network, which others may share, and thaws the container
+// so that it can die. logPath is where CRIU's log is, unless the caller of the
+// checkpoint wanted it elsewhere.
+func freeFromCRIU(ctx context.Context, init int, logPath string) {
+	tracer := process.TracerOf(init)
+	if tracer > 1 {
+		pid := tracer
+		// What CRIU has called must not end later: its group, which the
+		// runtime led.
+		if group, err := unix.Getpgid(tracer); err == nil && group > 1 && group != unix.Getpgrp() && process.ParentOf(group) == 0 {
+			pid = -group
+		}
+		if err := unix.Kill(pid, unix.SIGKILL); err != nil && err != unix.ESRCH {
 			log.G(ctx).WithError(err).Warn("end a checkpoint whose shim is gone")
+		}
+	}
+	if tracer > 1 || checkpoint.Interrupted(logPath) {
+		if err := checkpoint.UnlockNetwork(fmt.Sprintf("/proc/%d/ns/net", init), init, logPath); err != nil {
+			log.G(ctx).WithError(err).Warn("remove the network lock of a checkpoint whose shim is gone")
 		}
 	}
 	cg, err := process.LoadCgroup(init)
@@ -117,21 +132,4 @@ func freeFromCRIU(ctx context.Context, init int) {
 	if err := cg.Thaw(); err != nil {
 		log.G(ctx).WithError(err).Warn("thaw a container whose shim is gone")
 	}
-}
-
-// tracerOf returns the process that traces pid, 0 if none does.
-func tracerOf(pid int) int {
-	f, err := os.Open(filepath.Join("/proc", strconv.Itoa(pid), "status"))
-	if err != nil {
-		return 0
-	}
-	defer f.Close()
-	lines := bufio.NewScanner(f)
-	for lines.Scan() {
-		if value, ok := strings.CutPrefix(lines.Text(), "TracerPid:"); ok {
-			tracer, _ := strconv.Atoi(strings.TrimSpace(value))
-			return tracer
-		}
-	}
-	return 0
 }

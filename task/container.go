@@ -2,9 +2,11 @@ package task
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"sync"
+	"time"
 
 	"github.com/containerd/containerd/api/events"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v2"
@@ -29,7 +31,7 @@ type container struct {
 	namespace  string
 	bundle     bundle
 	options    *options.Options
-	spec       *specs.Spec
+	config     *config
 	specDigest digest.Digest
 	runtime    *process.Runtime
 	launcher   launcher
@@ -53,6 +55,8 @@ type container struct {
 	cgroup     *process.Cgroup    // nil until there is a process
 	stopOOM    func()             // nil if OOM is not watched
 	abortStart context.CancelFunc // ends the start of init that is under way
+	deleting   bool               // a Delete has begun, and may have failed
+	deleted    bool
 }
 
 const allOps = 1 << 20
@@ -92,17 +96,25 @@ func detach(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithDeadline(ctx, deadline)
 }
 
-// isShared tells whether the container lacks a pid namespace of its own, so that
-// its processes outlive its init.
-func (c *container) isShared() bool {
-	if c.spec.Linux != nil {
-		for _, ns := range c.spec.Linux.Namespaces {
-			if ns.Type == specs.PIDNamespace {
-				return ns.Path != ""
-			}
+// dyingTimeout is how long the runtime may go on starting a process once init
+// has died; a sound one takes milliseconds.
+const dyingTimeout = 2 * time.Second
+
+// whileAlive returns a context for starting a process: a runtime that hangs must
+// not outlive init, whose exit waits for it. Call cancel when done.
+func (c *container) whileAlive(ctx context.Context) (_ context.Context, cancel context.CancelFunc) {
+	ctx, end := context.WithCancel(ctx)
+	stop := context.AfterFunc(c.alive, func() {
+		select {
+		case <-time.After(dyingTimeout):
+			end()
+		case <-ctx.Done():
 		}
+	})
+	return ctx, func() {
+		stop()
+		end()
 	}
-	return true
 }
 
 // mountRootfs mounts what containerd wants as the container's root.
@@ -168,7 +180,7 @@ func (c *container) initDied() {
 // endExecs kills what init has left, if its death did not, and waits until all
 // execs' exits are published.
 func (c *container) endExecs() {
-	if c.isShared() {
+	if c.config.sharesPIDs() {
 		if err := c.runtime.Kill(context.Background(), unix.SIGKILL, true); err != nil {
 			log.L.WithError(err).WithField("container", c.id).Debug("kill what init left")
 		}
@@ -190,6 +202,9 @@ func (c *container) find(execID string) (*proc, error) {
 	return p, nil
 }
 
+// errKilled is why a start ends that Kill aborted.
+var errKilled = errors.New("killed before it was started")
+
 // start starts init: it lets the created one run, or restores it.
 func (c *container) start(ctx context.Context) (int, error) {
 	ctx, release, err := c.exclusive(ctx)
@@ -200,8 +215,10 @@ func (c *container) start(ctx context.Context) (int, error) {
 	p := c.init
 	p.starting.Lock()
 	defer p.starting.Unlock()
-	ctx, abort := context.WithCancel(ctx)
-	defer abort()
+	aborted, abort := context.WithCancelCause(ctx)
+	defer abort(nil)
+	ctx, cancel := c.whileAlive(aborted)
+	defer cancel()
 	c.mu.Lock()
 	err = p.check(opStart)
 	if err == nil && c.stopping {
@@ -209,7 +226,7 @@ func (c *container) start(ctx context.Context) (int, error) {
 		err = Stopped.check(opStart, p.kind(), p.id())
 	}
 	if err == nil {
-		c.abortStart = abort
+		c.abortStart = func() { abort(errKilled) }
 	}
 	c.mu.Unlock()
 	if err != nil {
@@ -221,12 +238,17 @@ func (c *container) start(ctx context.Context) (int, error) {
 	if err == nil {
 		p.state = Running
 	}
-	pid := p.pid()
+	pid, child := p.pid(), p.child
 	c.mu.Unlock()
 	if err != nil {
 		return 0, err
 	}
 	c.service.publish(&events.TaskStart{ContainerID: c.id, Pid: uint32(pid)})
+	if context.Cause(aborted) == errKilled {
+		// It came too late to stop the restore, and before there was a
+		// process to signal.
+		_ = child.Signal(unix.SIGKILL)
+	}
 	return pid, nil
 }
 
@@ -241,6 +263,11 @@ func (c *container) delete(ctx context.Context) (process.Exit, error) {
 	p := c.init
 	c.mu.Lock()
 	err = p.check(opDelete)
+	if c.deleted {
+		// By a call that was faster. The ID may be another container's by now.
+		err = fmt.Errorf("container %s is deleted: %w", c.id, errdefs.ErrNotFound)
+	}
+	c.deleting = c.deleting || err == nil
 	child := p.child
 	c.mu.Unlock()
 	if err != nil {
@@ -255,19 +282,17 @@ func (c *container) delete(ctx context.Context) (process.Exit, error) {
 		case <-ctx.Done():
 			return process.Exit{}, fmt.Errorf("wait for container %s to end: %w", c.id, ctx.Err())
 		}
-	} else {
-		// A restore that was never started has no exit.
-		c.mu.Lock()
-		if p.state != Stopped {
-			p.state = Stopped
-			close(p.exited)
-		}
-		c.mu.Unlock()
 	}
 	c.mu.Lock()
 	procs := []*proc{p}
 	for _, e := range c.execs {
 		procs = append(procs, e)
+	}
+	for _, p := range procs {
+		// A restore or an exec that was never started.
+		if p.state != Stopped {
+			p.abandon(process.Exit{})
+		}
 	}
 	c.mu.Unlock()
 	for _, p := range procs {
@@ -279,7 +304,14 @@ func (c *container) delete(ctx context.Context) (process.Exit, error) {
 	c.launcher.discard()
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.deleted = true
 	return p.exit, nil
+}
+
+func (c *container) isDeleting() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.deleting
 }
 
 // release passes on the last output and closes the process's streams.
@@ -307,11 +339,16 @@ func (c *container) pause(ctx context.Context) error {
 		return err
 	}
 	if err := c.runtime.Pause(ctx); err != nil {
-		c.settle(Pausing, Running)
+		// Cut short, it may have frozen it all the same.
+		if frozen, ferr := c.isFrozen(); ferr == nil && frozen {
+			if terr := c.thaw(); terr != nil {
+				err = errors.Join(err, terr)
+			}
+		}
+		c.settle(Pausing, Running, nil)
 		return fmt.Errorf("pause container %s: %w", c.id, err)
 	}
-	c.settle(Pausing, Paused)
-	c.service.publish(&events.TaskPaused{ContainerID: c.id})
+	c.settle(Pausing, Paused, &events.TaskPaused{ContainerID: c.id})
 	return nil
 }
 
@@ -326,10 +363,13 @@ func (c *container) resume(ctx context.Context) error {
 		return err
 	}
 	if err := c.runtime.Resume(ctx); err != nil {
+		// Cut short, it may have thawed it all the same.
+		if frozen, ferr := c.isFrozen(); ferr == nil && !frozen {
+			c.settle(Paused, Running, &events.TaskResumed{ContainerID: c.id})
+		}
 		return fmt.Errorf("resume container %s: %w", c.id, err)
 	}
-	c.settle(Paused, Running)
-	c.service.publish(&events.TaskResumed{ContainerID: c.id})
+	c.settle(Paused, Running, &events.TaskResumed{ContainerID: c.id})
 	return nil
 }
 
@@ -344,12 +384,19 @@ func (c *container) move(o op, to State) error {
 	return nil
 }
 
-// settle moves init from one state to another, unless it has died meanwhile.
-func (c *container) settle(from, to State) {
+// settle moves init from one state to another and publishes that, unless init
+// has died meanwhile: its exit is the last that is heard of it.
+func (c *container) settle(from, to State, event any) {
+	c.init.starting.Lock()
+	defer c.init.starting.Unlock()
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.init.state == from {
+	ok := c.init.state == from
+	if ok {
 		c.init.state = to
+	}
+	c.mu.Unlock()
+	if ok && event != nil {
+		c.service.publish(event)
 	}
 }
 
@@ -370,6 +417,24 @@ func (c *container) update(ctx context.Context, resources *specs.LinuxResources)
 		return fmt.Errorf("update container %s: %w", c.id, err)
 	}
 	return nil
+}
+
+// isFrozen asks the kernel.
+func (c *container) isFrozen() (bool, error) {
+	c.mu.Lock()
+	cg := c.cgroup
+	c.mu.Unlock()
+	if cg == nil {
+		return false, errdefs.ErrNotFound
+	}
+	return cg.Frozen()
+}
+
+func (c *container) thaw() error {
+	c.mu.Lock()
+	cg := c.cgroup
+	c.mu.Unlock()
+	return cg.Thaw()
 }
 
 // stateOf answers a State call.

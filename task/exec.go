@@ -60,32 +60,30 @@ func (c *container) startExec(ctx context.Context, p *proc) (int, error) {
 		return 0, err
 	}
 
-	// A runtime that hangs must not outlive init, whose exit waits for this.
-	ctx, cancel := context.WithCancel(ctx)
+	ctx, cancel := c.whileAlive(ctx)
 	defer cancel()
-	defer context.AfterFunc(c.alive, cancel)()
-
-	if err := c.launchExec(ctx, p); err != nil {
-		c.mu.Lock()
-		launched := p.child != nil
-		if !launched {
-			p.state, p.exit = Stopped, process.Exit{Status: 255, At: time.Now()}
-			close(p.exited)
-		}
-		c.mu.Unlock()
-		if !launched {
-			c.running.Done()
-		}
+	err = c.launchExec(ctx, p)
+	c.mu.Lock()
+	pid := p.pid()
+	if pid != 0 {
+		p.state = Running
+	} else {
+		p.abandon(process.Exit{Status: 255, At: time.Now()})
+	}
+	c.mu.Unlock()
+	if pid != 0 {
+		c.service.publish(&events.TaskExecStarted{ContainerID: c.id, ExecID: p.execID, Pid: uint32(pid)})
+	} else {
+		c.running.Done()
+	}
+	if err != nil {
 		return 0, fmt.Errorf("exec %s in container %s: %w", p.execID, c.id, err)
 	}
-	c.mu.Lock()
-	p.state = Running
-	pid := p.pid()
-	c.mu.Unlock()
-	c.service.publish(&events.TaskExecStarted{ContainerID: c.id, ExecID: p.execID, Pid: uint32(pid)})
 	return pid, nil
 }
 
+// launchExec has the runtime start the process. If it fails, there may be a
+// process all the same, which is about to end.
 func (c *container) launchExec(ctx context.Context, p *proc) error {
 	pio, err := p.openIO(ctx)
 	if err != nil {
@@ -112,9 +110,15 @@ func (c *container) launchExec(ctx context.Context, p *proc) error {
 
 // deleteExec forgets a process that is not running.
 func (c *container) deleteExec(ctx context.Context, p *proc) (process.Exit, error) {
+	// After a start that is under way, and after the exit is published.
+	p.starting.Lock()
 	c.mu.Lock()
 	err := p.check(opDelete)
+	if err == nil && p.state == Created {
+		p.abandon(process.Exit{})
+	}
 	c.mu.Unlock()
+	p.starting.Unlock()
 	if err != nil {
 		return process.Exit{}, err
 	}

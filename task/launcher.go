@@ -6,9 +6,11 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"sync"
 
 	runc "github.com/containerd/go-runc"
 	"github.com/containerd/log"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/checkpoint"
@@ -66,6 +68,7 @@ func (l coldStart) discard() {}
 type restore struct {
 	c     *container
 	image *checkpoint.Image
+	spec  *specs.Spec
 	temp  string // containerd's copy of the checkpoint, ours to remove; or ""
 }
 
@@ -87,7 +90,7 @@ func (l *restore) start(ctx context.Context, init *proc) error {
 			ID:      c.id,
 			Image:   l.image,
 			Bundle:  string(c.bundle),
-			Spec:    c.spec,
+			Spec:    l.spec,
 			WorkDir: workDir,
 			NoPivot: c.options.NoPivotRoot,
 			// The link is right even if the file was replaced.
@@ -136,7 +139,7 @@ func (c *container) removeFromRuntime(ctx context.Context) {
 // restoreFrom is the bundle's note of a temporary checkpoint folder.
 const restoreFrom = "restore-from"
 
-var tempCheckpoint = regexp.MustCompile(`^ctrd-checkpoint[0-9]+$`)
+var tempCheckpoint = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^ctrd-checkpoint[0-9]+$`) })
 
 // isTemporary tells whether containerd has made the folder for this one restore:
 // a copy of a checkpoint out of its content store, which it never removes
@@ -147,7 +150,7 @@ func isTemporary(path string) bool {
 	if dir == "" {
 		dir = os.TempDir()
 	}
-	return filepath.Dir(path) == filepath.Clean(dir) && tempCheckpoint.MatchString(filepath.Base(path))
+	return filepath.Dir(path) == filepath.Clean(dir) && tempCheckpoint().MatchString(filepath.Base(path))
 }
 
 // newLauncher decides how a container starts, and for a restore opens the
@@ -168,6 +171,10 @@ func newLauncher(ctx context.Context, c *container, path string) (launcher, erro
 		temp = path
 	}
 	img, err := checkpoint.Open(ctx, path)
+	var spec *specs.Spec
+	if err == nil {
+		spec, err = c.bundle.spec()
+	}
 	if err != nil {
 		if temp != "" {
 			_ = os.RemoveAll(temp)
@@ -179,5 +186,5 @@ func newLauncher(ctx context.Context, c *container, path string) (launcher, erro
 			return nil, err
 		}
 	}
-	return &restore{c: c, image: img, temp: temp}, nil
+	return &restore{c: c, image: img, spec: spec, temp: temp}, nil
 }

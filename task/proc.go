@@ -23,8 +23,8 @@ type proc struct {
 	stdio  process.Stdio
 	spec   *specs.Process // of an exec
 
-	// starting is held by a start until its event is published, so that no
-	// exit comes before it.
+	// starting is held by a start until its event is published, and by who
+	// publishes anything else of the process: the exit comes last.
 	starting sync.Mutex
 	exited   chan struct{} // closed after the exit is published, or will never be
 
@@ -66,6 +66,12 @@ func (p *proc) pid() int {
 // check returns an error unless the process's state allows o. c.mu is held.
 func (p *proc) check(o op) error {
 	return p.state.check(o, p.kind(), p.id())
+}
+
+// abandon ends a process that never came to be. c.mu is held.
+func (p *proc) abandon(exit process.Exit) {
+	p.state, p.exit = Stopped, exit
+	close(p.exited)
 }
 
 // openIO makes the process's streams.
@@ -170,10 +176,8 @@ func (p *proc) kill(ctx context.Context, sig unix.Signal, all bool) error {
 	if err == nil {
 		return nil
 	}
-	select {
-	case <-child.Done():
+	if child.Exited() {
 		return finished
-	default:
-		return fmt.Errorf("kill container %s: %w", c.id, err)
 	}
+	return fmt.Errorf("kill container %s: %w", c.id, err)
 }

@@ -46,6 +46,7 @@ type Service struct {
 
 	mu         sync.Mutex
 	containers map[string]*container // nil for one that is being created
+	ending     bool                  // to shut down with the last container
 }
 
 var _ taskapi.TTRPCTaskService = (*Service)(nil)
@@ -117,6 +118,14 @@ func (s *Service) find(id string) (*container, error) {
 	return c, nil
 }
 
+// isCreating tells whether a container is being created.
+func (s *Service) isCreating(id string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c, ok := s.containers[id]
+	return ok && c == nil
+}
+
 // findProc returns a container, and its init or the named exec.
 func (s *Service) findProc(id, execID string) (*container, *proc, error) {
 	c, err := s.find(id)
@@ -154,6 +163,7 @@ func (s *Service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	_, exists := s.containers[r.ID]
 	if !exists {
 		s.containers[r.ID] = nil
+		s.ending = false
 	}
 	s.mu.Unlock()
 	if exists {
@@ -229,7 +239,7 @@ func (s *Service) newContainer(r *taskapi.CreateTaskRequest) (*container, error)
 		ops:       semaphore.NewWeighted(allOps),
 		execs:     map[string]*proc{},
 	}
-	if c.spec, c.specDigest, err = c.bundle.spec(); err != nil {
+	if c.config, c.specDigest, err = c.bundle.config(); err != nil {
 		return nil, err
 	}
 	c.runtime = newRuntime(c.namespace, c.bundle, c.id, opts)
@@ -291,15 +301,18 @@ func (s *Service) delete(ctx context.Context, c *container) (process.Exit, error
 	if err != nil {
 		return exit, err
 	}
-	s.mu.Lock()
-	delete(s.containers, c.id)
-	s.mu.Unlock()
 	s.publish(&events.TaskDelete{
 		ContainerID: c.id,
 		Pid:         uint32(exit.Pid),
 		ExitStatus:  uint32(exit.Status),
 		ExitedAt:    timestamppb.New(exit.At),
 	})
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.containers, c.id)
+	if s.ending && len(s.containers) == 0 {
+		s.cfg.Shutdown()
+	}
 	return exit, nil
 }
 
@@ -390,12 +403,26 @@ func (s *Service) Kill(ctx context.Context, r *taskapi.KillRequest) (*emptypb.Em
 
 // Pids lists the processes of a container, those that exec started with their
 // exec IDs. It asks the kernel, not the runtime, so it answers at any time.
+//
+// That there is none is an error. A containerd that starts takes a container
+// that is not found, or has no processes, for the remains of a failed Create,
+// and deletes it (core/runtime/v2/shim_load.go): one that exited meanwhile, is
+// yet to be restored or is just being created. One that is being deleted it may
+// as well.
 func (s *Service) Pids(ctx context.Context, r *taskapi.PidsRequest) (*taskapi.PidsResponse, error) {
+	none := fmt.Errorf("container %s has no process: %w", r.ID, errdefs.ErrFailedPrecondition)
 	c, err := s.find(r.ID)
 	if err != nil {
+		if s.isCreating(r.ID) {
+			err = none
+		}
 		return nil, err
 	}
 	c.mu.Lock()
+	if c.deleting {
+		c.mu.Unlock()
+		return &taskapi.PidsResponse{}, nil
+	}
 	cg := c.cgroup
 	execs := map[uint32]string{}
 	for id, p := range c.execs {
@@ -406,11 +433,14 @@ func (s *Service) Pids(ctx context.Context, r *taskapi.PidsRequest) (*taskapi.Pi
 	c.mu.Unlock()
 	resp := &taskapi.PidsResponse{}
 	if cg == nil {
-		return resp, nil
+		return nil, none
 	}
 	pids, err := cg.Pids()
 	if err != nil {
 		return nil, fmt.Errorf("list the processes of container %s: %w", c.id, err)
+	}
+	if len(pids) == 0 {
+		return nil, none
 	}
 	for _, pid := range pids {
 		info := &tasktypes.ProcessInfo{Pid: pid}
@@ -436,9 +466,11 @@ func (s *Service) Checkpoint(ctx context.Context, r *taskapi.CheckpointTaskReque
 	if err != nil {
 		return done(err)
 	}
-	dir := r.Path
+	// containerd 1.7 knows the option of runc's shim only, and gives a temporary
+	// folder.
+	dir := opts.ImagePath
 	if dir == "" {
-		dir = opts.ImagePath
+		dir = r.Path
 	}
 	if !filepath.IsAbs(dir) {
 		return done(invalid("checkpoint path %q is not absolute", dir))
@@ -515,10 +547,16 @@ func (s *Service) Connect(ctx context.Context, r *taskapi.ConnectRequest) (*task
 	return resp, nil
 }
 
-// Shutdown ends the shim, unless it has containers.
+// Shutdown ends the shim, unless it has containers. If all of them are being
+// deleted it ends with the last: a containerd that has lost patience with a
+// Delete does not ask again.
 func (s *Service) Shutdown(ctx context.Context, r *taskapi.ShutdownRequest) (*emptypb.Empty, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.ending = true
+	for _, c := range s.containers {
+		s.ending = s.ending && c != nil && c.isDeleting()
+	}
 	if len(s.containers) == 0 {
 		s.cfg.Shutdown()
 	}

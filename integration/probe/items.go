@@ -59,9 +59,10 @@ var items = []item{
 
 	// What CRIU has trouble with.
 	{"stopped", "extra: CRIU hangs if it uses the freezer of cgroup v1", stopped},
-	{"inotify-rootfs", "extra: CRIU cannot on overlayfs", inotifyIn("/var/probe")},
+	{"inotify-rootfs", "extra: irmap", inotifyIn("/var/probe")},
 	{"unlinked", "extra: link_remap", unlinked},
 	{"pidfd", "extra", pidfd},
+	{"ticker", "extra: criu#3162", ticker},
 	{"mptcp", "extra: CRIU cannot", mptcp},
 	{"iouring", "extra: CRIU cannot", ioUring},
 }

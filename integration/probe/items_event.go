@@ -116,31 +116,37 @@ func countdown(left func() (time.Duration, error)) func() error {
 // long is for timers that shall not run out.
 const long = 10 * time.Hour
 
-// timerfd is one that runs out often, and one that does not.
 func timerfd(*probe) (func() error, error) {
-	often, err := unix.TimerfdCreate(unix.CLOCK_MONOTONIC, unix.TFD_CLOEXEC)
-	if err != nil {
-		return nil, err
-	}
-	tick := unix.NsecToTimespec((10 * time.Millisecond).Nanoseconds())
-	if err := unix.TimerfdSettime(often, 0, &unix.ItimerSpec{Interval: tick, Value: tick}, nil); err != nil {
-		return nil, err
-	}
-	once, err := unix.TimerfdCreate(unix.CLOCK_MONOTONIC, unix.TFD_CLOEXEC)
-	if err != nil {
-		return nil, err
-	}
-	left := countdown(func() (time.Duration, error) {
+	fd, err := newTimerfd(long, 0)
+	return countdown(func() (time.Duration, error) {
 		var spec unix.ItimerSpec
-		err := unix.TimerfdGettime(once, &spec)
+		err := unix.TimerfdGettime(fd, &spec)
 		return time.Duration(spec.Value.Nano()), err
-	})
+	}), err
+}
+
+// ticker is a timerfd that runs out often. When it has run out and nobody has
+// read it, as happens while it is frozen, CRIU restores it disarmed: it then
+// runs out once more and never again (checkpoint-restore/criu#3162).
+func ticker(*probe) (func() error, error) {
+	fd, err := newTimerfd(10*time.Millisecond, 10*time.Millisecond)
 	return func() error {
 		buf := make([]byte, 8)
-		// This blocks until it runs out.
-		_, err := fdReader(often).Read(buf)
-		return errors.Join(err, left())
-	}, unix.TimerfdSettime(once, 0, &unix.ItimerSpec{Value: unix.NsecToTimespec(long.Nanoseconds())}, nil)
+		_, err := fdReader(fd).Read(buf)
+		_, err2 := fdReader(fd).Read(buf)
+		return errors.Join(err, err2)
+	}, err
+}
+
+func newTimerfd(first, interval time.Duration) (int, error) {
+	fd, err := unix.TimerfdCreate(unix.CLOCK_MONOTONIC, unix.TFD_CLOEXEC)
+	if err != nil {
+		return -1, err
+	}
+	return fd, unix.TimerfdSettime(fd, 0, &unix.ItimerSpec{
+		Value:    unix.NsecToTimespec(first.Nanoseconds()),
+		Interval: unix.NsecToTimespec(interval.Nanoseconds()),
+	}, nil)
 }
 
 func itimer(*probe) (func() error, error) {

@@ -99,8 +99,18 @@ func mptcp(*probe) (func() error, error) {
 	return func() error { return checkListener(l) }, err
 }
 
-// packets is a pair of packet sockets with two packets in flight.
-func packets(client io.Writer, server net.PacketConn) (func() error, error) {
+// unixDgram is a pair of sockets with two packets in flight.
+func unixDgram(p *probe) (func() error, error) {
+	path := p.dir + "/dgram.sock"
+	os.Remove(path)
+	server, err := net.ListenPacket("unixgram", path)
+	if err != nil {
+		return nil, err
+	}
+	client, err := net.Dial("unixgram", path)
+	if err != nil {
+		return nil, err
+	}
 	n := 0
 	fill := func() error {
 		n += 2
@@ -124,30 +134,27 @@ func packets(client io.Writer, server net.PacketConn) (func() error, error) {
 	}, fill()
 }
 
-func unixDgram(p *probe) (func() error, error) {
-	path := p.dir + "/dgram.sock"
-	os.Remove(path)
-	server, err := net.ListenPacket("unixgram", path)
-	if err != nil {
-		return nil, err
-	}
-	client, err := net.Dial("unixgram", path)
-	if err != nil {
-		return nil, err
-	}
-	return packets(client, server)
-}
-
+// udp is a connection without packets in flight: CRIU loses those, as networks
+// may.
 func udp(*probe) (func() error, error) {
 	server, err := net.ListenPacket("udp", "127.0.0.1:0")
 	if err != nil {
 		return nil, err
 	}
 	client, err := net.Dial("udp", server.LocalAddr().String())
-	if err != nil {
-		return nil, err
-	}
-	return packets(client, server)
+	return func() error {
+		server.SetReadDeadline(time.Now().Add(10 * time.Second))
+		if _, err := io.WriteString(client, "packet"); err != nil {
+			return err
+		}
+		buf := make([]byte, 1000)
+		n, from, err := server.ReadFrom(buf)
+		if err != nil {
+			return err
+		}
+		return errors.Join(equal("packet", string(buf[:n]), "packet"),
+			equal("sender", from.String(), client.LocalAddr().String()))
+	}, err
 }
 
 // out is a connection to an echo server elsewhere.

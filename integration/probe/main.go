@@ -20,6 +20,7 @@ import (
 	"bufio"
 	"crypto/rand"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"net"
@@ -152,7 +153,7 @@ func (p *probe) run(names, skip string) error {
 	return serve(p.socket, func(string) any {
 		r.Failed = map[string]string{}
 		for name, check := range checks {
-			if err := check(); err != nil {
+			if err := within(20*time.Second, check); err != nil {
 				r.Failed[name] = err.Error()
 			}
 		}
@@ -161,6 +162,19 @@ func (p *probe) run(names, skip string) error {
 		r.Boottime = clock(unix.CLOCK_BOOTTIME) - boottime
 		return r
 	})
+}
+
+// within calls f, and gives up on it after a time. It may then be called again
+// while the first call goes on, whose results are of no interest any more.
+func within(d time.Duration, f func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- f() }()
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(d):
+		return errors.New("the check hangs")
+	}
 }
 
 // count advances the counter every ten milliseconds.

@@ -53,7 +53,9 @@ disabled_plugins = ["%s"]
 `, s.path("s"))
 	}
 	if s.opts.CRI {
-		s.criConfig(&b)
+		if err := s.criConfig(&b); err != nil {
+			return err
+		}
 	}
 	b.WriteString("\n" + s.opts.ExtraConfig)
 	return os.WriteFile(s.path("config.toml"), []byte(b.String()), 0o600)

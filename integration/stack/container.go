@@ -393,7 +393,7 @@ func (c *Container) CRIULog(kind, dir string) string {
 		files, _ := filepath.Glob(pattern)
 		for _, f := range slices.Backward(files) {
 			if b, err := os.ReadFile(f); err == nil {
-				return f + ":\n" + tail(string(b), 400)
+				return f + ":\n" + tail(string(b), 40)
 			}
 		}
 	}

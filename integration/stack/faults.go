@@ -103,7 +103,10 @@ func (f *Faults) Reset() { f.Clear("*") }
 // Calls returns the command lines, without the program, that the runtime was
 // called with.
 func (f *Faults) Calls() []string {
-	b, _ := os.ReadFile(filepath.Join(f.dir, "calls"))
+	b, err := os.ReadFile(filepath.Join(f.dir, "calls"))
+	if err != nil {
+		return nil
+	}
 	return strings.Split(strings.TrimSuffix(string(b), "\n"), "\n")
 }
 

@@ -28,6 +28,8 @@ const (
 	Python  = "stasis.test/python:latest"
 	// Probe is Busybox with the program of integration/probe as /probe.
 	Probe = "stasis.test/probe:latest"
+	// Pause is what the sandboxes of pods run: Busybox, asleep.
+	Pause = "stasis.test/pause:latest"
 )
 
 // Image returns the image of the given name, in the namespace of ctx and
@@ -42,7 +44,7 @@ func (s *Stack) Image(ctx context.Context, name string) client.Image {
 	}
 	rootfs := func(name string) string { return filepath.Join(cacheDir(), "rootfs", name) }
 	switch name {
-	case Busybox:
+	case Busybox, Pause:
 		return s.ImportRootfs(ctx, name, rootfs("busybox"))
 	case Redis:
 		return s.ImportRootfs(ctx, name, rootfs("redis"))
@@ -156,6 +158,9 @@ func writeArchive(w io.Writer, name string, dirs []string) error {
 	manifest := imagespec.Manifest{
 		Versioned: ispecs.Versioned{SchemaVersion: 2},
 		MediaType: imagespec.MediaTypeImageManifest,
+	}
+	if name == Pause {
+		config.Config.Cmd = []string{"/bin/sleep", "infinity"}
 	}
 	archive := &archiveWriter{tar.NewWriter(w)}
 	for _, dir := range dirs {

@@ -76,6 +76,11 @@ func (s *Stack) Stop() {
 			}
 		}
 		if s.client != nil && !s.containerd.exited() {
+			if s.opts.CRI {
+				if err := s.removePods(ctx); err != nil {
+					leak("%v", err)
+				}
+			}
 			if err := s.deleteAll(ctx); err != nil {
 				leak("%v", err)
 			}
@@ -96,6 +101,10 @@ func (s *Stack) Stop() {
 		if err := n.delete(); err != nil {
 			leak("network namespace %s: %v", n.Name, err)
 		}
+	}
+	if s.opts.CRI {
+		// It has none if there never was a pod.
+		ip("link del " + bridge(s.ID))
 	}
 	if entries, err := os.ReadDir(s.TempDir()); err == nil {
 		for _, e := range entries {

@@ -61,12 +61,13 @@ func (n *Netns) With() oci.SpecOpts {
 	return oci.WithLinuxNamespace(specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: n.Path})
 }
 
-// Firewall returns the names of the nftables tables in the network namespace.
-// While CRIU dumps or restores TCP connections, its lock is among them.
+// Firewall returns the rules of iptables and the tables of nftables in the
+// network namespace. While CRIU dumps or restores TCP connections, its lock is
+// among them.
 func (n *Netns) Firewall() ([]string, error) {
-	var tables []string
-	err := inNetns(n.Path, func() { tables = nftTables() })
-	return tables, err
+	var rules []string
+	err := inNetns(n.Path, func() { rules = firewallRules() })
+	return rules, err
 }
 
 // delete fails if the network namespace is not there any more, or something
@@ -76,10 +77,10 @@ func (n *Netns) delete() error {
 	if err == nil && len(pids) > 0 {
 		err = fmt.Errorf("processes in it: %s", strings.Join(strings.Fields(string(pids)), " "))
 	}
-	tables, _ := n.Firewall()
-	for _, t := range tables {
-		if strings.Contains(t, "CRIU") {
-			err = fmt.Errorf("firewall left in it: %s", t)
+	rules, _ := n.Firewall()
+	for _, r := range rules {
+		if strings.Contains(r, "CRIU") {
+			err = fmt.Errorf("firewall left in it: %s", r)
 		}
 	}
 	// Its other end goes with it.
@@ -90,8 +91,9 @@ func (n *Netns) delete() error {
 	return err
 }
 
-// removeNetns removes the network namespaces of a stack that nobody knows.
+// removeNetns removes the network of a stack that nobody knows any more.
 func removeNetns(id string) {
+	ip("link del " + bridge(id))
 	names, _ := filepath.Glob(filepath.Join("/run/netns", dirPrefix+id+"-*"))
 	for _, n := range names {
 		ip("netns del " + filepath.Base(n))
@@ -112,16 +114,26 @@ func inNetns(path string, f func()) error {
 		return err
 	}
 	defer unix.Close(fd)
-	errc := make(chan error)
-	go func() {
-		// Never unlocked: the thread ends with the goroutine, instead of
-		// being used by others.
+	done := make(chan struct{})
+	var enter func()
+	enter = func() {
 		runtime.LockOSThread()
-		err := unix.Setns(fd, unix.CLONE_NEWNET)
-		if err == nil {
+		if unix.Gettid() == unix.Getpid() {
+			// The main thread never ends, so it must stay where it is. While
+			// it is taken here, it cannot be another goroutine's.
+			defer runtime.UnlockOSThread()
+			go enter()
+			<-done
+			return
+		}
+		// Not unlocked: the thread ends with the goroutine, instead of being
+		// used by others.
+		defer close(done)
+		if err = unix.Setns(fd, unix.CLONE_NEWNET); err == nil {
 			f()
 		}
-		errc <- err
-	}()
-	return <-errc
+	}
+	go enter()
+	<-done
+	return err
 }

@@ -4,7 +4,9 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"maps"
+	"net"
 	"os/exec"
 	"slices"
 	"strings"
@@ -83,6 +85,8 @@ func (c *Container) StartProbe(ctx context.Context) {
 // ProbeErr asks the probe to check all its items.
 func (c *Container) ProbeErr(ctx context.Context) (ProbeReport, error) {
 	var report ProbeReport
+	ctx, cancel := context.WithTimeout(ctx, waitTimeout)
+	defer cancel()
 	r, err := c.ExecErr(ctx, "/probe", "check")
 	if err != nil {
 		return report, err
@@ -105,4 +109,29 @@ func (c *Container) Probe(ctx context.Context) ProbeReport {
 		c.s.tb.Errorf("container %s: %v", c.ID(), err)
 	}
 	return r
+}
+
+// EchoServer starts what the probe's item out wants to connect to: a server at
+// an address of this host that sends back what it receives. It returns the
+// address with the port.
+func EchoServer(tb TB, host string) string {
+	tb.Helper()
+	l, err := net.Listen("tcp", net.JoinHostPort(host, "0"))
+	if err != nil {
+		tb.Fatalf("%v", err)
+	}
+	tb.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer conn.Close()
+				io.Copy(conn, conn)
+			}()
+		}
+	}()
+	return l.Addr().String()
 }

@@ -36,7 +36,7 @@ type Options struct {
 	Crun bool
 	// Snapshotter is "overlayfs" or "native".
 	Snapshotter string
-	// CRI enables Kubernetes' runtime interface; see Stack.CRISocket.
+	// CRI enables Kubernetes' runtime interface; see Stack.RunPod.
 	CRI bool
 	// ExtraConfig is added to containerd's configuration file.
 	ExtraConfig string
