@@ -1,6 +1,7 @@
 package checkpoint
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -29,16 +30,18 @@ var runtimeCRIUConfigs = []string{"/etc/criu/runc.conf", "/etc/criu/crun.conf"}
 // serves further tries of the same restore.
 func (r *RestoreRequest) amendSpec(criuConfig string) error {
 	changes := map[string]any{}
-	path := filepath.Join(r.Bundle, "criu.conf")
-	if current := r.Spec.Annotations[annotationCRIUConfig]; criuConfig != "" && current != path {
-		if err := writeCRIUConfig(path, current, criuConfig); err != nil {
+	if criuConfig != "" {
+		current := r.Spec.Annotations[annotationCRIUConfig]
+		if err := writeCRIUConfig(r.criuConfigPath(), current, criuConfig); err != nil {
 			return fmt.Errorf("write CRIU's configuration: %w", err)
 		}
-		if r.Spec.Annotations == nil {
-			r.Spec.Annotations = map[string]string{}
+		if current != r.criuConfigPath() {
+			if r.Spec.Annotations == nil {
+				r.Spec.Annotations = map[string]string{}
+			}
+			r.Spec.Annotations[annotationCRIUConfig] = r.criuConfigPath()
+			changes["annotations"] = r.Spec.Annotations
 		}
-		r.Spec.Annotations[annotationCRIUConfig] = path
-		changes["annotations"] = r.Spec.Annotations
 	}
 	if _, own := networkNamespace(r.Spec); own && !r.hasLoopbackHook() {
 		if r.Spec.Hooks == nil {
@@ -61,6 +64,22 @@ func (r *RestoreRequest) hasLoopbackHook() bool {
 	return r.Spec.Hooks != nil && len(r.Spec.Hooks.CreateRuntime) > 0 && r.Spec.Hooks.CreateRuntime[0].Path == r.Self
 }
 
+func (r *RestoreRequest) criuConfigPath() string { return filepath.Join(r.Bundle, "criu.conf") }
+
+// endCRIUConfig takes the lines out of CRIU's configuration file again: the
+// runtime will use it in further checkpoints of the container too, and they
+// decide for themselves.
+func (r *RestoreRequest) endCRIUConfig(lines string) error {
+	if lines == "" {
+		return nil
+	}
+	data, err := os.ReadFile(r.criuConfigPath())
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(r.criuConfigPath(), bytes.TrimSuffix(data, []byte(lines)), 0o600)
+}
+
 // writeCRIUConfig writes a CRIU configuration file: the file that the runtime
 // would have used, and lines.
 func writeCRIUConfig(path, base, lines string) error {
@@ -78,7 +97,9 @@ func writeCRIUConfig(path, base, lines string) error {
 			return err
 		}
 		config.Write(data)
-		config.WriteByte('\n')
+		if !bytes.HasSuffix(data, []byte("\n")) {
+			config.WriteByte('\n')
+		}
 		break
 	}
 	config.WriteString(lines)

@@ -24,12 +24,13 @@ import (
 //
 // One goroutine uses a Folder, and ends it with either Commit or Discard.
 type Folder struct {
-	dir     string
-	created bool     // NewFolder made dir
-	old     []string // files of the checkpoint to be replaced
-	moved   []string // files of the new one that are in dir already
-	lock    *os.File // .partial, locked while it is being written
-	follow  *follower
+	dir       string
+	created   bool     // NewFolder made dir
+	committed bool     // with success
+	old       []string // files of the checkpoint to be replaced
+	moved     []string // files of the new one that are in dir already
+	lock      *os.File // .partial, locked while it is being written
+	follow    *follower
 }
 
 // NewFolder prepares the folder dir for a checkpoint, and makes it if need be.
@@ -136,6 +137,9 @@ func empty(dir string) error {
 // Discard removes what was written. If NewFolder made the folder, that goes as
 // well. After a Commit that succeeded it does nothing.
 func (f *Folder) Discard() error {
+	if f.committed {
+		return nil // .partial may be somebody else's by now
+	}
 	closeSums(f.follow.finish())
 	err := os.RemoveAll(f.Path())
 	for _, name := range f.moved {
@@ -161,7 +165,7 @@ func (f *Folder) Commit(m Manifest, durable bool) error {
 	err := f.commit(m, durable)
 	switch {
 	case err == nil:
-		f.created, f.moved = false, nil
+		f.committed = true
 		return nil
 	case m.Exit:
 		return fmt.Errorf("%w (what CRIU wrote is still there, in part in %s)", wrap(f.dir, err), f.Path())

@@ -196,30 +196,34 @@ func (r *Reaper) Command(cmd *exec.Cmd) (*Child, error) {
 	return r.register(cmd.Process.Pid), nil
 }
 
-// orphanInterval is how often the group of a command is looked at.
-const orphanInterval = time.Second
+// stuckInterval is how often a command that leads a group is looked at.
+const stuckInterval = 500 * time.Millisecond
 
 // seeThrough waits for a command to exit. If it leads a process group and fails,
-// the rest of the group is gone too on return: what CRIU had begun, such as a
-// call of iptables, must not end later than CRIU. And a CRIU that was killed may
-// leave a child of its own which waits for it forever, and the runtime for that.
+// the rest of the group is gone on return: what CRIU has called, such as
+// iptables, must not end later than CRIU. And if CRIU is killed, the command is
+// too: children of CRIU's, which wait for it forever, may hold the connection on
+// which the runtime waits for its answer.
 func (r *Reaper) seeThrough(cmd *exec.Cmd, child *Child) Exit {
 	if cmd.SysProcAttr == nil || !cmd.SysProcAttr.Setpgid {
 		return child.Exit()
 	}
-	look := time.NewTicker(orphanInterval)
+	look := time.NewTicker(stuckInterval)
 	defer look.Stop()
-	for {
+	for stuck := false; ; {
 		select {
 		case <-look.C:
-			r.killGroup(child.Pid, isCRIU)
+			was := stuck
+			if stuck = isStuck(child.Pid); stuck && was {
+				r.killGroup(child)
+			}
 			continue
 		case <-child.Done():
 		}
 		exit := child.Exit()
 		if exit.Status != 0 {
 			_ = retry(func() error {
-				if n := r.killGroup(child.Pid, nil); n > 0 {
+				if n := r.killOrphans(child.Pid); n > 0 {
 					return fmt.Errorf("%d processes are left", n)
 				}
 				return nil
@@ -229,27 +233,56 @@ func (r *Reaper) seeThrough(cmd *exec.Cmd, child *Child) Exit {
 	}
 }
 
-// killGroup kills the processes of a group that have become children of this
-// one, because their parents have died, save for its leader; only those for which
-// also returns true, if it is not nil. It returns their number.
-func (r *Reaper) killGroup(group int, also func(pid int) bool) (n int) {
+// killGroup kills the group that child leads, unless it has exited.
+func (r *Reaper) killGroup(child *Child) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	select {
+	case <-child.done:
+	default:
+		_ = unix.Kill(-child.Pid, unix.SIGKILL)
+	}
+}
+
+// killOrphans kills the processes of a group that have become children of this
+// one, because their parents have died, and returns their number.
+func (r *Reaper) killOrphans(group int) (n int) {
 	// Nothing is reaped meanwhile, so their pids stay theirs.
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for _, pid := range children() {
-		if g, err := unix.Getpgid(pid); err != nil || g != group || pid == group || also != nil && !also(pid) {
-			continue
+	for _, pid := range childrenOf(os.Getpid()) {
+		if g, err := unix.Getpgid(pid); err == nil && g == group {
+			_ = unix.Kill(pid, unix.SIGKILL)
+			n++
 		}
-		_ = unix.Kill(pid, unix.SIGKILL)
-		n++
 	}
 	return n
 }
 
-// isCRIU tells whether a process is CRIU as runtimes start it, or a child of it.
+// isStuck tells whether the first child of a runtime is dead and not waited for:
+// it is CRIU, which the runtime waits for as soon as it has answered. The command
+// itself may be the runtime or something that has started it.
+func isStuck(pid int) bool {
+	var first *procStat
+	for _, child := range childrenOf(pid) {
+		if st := statOf(child); st != nil && (first == nil || st.started < first.started) {
+			first = st
+		}
+	}
+	switch {
+	case first == nil:
+		return false
+	case first.state == 'Z':
+		return true
+	}
+	return !isCRIU(first.pid) && isStuck(first.pid)
+}
+
+// isCRIU tells whether a process is CRIU, by the arguments with which runtimes
+// start it and those that it gives itself.
 func isCRIU(pid int) bool {
 	args, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-	return bytes.Contains(args, []byte("\x00swrk\x00"))
+	return bytes.Contains(args, []byte("\x00swrk\x00")) || bytes.Contains(args, []byte("criu: "))
 }
 
 // The rest makes Reaper go-runc's process monitor, so that it collects the

@@ -2,6 +2,8 @@ package process
 
 import (
 	"bufio"
+	"bytes"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -40,17 +42,41 @@ func statusOf(pid int, key string) string {
 	return ""
 }
 
-// children returns the pids of this process's children.
-func children() []int {
+// childrenOf returns the pids of a process's children, unreaped ones included.
+func childrenOf(pid int) []int {
 	var pids []int
-	tasks, _ := filepath.Glob("/proc/self/task/*/children")
+	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
 	for _, t := range tasks {
 		data, _ := os.ReadFile(t)
 		for field := range strings.FieldsSeq(string(data)) {
-			if pid, err := strconv.Atoi(field); err == nil {
-				pids = append(pids, pid)
+			if child, err := strconv.Atoi(field); err == nil {
+				pids = append(pids, child)
 			}
 		}
 	}
 	return pids
+}
+
+// procStat is what matters of /proc/<pid>/stat.
+type procStat struct {
+	pid     int
+	state   byte
+	started int64 // clock ticks after boot
+}
+
+func statOf(pid int) *procStat {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return nil
+	}
+	// The name in parentheses may contain anything.
+	fields := strings.Fields(string(data[bytes.LastIndexByte(data, ')')+1:]))
+	if len(fields) < 20 {
+		return nil
+	}
+	started, err := strconv.ParseInt(fields[19], 10, 64)
+	if err != nil {
+		return nil
+	}
+	return &procStat{pid, fields[0][0], started}
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -247,7 +248,10 @@ func lockItem(kind string) func(p *probe) (func() error, error) {
 		if err != nil {
 			return nil, err
 		}
-		return func() error { return a.expect("busy", "trylock %s %s", kind, path) }, lock(kind, f)
+		return func() error {
+			defer runtime.KeepAlive(f) // Else it is closed when it is found to be garbage.
+			return a.expect("busy", "trylock %s %s", kind, path)
+		}, lock(kind, f)
 	}
 }
 

@@ -90,7 +90,7 @@ func (s *Stack) Stop() {
 			leak("process %v", p)
 		}
 		// While containerd lives, for it may have a mount namespace of its own.
-		for _, m := range mountsBelow(fmt.Sprintf("/proc/%d/mountinfo", s.Containerd()), s.Dir) {
+		for _, m := range mountsBelow(fmt.Sprintf("/proc/%d/mountinfo", s.Containerd()), s.Dir, runtimeState(s.ID)) {
 			leak("mount %s", m)
 		}
 		if err := s.containerd.signal(ctx, syscall.SIGTERM); err != nil {
@@ -223,13 +223,13 @@ func removeAll(id, dir string, leak func(string, ...any)) {
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	mounts := mountsBelow("/proc/self/mountinfo", dir)
+	mounts := mountsBelow("/proc/self/mountinfo", dir, runtimeState(id))
 	slices.Reverse(mounts)
 	for _, m := range mounts {
 		leak("mount %s", m)
 		unix.Unmount(m, unix.MNT_DETACH)
 	}
-	os.RemoveAll(filepath.Join(runtimeRoot, "test-"+id))
+	os.RemoveAll(runtimeState(id))
 	for _, root := range cgroupRoots(id) {
 		var dirs []string
 		filepath.WalkDir(root, func(p string, d fs.DirEntry, err error) error {
@@ -308,8 +308,12 @@ func stat(pid int) (state byte, ppid int) {
 	return fields[0][0], ppid
 }
 
-// mountsBelow returns the mount points below dir.
-func mountsBelow(mountinfo, dir string) []string {
+// runtimeState is where the OCI runtime keeps what it knows of a stack's
+// containers, and mounts their rootfs in a restore.
+func runtimeState(id string) string { return filepath.Join(runtimeRoot, "test-"+id) }
+
+// mountsBelow returns the mount points below any of the folders.
+func mountsBelow(mountinfo string, dirs ...string) []string {
 	f, err := os.Open(mountinfo)
 	if err != nil {
 		return nil
@@ -317,7 +321,8 @@ func mountsBelow(mountinfo, dir string) []string {
 	defer f.Close()
 	var found []string
 	for lines := bufio.NewScanner(f); lines.Scan(); {
-		if fields := strings.Fields(lines.Text()); len(fields) > 4 && strings.HasPrefix(fields[4], dir+"/") {
+		fields := strings.Fields(lines.Text())
+		if len(fields) > 4 && slices.ContainsFunc(dirs, func(dir string) bool { return strings.HasPrefix(fields[4], dir+"/") }) {
 			found = append(found, fields[4])
 		}
 	}

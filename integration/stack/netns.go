@@ -70,6 +70,16 @@ func (n *Netns) Firewall() ([]string, error) {
 	return rules, err
 }
 
+// makeNetnsShared makes later network namespaces visible in mount namespaces
+// that are made from now on.
+func makeNetnsShared(id string) error {
+	name := dirPrefix + id + "-none"
+	if err := ip("netns add " + name); err != nil {
+		return err
+	}
+	return ip("netns del " + name)
+}
+
 // delete fails if the network namespace is not there any more, or something
 // still lives in it.
 func (n *Netns) delete() error {

@@ -93,6 +93,13 @@ func Start(tb TB, opts Options) *Stack {
 	if os.Getenv("STASIS_UPSTREAM") != "" {
 		opts.Upstream = true
 	}
+	if opts.Crun {
+		// The half that is hidden is where CRIU then restores what it takes
+		// for the container's cgroups; and crun keeps its state where XDG
+		// says, for commands that are not told where.
+		opts.KnownLeaks = append(opts.KnownLeaks[:len(opts.KnownLeaks):len(opts.KnownLeaks)],
+			"cgroup /sys/fs/cgroup/unified/", filepath.Join("tmp", "crun"))
+	}
 	bins, err := findBinaries(opts)
 	if err != nil {
 		tb.Fatalf("stack: %v", err)
@@ -160,7 +167,13 @@ func (s *Stack) path(elem ...string) string {
 func (s *Stack) boot() error {
 	args := []string{s.bins.containerd, "--config", s.path("config.toml")}
 	if s.opts.Crun {
-		args = append([]string{"unshare", "--mount", "sh", "-c", `
+		// What is mounted in the host's namespace later reaches this one if the
+		// host lets it, but not the other way; ip makes it let network
+		// namespaces.
+		if err := makeNetnsShared(s.ID); err != nil {
+			return err
+		}
+		args = append([]string{"unshare", "--mount", "--propagation", "slave", "sh", "-c", `
 			if mountpoint -q /sys/fs/cgroup/unified; then umount /sys/fs/cgroup/unified; fi
 			exec "$@"`, "sh"}, args...)
 	}
