@@ -78,6 +78,13 @@ func (im images) establishedTCP() ([]netip.Addr, error) {
 	return found.tcp, err
 }
 
+// closedTCP tells whether CRIU was told to leave connections out (tcp-close). A
+// restore then has to tell it again.
+func (im images) closedTCP() (bool, error) {
+	inv, err := im.inventory()
+	return inv.GetTcpClose(), err
+}
+
 // each calls fn with each message of an image of the given kind. The first
 // error ends it; an image that is not there is an error of fs.ErrNotExist.
 func (im images) each(name, kind string, fn func(msg []byte) error) error {

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/containerd/errdefs"
 	runc "github.com/containerd/go-runc"
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
@@ -37,9 +38,17 @@ type DumpRequest struct {
 // on (or stays paused), its network open, and the folder is as it was; the
 // error holds CRIU's own error lines and says where its log is.
 func Dump(ctx context.Context, r DumpRequest) error {
+	if err := r.checkStopped(); err != nil {
+		return err
+	}
 	folder, err := NewFolder(r.Dir)
 	if err != nil {
 		return err
+	}
+	if r.Exit {
+		if err := folder.Reserve(); err != nil {
+			return errors.Join(err, folder.Discard())
+		}
 	}
 	if err := os.MkdirAll(r.WorkDir, 0o711); err != nil {
 		return errors.Join(fmt.Errorf("make CRIU's work folder: %w", err), folder.Discard())
@@ -61,6 +70,9 @@ func Dump(ctx context.Context, r DumpRequest) error {
 		r.settle()
 		kill()
 	})()
+	// Meanwhile, for nobody shall wait for it.
+	version := make(chan string, 1)
+	go func() { version <- r.Runtime.Version(callCtx) }()
 	err = r.Runtime.Checkpoint(callCtx, r.Options.dumpOpts(folder.Path(), r.WorkDir), actions...)
 	if err != nil && r.Exit && finished(r.logPath()) {
 		// CRIU was killed while it killed the container, of which this is now
@@ -98,12 +110,32 @@ func Dump(ctx context.Context, r DumpRequest) error {
 		Exit:       r.Exit,
 		TerminalIO: r.TerminalIO,
 		CRIU:       LogVersion(r.logPath()),
-		Runtime:    Runtime{Name: filepath.Base(r.Runtime.Name()), Version: r.Runtime.Version(ctx)},
+		Runtime:    Runtime{Name: filepath.Base(r.Runtime.Name()), Version: <-version},
 	}, r.Durable)
 }
 
+// checkStopped refuses a container with a process that a signal has stopped, where
+// CRIU freezes by the freezer of cgroup v1: it would wait for ever for that
+// process, and the container would stay frozen.
+func (r *DumpRequest) checkStopped() error {
+	if r.Cgroup == nil || !r.Cgroup.IsV1() {
+		return nil
+	}
+	pids, err := r.Cgroup.Pids()
+	if err != nil {
+		return nil // it is gone, or CRIU will tell
+	}
+	for _, pid := range pids {
+		if process.IsStopped(int(pid)) {
+			return fmt.Errorf("checkpoint container %s: process %d is stopped by a signal, which CRIU cannot dump on a host with cgroup v1; continue it (SIGCONT) or end it: %w",
+				r.Container.ID, pid, errdefs.ErrFailedPrecondition)
+		}
+	}
+	return nil
+}
+
 // logPath is that of CRIU's log.
-func (r *DumpRequest) logPath() string { return filepath.Join(r.WorkDir, "dump.log") }
+func (r *DumpRequest) logPath() string { return filepath.Join(r.WorkDir, dumpLog) }
 
 func (r *DumpRequest) thaw(ctx context.Context) {
 	if r.Cgroup == nil {

@@ -3,8 +3,10 @@ package checkpoint
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -59,6 +61,32 @@ func NewFolder(dir string) (*Folder, error) {
 
 // Path is where CRIU has to write.
 func (f *Folder) Path() string { return filepath.Join(f.dir, partialName) }
+
+// reserveName is a file in .partial that Reserve makes, and reserveSize is its
+// size in bytes.
+const (
+	reserveName = ".reserve"
+	reserveSize = 4 << 20
+)
+
+// Reserve takes the space on the disk that Commit will need, a few KiB for most
+// containers. A container that ends with the dump would else be lost if CRIU's
+// images just fit.
+func (f *Folder) Reserve() error {
+	file, err := os.OpenFile(filepath.Join(f.Path(), reserveName), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return wrap(f.dir, err)
+	}
+	defer file.Close()
+	err = unix.Fallocate(int(file.Fd()), 0, 0, reserveSize)
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		_, err = io.CopyN(file, rand.Reader, reserveSize) // zeros might take no space
+	}
+	if err != nil {
+		return wrap(f.dir, fmt.Errorf("reserve %d MiB: %w", reserveSize>>20, err))
+	}
+	return nil
+}
 
 // claim makes .partial, or empties the one that a killed process left.
 func (f *Folder) claim() (err error) {
@@ -179,6 +207,9 @@ func (f *Folder) Commit(m Manifest, durable bool) error {
 func (f *Folder) commit(m Manifest, durable bool) error {
 	sums := f.follow.finish()
 	defer closeSums(sums)
+	if err := os.Remove(filepath.Join(f.Path(), reserveName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
 	if err := repairTimers(f.Path()); err != nil {
 		return err
 	}

@@ -25,6 +25,7 @@ type Image struct {
 	dir      string
 	manifest *Manifest // nil: made by other software
 	options  Options
+	images   images
 	tcp      func() ([]netip.Addr, error)
 }
 
@@ -78,8 +79,8 @@ func open(ctx context.Context, dir string) (*Image, error) {
 	if err := checkNames(files, manifest); err != nil {
 		return nil, err
 	}
-	img := &Image{dir: dir, manifest: manifest}
 	images := images{dir: dir, files: files}
+	img := &Image{dir: dir, manifest: manifest, images: images}
 	if manifest == nil {
 		found, err := images.derive()
 		if err != nil {
@@ -205,6 +206,16 @@ func readManifest(dir string) (*Manifest, error) {
 		return nil, fmt.Errorf("%s: %w", manifestName, err)
 	}
 	return m, nil
+}
+
+// CopyManifest puts the manifest of the checkpoint in the folder from into the
+// folder to.
+func CopyManifest(to, from string) error {
+	data, err := os.ReadFile(filepath.Join(from, manifestName))
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(to, manifestName), data, 0o600)
 }
 
 // checkNames refuses what no checkpoint has, before anything is opened.

@@ -5,13 +5,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/log"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/process"
@@ -29,6 +32,9 @@ func (r *DumpRequest) rescue(ctx context.Context, netns string) {
 		}
 	}
 	r.unlock(ctx, netns)
+	if err := RemoveRests(r.WorkDir, dumpLog); err != nil {
+		logger.WithError(err).Error("remove what CRIU has left")
+	}
 	if r.Cgroup == nil {
 		return
 	}
@@ -53,6 +59,21 @@ func UnlockNetwork(netns string, pid int, logPath string) error {
 	return inNetworkNamespace(netns, func() error {
 		return unlockNetwork(append(runIDs(logPath), strconv.Itoa(pid)))
 	})
+}
+
+// UnlockAfterRestore is UnlockNetwork for a restore into a network namespace that
+// is there without the container, unless that is the host's: CRIU leaves alone
+// all but the connections there.
+func UnlockAfterRestore(spec *specs.Spec, logPath string) error {
+	path, _ := networkNamespace(spec)
+	if path == "" {
+		return nil
+	}
+	err := UnlockNetwork(path, 0, logPath)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // the namespace is gone
+	}
+	return err
 }
 
 var runID = lazyRegexp(`CRIU run id = ([0-9a-fA-F-]{36})(?:\n|$)`)
@@ -156,6 +177,40 @@ var stages = map[string]bool{
 	"Dumping mm (pid: ":                 true,
 }
 
+var mountRoot = lazyRegexp(`/tmp/\.criu\.mntns\.[A-Za-z0-9]{6}\b`)
+
+// RemoveRests removes what CRIU leaves in its work folder, and elsewhere, if it
+// is killed: folders in which it has mounted the host's cgroups. Whoever
+// removes the work folder as it is would try to remove those. log is the name of
+// CRIU's log there.
+func RemoveRests(workDir, log string) error {
+	dir, err := filepath.EvalSymlinks(workDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var errs []error
+	rests, _ := filepath.Glob(filepath.Join(dir, ".criu.*"))
+	for _, rest := range rests {
+		err := mount.UnmountRecursive(rest, unix.MNT_DETACH)
+		if err == nil {
+			err = os.Remove(rest)
+		}
+		errs = append(errs, err)
+	}
+	// An empty folder in which the processes had their mounts.
+	if data, err := readPart(filepath.Join(dir, log), logTail, false); err == nil {
+		if root := mountRoot().Find(data); root != nil {
+			if err := os.Remove(string(root)); !errors.Is(err, fs.ErrNotExist) {
+				errs = append(errs, err)
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // finished tells whether CRIU has written everything. With Exit, it has begun to
 // kill the container.
 func finished(logPath string) bool {
@@ -163,11 +218,18 @@ func finished(logPath string) bool {
 	return err == nil && bytes.Contains(data, []byte("Unfreezing tasks into 2\n")) // TASK_DEAD; 1 after a failure
 }
 
-// Interrupted tells whether the log of a dump has no end.
+// Interrupted tells whether a log of CRIU's has no end.
 func Interrupted(logPath string) bool {
 	data, err := readPart(logPath, logTail, true)
-	return err == nil && !bytes.Contains(data, []byte("Dumping finished successfully")) &&
-		!bytes.Contains(data, []byte("Dumping FAILED"))
+	if err != nil {
+		return false
+	}
+	for _, end := range []string{"Dumping finished successfully", "Dumping FAILED", "Restore finished successfully", "Restoring FAILED"} {
+		if bytes.Contains(data, []byte(end)) {
+			return false
+		}
+	}
+	return true
 }
 
 func killable(logPath string) bool {

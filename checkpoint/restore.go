@@ -36,16 +36,14 @@ func Restore(ctx context.Context, r RestoreRequest) (int, error) {
 		return 0, fmt.Errorf("make CRIU's work folder: %w", err)
 	}
 	options := r.Image.Options()
+	closeTCP, err := mustCloseTCP(r.Image, r.Spec)
+	if err != nil {
+		return 0, err
+	}
 	criuConfig := ""
-	if options.OpenTCP {
-		closeTCP, err := mustCloseTCP(r.Image, r.Spec)
-		if err != nil {
-			return 0, err
-		}
-		if closeTCP {
-			criuConfig = "tcp-close\n"
-			options.OpenTCP = false
-		}
+	if closeTCP {
+		criuConfig = "tcp-close\n"
+		options.OpenTCP = false
 	}
 	if err := r.amendSpec(criuConfig); err != nil {
 		return 0, err
@@ -57,14 +55,24 @@ func Restore(ctx context.Context, r RestoreRequest) (int, error) {
 		NoPivot:        r.NoPivot,
 	}
 	pid, err := r.Runtime.Restore(ctx, opts)
+	if cerr := r.endCRIUConfig(criuConfig); cerr != nil {
+		log.G(ctx).WithError(cerr).Warn("put CRIU's configuration back; further checkpoints will close TCP connections")
+	}
 	if err == nil {
+		if options.OpenTCP {
+			// CRIU has removed one lock; each try of a restore that was cut
+			// short has added one.
+			if uerr := UnlockAfterRestore(r.Spec, r.logPath()); uerr != nil {
+				log.G(ctx).WithError(uerr).Error("remove CRIU's network lock after a restore")
+			}
+		}
 		return pid, nil
 	}
 	r.cleanup(context.WithoutCancel(ctx))
 	if ctx.Err() != nil {
 		err = context.Cause(ctx)
 	}
-	return 0, criuError("restore", r.ID, err, filepath.Join(r.WorkDir, "restore.log"))
+	return 0, criuError("restore", r.ID, err, r.logPath())
 }
 
 // cleanup removes what a failed restore may have left: the runtime knows of a
@@ -78,4 +86,26 @@ func (r *RestoreRequest) cleanup(ctx context.Context) {
 			log.G(ctx).WithError(err).Warn("remove a container's cgroup after its failed restore")
 		}
 	}
+	if !r.lockedByDump() {
+		if err := UnlockAfterRestore(r.Spec, r.logPath()); err != nil {
+			log.G(ctx).WithError(err).Warn("remove CRIU's network lock after a failed restore")
+		}
+	}
+	if err := RemoveRests(r.WorkDir, restoreLog); err != nil {
+		log.G(ctx).WithError(err).Warn("remove what CRIU has left of a failed restore")
+	}
 }
+
+// lockedByDump tells whether the network may be locked since the dump. Until a
+// further try, the lock has to keep the kernel from ending the connections.
+func (r *RestoreRequest) lockedByDump() bool {
+	m := r.Image.Manifest()
+	if !r.Image.Options().OpenTCP || m != nil && !m.Exit {
+		return false
+	}
+	lacks, err := lacksAddress(r.Image, r.Spec)
+	return err == nil && !lacks
+}
+
+// logPath is that of CRIU's log.
+func (r *RestoreRequest) logPath() string { return filepath.Join(r.WorkDir, restoreLog) }

@@ -21,6 +21,12 @@ const AnnotationTCP = "stasis.run/tcp"
 // mustCloseTCP decides whether the connections of a checkpoint have to be
 // closed. CRIU knows only all or nothing.
 func mustCloseTCP(img *Image, spec *specs.Spec) (bool, error) {
+	if closed, err := img.images.closedTCP(); err != nil || closed {
+		return closed, wrap(img.dir, err)
+	}
+	if !img.options.OpenTCP {
+		return false, nil
+	}
 	switch how := spec.Annotations[AnnotationTCP]; how {
 	case "keep":
 		return false, nil
@@ -30,6 +36,12 @@ func mustCloseTCP(img *Image, spec *specs.Spec) (bool, error) {
 	default:
 		return false, fmt.Errorf("annotation %s=%q: it is keep or close: %w", AnnotationTCP, how, errdefs.ErrInvalidArgument)
 	}
+	return lacksAddress(img, spec)
+}
+
+// lacksAddress tells whether connections of a checkpoint have a local address
+// that the container's network namespace has not.
+func lacksAddress(img *Image, spec *specs.Spec) (bool, error) {
 	var have []netip.Addr // none but loopback's in a namespace that is made anew
 	if path, own := networkNamespace(spec); !own {
 		var err error

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -274,10 +275,11 @@ var restoreStages = []string{
 	"Running post-setup-namespaces",
 	"nr_restored_pages",
 	"Running post-restore",
-	"Running network-unlock",
-	"Running pre-resume",
-	"Running post-resume",
 }
+
+// lateRestoreStages come when the network is open again: with CRIU, connections
+// are lost.
+var lateRestoreStages = []string{"Running pre-resume", "Running post-resume"}
 
 // TestKillCRIUInRestore kills CRIU at each stage of a restore, and the runtime
 // before and after.
@@ -291,30 +293,90 @@ func TestKillCRIUInRestore(t *testing.T) {
 		p.f.KillCRIU("restore", stage)
 		err := p.start()
 		p.f.Reset()
-		if err == nil && stage == "Running post-resume" {
-			// The runtime has finished first.
-			break
-		}
 		if err == nil {
 			p.fatalf("the restore succeeded")
 		}
 		p.retryable()
 	}
-	for _, when := range []stack.When{stack.Before, stack.During("Forking task"), stack.During("nr_restored_pages"), stack.After} {
+	for _, when := range []stack.When{stack.Before, stack.During("nr_restored_pages")} {
 		p.at("the runtime, %v", when)
-		restore := p.hold("restore", when, p.start)
-		for _, pid := range p.children() {
-			p.must("kill", syscall.Kill(pid, syscall.SIGKILL))
-		}
-		if restore.result() == nil {
-			p.fatalf("the restore succeeded")
-		}
-		p.f.Reset()
-		p.retryable()
+		p.killRuntime(when)
 	}
 	p.at("a restore after them")
 	p.must("start", p.start())
 	p.fine()
+}
+
+// TestKillCRIULateInRestore kills CRIU when it lets the container run, and the
+// runtime after that.
+func TestKillCRIULateInRestore(t *testing.T) {
+	p := newPatient(t)
+	dir := p.dir()
+	p.must("checkpoint", p.dump(dir, true))
+	p.must("create", p.c.Create(p.ctx, client.WithRestoreImagePath(dir)))
+	for _, stage := range lateRestoreStages {
+		p.at("%s", stage)
+		p.f.KillCRIU("restore", stage)
+		err := p.start()
+		p.f.Reset()
+		if err == nil {
+			// CRIU had done its work.
+			p.c.Kill(p.ctx, syscall.SIGKILL)
+			p.c.DeleteTask(p.ctx)
+			p.must("create", p.c.Create(p.ctx, client.WithRestoreImagePath(dir)))
+			continue
+		}
+		p.retryable()
+	}
+	p.at("the runtime, after")
+	p.killRuntime(stack.After)
+	p.at("a restore after them")
+	p.must("start", p.start())
+	p.counts()
+}
+
+// counts is fine for a patient that may have lost its connection.
+func (p *patient) counts() {
+	p.scene.t.Helper()
+	before, err := p.c.ProbeErr(p.ctx)
+	p.must("probe", err)
+	p.Poll(p.ctx, "the container to count", func() bool {
+		after, err := p.c.ProbeErr(p.ctx)
+		return err == nil && after.Counter > before.Counter
+	})
+	p.unlocked()
+	p.alone()
+}
+
+// idle waits until the shim has ended what it does with the patient.
+func (p *patient) idle() {
+	p.scene.t.Helper()
+	shim, _ := p.shim(p.c)
+	// It queues like a dump; whether it works does not matter.
+	_, _ = shim.Update(p.ctx, &taskapi.UpdateTaskRequest{ID: "c", Resources: &anypb.Any{Value: []byte(`{}`)}})
+}
+
+// killRuntime kills the runtime in a restore.
+func (p *patient) killRuntime(when stack.When) {
+	p.scene.t.Helper()
+	restore := p.hold("restore", when, p.start)
+	for _, pid := range p.children() {
+		if pid != p.pidInBundle() {
+			p.must("kill", syscall.Kill(pid, syscall.SIGKILL))
+		}
+	}
+	if restore.result() == nil {
+		p.fatalf("the restore succeeded")
+	}
+	p.f.Reset()
+	p.retryable()
+}
+
+// pidInBundle is init's as the runtime has left it, 0 if it has not.
+func (p *patient) pidInBundle() int {
+	data, _ := os.ReadFile(filepath.Join(p.c.Bundle(), "init.pid"))
+	pid, _ := strconv.Atoi(string(data))
+	return pid
 }
 
 // start starts the patient's task without the client, which would close its
@@ -323,6 +385,9 @@ func (p *patient) start() error {
 	_, err := p.Client().TaskService().Start(p.ctx, &tasks.StartRequest{ContainerID: "c"})
 	return native(err)
 }
+
+// mountRoot is a folder that CRIU makes for the processes' mounts.
+var mountRoot = regexp.MustCompile(`/tmp/\.criu\.mntns\.\w{6}`)
 
 // retryable checks that a failed restore has left a created task and nothing
 // else.
@@ -336,9 +401,17 @@ func (p *patient) retryable() {
 	}
 	left, _ := filepath.Glob("/sys/fs/cgroup/*" + p.CgroupPath("c"))
 	unified, _ := filepath.Glob("/sys/fs/cgroup" + p.CgroupPath("c"))
-	yards, _ := filepath.Glob(filepath.Join(p.Dir, "*", ".criu.*"))
+	work, _ := filepath.Glob(filepath.Join(p.c.Bundle(), "work", ".criu.*"))
 	state2, _ := filepath.Glob(filepath.Join("/run/containerd/runc", p.Namespace, "c", "*"))
-	if left = slices.Concat(left, unified, yards, state2); len(left) > 0 {
+	left = slices.Concat(left, unified, work, state2)
+	if log, err := os.ReadFile(filepath.Join(p.c.Bundle(), "work", "restore.log")); err == nil {
+		for _, dir := range mountRoot.FindAllString(string(log), -1) {
+			if _, err := os.Stat(dir); err == nil {
+				left = append(left, dir)
+			}
+		}
+	}
+	if len(left) > 0 {
 		p.errorf("left by the restore: %q", left)
 	}
 	p.alone()
@@ -350,25 +423,25 @@ func TestKillShimInDump(t *testing.T) {
 	p := newPatient(t)
 	old := p.dir()
 	p.must("checkpoint", p.dump(old, true))
-	for i, stage := range []string{"freezing cgroup", "Collecting netns", "page-xfer: Transferring", "Writing image inventory", "after"} {
+	p.waitFor(p.ctx, "exit", "c", "")
+	before := len(p.of("exit", "c"))
+	for i, stage := range []string{"freezing cgroup", "Collecting netns", "page-xfer: Transferring", "Writing image inventory"} {
 		exit := i%2 == 0
 		p.at("%s, exit %v", stage, exit)
 		p.c.Restore(p.ctx, old)
 		_, pid := p.shim(p.c)
-		when := stack.During(stage)
-		if stage == "after" {
-			when = stack.After
-		}
-		p.f.KillShim("checkpoint", when)
-		// Not Container's, which would delete the task.
-		err := p.c.CheckpointErr(p.ctx, old, &options.CheckpointOptions{OpenTcp: true})
+		p.f.KillShim("checkpoint", stack.During(stage))
+		_, err := p.Client().TaskService().Checkpoint(p.ctx, &tasks.CheckpointTaskRequest{
+			ContainerID: "c",
+			Options:     p.any(&options.CheckpointOptions{OpenTcp: true, Exit: exit, ImagePath: old}),
+		})
 		p.f.Reset()
 		if err == nil {
 			p.fatalf("the dump succeeded without a shim")
 		}
 		p.gone(pid)
-		if code := p.c.Wait(p.ctx); code != 137 {
-			p.errorf("exit code %d, want 137", code)
+		if !p.journal.wait(p.ctx, time.Minute, func() bool { return p.count("exit") > before+i }) {
+			p.fatalf("no exit; events:\n%s", p.journal)
 		}
 		p.clean(p.c)
 		p.unlocked()
@@ -378,7 +451,17 @@ func TestKillShimInDump(t *testing.T) {
 	}
 	p.at("a restore after them")
 	p.c.Restore(p.ctx, old)
-	p.fine()
+	p.counts()
+}
+
+// count returns how many events of a topic there were; the journal's mu is held.
+func (p *patient) count(topic string) (n int) {
+	for _, e := range p.all {
+		if e.topic == topic {
+			n++
+		}
+	}
+	return n
 }
 
 // TestKillShimInRestore kills the shim at stages of a restore from containerd's
@@ -409,7 +492,7 @@ func TestKillShimInRestore(t *testing.T) {
 	}
 	p.at("a restore after them")
 	p.must("start", p.c.StartErr(p.ctx, client.WithTaskCheckpoint(img)))
-	p.fine()
+	p.counts()
 }
 
 // TestKillContainerdInDump kills containerd at stages of a dump.
@@ -488,6 +571,8 @@ func TestKillContainerdInRestore(t *testing.T) {
 		p.fine()
 		p.must("checkpoint", p.dump(dir, true))
 	}
+	p.c.Restore(p.ctx, dir)
+	p.fine()
 }
 
 // TestDeadlineInDump has the time of a dump run out.
@@ -510,6 +595,7 @@ func TestDeadlineInDump(t *testing.T) {
 		})
 		err := dump.result() // held all the time
 		cancel()
+		p.idle()
 		p.f.Reset()
 		if err == nil {
 			p.fatalf("the dump succeeded")
@@ -528,7 +614,7 @@ func TestDeadlineInRestore(t *testing.T) {
 	dir := p.dir()
 	p.must("checkpoint", p.dump(dir, true))
 	p.must("create", p.c.Create(p.ctx, client.WithRestoreImagePath(dir)))
-	for _, when := range []stack.When{stack.Before, stack.During("Forking task"), stack.During("nr_restored_pages"), stack.After} {
+	for _, when := range []stack.When{stack.Before, stack.During("Forking task"), stack.During("nr_restored_pages")} {
 		p.at("%v", when)
 		ctx, cancel := context.WithTimeout(p.ctx, time.Second)
 		restore := p.hold("restore", when, func() error {
@@ -538,6 +624,7 @@ func TestDeadlineInRestore(t *testing.T) {
 		})
 		err := restore.result()
 		cancel()
+		p.idle()
 		p.f.Reset()
 		if err == nil {
 			p.fatalf("the restore succeeded")

@@ -57,6 +57,9 @@ func LoadCgroup(pid int) (*Cgroup, error) {
 // unifiedMount is where version 2 is mounted, and the controllers of version 1.
 const unifiedMount = "/sys/fs/cgroup"
 
+// IsV1 tells the version.
+func (c *Cgroup) IsV1() bool { return c.v2 == nil }
+
 // Stats are the group's figures: *cgroup1/stats.Metrics or
 // *cgroup2/stats.Metrics, which is what containerd's clients expect.
 func (c *Cgroup) Stats() (any, error) {

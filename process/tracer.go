@@ -23,8 +23,16 @@ func ParentOf(pid int) int {
 	return parent
 }
 
-// IsStopped tells whether a process is stopped by a signal.
-func IsStopped(pid int) bool { return strings.HasPrefix(statusOf(pid, "State"), "T") }
+// IsStopped tells whether a process is stopped by a signal. The state that the
+// kernel shows is another one while the process is frozen too, but not the place
+// in which it sleeps.
+func IsStopped(pid int) bool {
+	if strings.HasPrefix(statusOf(pid, "State"), "T") {
+		return true
+	}
+	wchan, _ := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "wchan"))
+	return string(wchan) == "do_signal_stop"
+}
 
 // statusOf returns a value of a process's /proc/<pid>/status, "" if there is
 // none.

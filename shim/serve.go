@@ -26,8 +26,8 @@ const (
 	drainTimeout = 5 * time.Second
 	// trimDelay is how long the shim must be idle to give memory back.
 	trimDelay = 5 * time.Second
-	// trimBytes is how much it must have allocated for that to be worth it.
-	trimBytes = 256 << 10
+	gcPercent = 75
+	maxProcs  = 2
 )
 
 // serve is the shim: it serves until its service or a signal ends it.
@@ -199,37 +199,31 @@ func stacks() []byte {
 
 // setMemory trades time for memory: there is a shim for every pod, and it is
 // idle most of the time. The heap of one that is left alone stays below the
-// minimum at which the collector starts, which is 4 MB times the percentage.
+// size at which the collector first runs, which is 4 MB times the percentage.
 func setMemory() {
-	debug.SetGCPercent(50)
-	runtime.GOMAXPROCS(2)
+	debug.SetGCPercent(gcPercent)
+	runtime.GOMAXPROCS(maxProcs)
 }
 
 // trimmer gives memory back when the shim falls idle.
 type trimmer struct {
 	timer *time.Timer
-	total uint64 // bytes allocated ever, when it last looked
 }
 
-func newTrimmer() *trimmer {
-	t := &trimmer{}
-	t.timer = time.AfterFunc(trimDelay, t.trim)
-	return t
-}
+func newTrimmer() *trimmer { return &trimmer{timer: time.AfterFunc(trimDelay, trim)} }
 
 // used tells that the shim is not idle.
 func (t *trimmer) used() { t.timer.Reset(trimDelay) }
 
-func (t *trimmer) trim() {
-	var m runtime.MemStats
-	runtime.ReadMemStats(&m)
-	// The first collections cost about 1 MB for good, in the runtime's own
-	// tables: more than they free of a heap that never filled.
-	if m.NumGC == 0 || m.TotalAlloc-t.total < trimBytes {
-		return
+func trim() {
+	var stats debug.GCStats
+	debug.ReadGCStats(&stats)
+	// The first two collections cost 1 MB for good, in the runtime's tables of
+	// free memory: more than they free of a heap that never filled. Not even
+	// runtime.ReadMemStats comes for less than half of that.
+	if stats.NumGC > 0 {
+		debug.FreeOSMemory()
 	}
-	t.total = m.TotalAlloc
-	debug.FreeOSMemory()
 }
 
 // shutdown is a request to end, made once or more.

@@ -51,6 +51,22 @@ func Cleanup(ctx context.Context, namespace, bundlePath, id string) (*taskapi.De
 	if err := process.RemoveCgroup(cgroup); err != nil {
 		logger.WithError(err).Warn("remove the container's cgroup")
 	}
+	restoreDir := b.workDir()
+	if opts != nil && opts.CriuWorkPath != "" {
+		restoreDir = opts.CriuWorkPath
+	}
+	if log := filepath.Join(restoreDir, "restore.log"); checkpoint.Interrupted(log) {
+		spec, err := b.spec()
+		if err == nil {
+			err = checkpoint.UnlockAfterRestore(spec, log)
+		}
+		if err != nil {
+			logger.WithError(err).Warn("remove the network lock of a restore whose shim is gone")
+		}
+	}
+	if err := errors.Join(checkpoint.RemoveRests(restoreDir, "restore.log"), checkpoint.RemoveRests(b.dumpDir(), "dump.log")); err != nil {
+		logger.WithError(err).Warn("remove what CRIU has left")
+	}
 	if err := b.unmount(); err != nil {
 		logger.WithError(err).Warn("unmount the container's rootfs")
 	}

@@ -24,6 +24,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/process"
 )
 
@@ -478,7 +479,15 @@ func (s *Service) Checkpoint(ctx context.Context, r *taskapi.CheckpointTaskReque
 	if opts.WorkPath != "" && !filepath.IsAbs(opts.WorkPath) {
 		return done(invalid("options: work_path %q is not absolute", opts.WorkPath))
 	}
-	return done(c.checkpoint(ctx, dir, opts))
+	if err := c.checkpoint(ctx, dir, opts); err != nil {
+		return done(err)
+	}
+	if r.Path != "" && r.Path != dir {
+		// containerd makes content of its folder, and of an empty one only
+		// once.
+		return done(checkpoint.CopyManifest(r.Path, dir))
+	}
+	return done(nil)
 }
 
 // Update changes a container's resource limits.

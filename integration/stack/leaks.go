@@ -213,6 +213,7 @@ func (s *Stack) waitProcesses(ctx context.Context, but int) []process {
 // removeAll removes what a stack has left behind, apart from its folder.
 func removeAll(id, dir string, leak func(string, ...any)) {
 	for range 100 {
+		thawAll(id) // a frozen process does not die
 		// Again and again, as they may be forking.
 		left := processes(id)
 		if len(left) == 0 {
@@ -335,6 +336,23 @@ func cgroupRoots(id string) []string {
 	v1, _ := filepath.Glob("/sys/fs/cgroup/*/" + dirPrefix + id)
 	v2, _ := filepath.Glob("/sys/fs/cgroup/" + dirPrefix + id)
 	return append(v1, v2...)
+}
+
+// thawAll thaws all cgroups of a stack.
+func thawAll(id string) {
+	for _, root := range cgroupRoots(id) {
+		filepath.WalkDir(root, func(p string, d fs.DirEntry, err error) error {
+			if err == nil && d.IsDir() {
+				for name, value := range map[string]string{"freezer.state": "THAWED", "cgroup.freeze": "0"} {
+					if f, err := os.OpenFile(filepath.Join(p, name), os.O_WRONLY, 0); err == nil {
+						f.WriteString(value)
+						f.Close()
+					}
+				}
+			}
+			return nil
+		})
+	}
 }
 
 // cgroups returns the cgroups below a stack's own.
