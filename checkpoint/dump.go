@@ -167,6 +167,10 @@ func (o Options) dumpOpts(dir, workDir string) *runc.CheckpointOpts {
 // It is one paragraph: clients show only the first lines of an error.
 func criuError(op, id string, err error, logPath string) error {
 	lines := LogErrors(logPath, 4)
+	var fs unix.Statfs_t
+	if len(lines) == 0 && unix.Statfs(filepath.Dir(logPath), &fs) == nil && fs.Bavail == 0 {
+		return fmt.Errorf("%s container %s: %w: CRIU's log %s: %w", op, id, err, logPath, unix.ENOSPC)
+	}
 	if len(lines) == 0 {
 		return fmt.Errorf("%s container %s: %w (CRIU's log: %s)", op, id, err, logPath)
 	}

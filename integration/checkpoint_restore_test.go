@@ -304,7 +304,7 @@ func TestRestoreTerminal(t *testing.T) {
 				}
 			}
 			// An exec has a terminal of its own beside it.
-			if out := execTerminal(t, ctx, c, "tty"); !strings.Contains(out, "/dev/pts/") {
+			if out := startExec(ctx, t, c, "terminal", "tty", true)(); !strings.Contains(out, "/dev/pts/") {
 				t.Errorf("exec with a terminal printed %q", out)
 			}
 			c.Kill(ctx, syscall.SIGKILL)
@@ -313,17 +313,22 @@ func TestRestoreTerminal(t *testing.T) {
 	}
 }
 
-// execTerminal runs a shell command with a terminal of its own.
-func execTerminal(t *testing.T, ctx context.Context, c *stack.Container, command string) string {
+// startExec starts a shell command in a container. The function that it returns
+// waits for it to end, and returns what it wrote.
+func startExec(ctx context.Context, t *testing.T, c *stack.Container, id, command string, terminal bool) (wait func() string) {
 	t.Helper()
 	spec, err := c.Spec(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
 	process := *spec.Process
-	process.Args, process.Terminal = []string{"sh", "-c", command}, true
+	process.Args, process.Terminal = []string{"sh", "-c", command}, terminal
 	var out strings.Builder
-	p, err := c.Task.Exec(ctx, "terminal", &process, cio.NewCreator(cio.WithFIFODir(t.TempDir()), cio.WithStreams(nil, &out, nil), cio.WithTerminal))
+	streams := []cio.Opt{cio.WithFIFODir(t.TempDir()), cio.WithStreams(nil, &out, io.Discard)}
+	if terminal {
+		streams = append(streams, cio.WithTerminal)
+	}
+	p, err := c.Task.Exec(ctx, id, &process, cio.NewCreator(streams...))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -334,11 +339,14 @@ func execTerminal(t *testing.T, ctx context.Context, c *stack.Container, command
 	if err != nil {
 		t.Fatal(err)
 	}
-	<-exit
-	if _, err := p.Delete(ctx); err != nil {
-		t.Fatal(err)
+	return func() string {
+		t.Helper()
+		<-exit
+		if _, err := p.Delete(ctx); err != nil {
+			t.Error(err)
+		}
+		return out.String()
 	}
-	return out.String()
 }
 
 // TestRestoreElsewhere restores a container under another name, in another

@@ -14,10 +14,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/cgroups/v3"
+	"github.com/containerd/cgroups/v3/cgroup1"
+	"github.com/containerd/cgroups/v3/cgroup2"
 	bootstrapapi "github.com/containerd/containerd/api/runtime/bootstrap/v1"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v2"
 	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/containerd/api/types/runc/options"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -142,7 +146,14 @@ func TestStartServeShutdown(t *testing.T) {
 }
 
 func TestStartLegacy(t *testing.T) {
+	// Nothing but BootstrapParams tells another socket folder than this.
+	if err := os.MkdirAll(defaultSocketDir, 0o700); err != nil {
+		t.Skip(err)
+	}
 	n := newNode(t)
+	e := &eventLog{t: t, path: n.address + ".ttrpc"}
+	e.start()
+	defer e.stop()
 	bundle := n.bundle("c1", `{}`)
 	cmd := n.command(bundle, "c1", "start", marshal(t, runtimeAny(t, &options.Options{BinaryName: "runc"})), "MAX_SHIM_VERSION=2")
 	out, err := cmd.CombinedOutput()
@@ -270,6 +281,45 @@ func TestStartFails(t *testing.T) {
 			}
 		})
 	}
+}
+
+// The shim is in its cgroup before anybody knows its address.
+func TestStartShimCgroup(t *testing.T) {
+	group := fmt.Sprintf("/stasis-shim-test-%d", os.Getpid())
+	var remove func() error
+	if cgroups.Mode() == cgroups.Unified {
+		m, err := cgroup2.NewManager("/sys/fs/cgroup", group, &cgroup2.Resources{})
+		if err != nil {
+			t.Skip(err)
+		}
+		remove = m.Delete
+	} else {
+		c, err := cgroup1.New(cgroup1.StaticPath(group), &specs.LinuxResources{})
+		if err != nil {
+			t.Skip(err)
+		}
+		remove = c.Delete
+	}
+	t.Cleanup(func() {
+		// It holds the shim until init has reaped that.
+		eventually(t, "cgroup "+group+" is removed", func() bool { return remove() == nil })
+	})
+	n := newNode(t)
+	bundle := n.bundle("c1", `{}`)
+	out, err := n.command(bundle, "c1", "start", n.params("c1", &options.Options{ShimCgroup: group})).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	r := &bootstrapapi.BootstrapResult{}
+	if err := proto.Unmarshal(out, r); err != nil {
+		t.Fatal(err)
+	}
+	pid := shimPid(t, r.Address)
+	got, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if err != nil || !strings.Contains(string(got), group) {
+		t.Errorf("shim is in %s, %v", got, err)
+	}
+	killWait(t, pid) // before its cgroup is removed
 }
 
 // A daemon whose starter was killed must not stay: nobody knows of it.

@@ -35,10 +35,18 @@ func (b *bench) memory() {
 		pid        int // of its shim
 	}
 	var all []pod
+	var started []*stack.Container
+	defer func() {
+		for _, c := range started {
+			b.kill(c)
+		}
+	}()
 	for range pods {
 		for _, n := range sizes {
 			for _, shim := range shims {
-				all = append(all, pod{shim, n, b.startPod(shim, n)})
+				pid, members := b.startPod(shim, n)
+				all = append(all, pod{shim, n, pid})
+				started = append(started, members...)
 			}
 		}
 	}
@@ -70,21 +78,19 @@ func (b *bench) memory() {
 }
 
 // startPod starts containers that share a shim, and returns that one's pid.
-// The stack removes them in the end.
-func (b *bench) startPod(shim string, containers int) int {
+func (b *bench) startPod(shim string, n int) (pid int, members []*stack.Container) {
 	pod := b.name("pod")
-	var task int
-	for range containers {
+	for range n {
 		c := b.container(shim, stack.Busybox, stack.Args("sleep", "1000"),
 			oci.WithAnnotations(map[string]string{group: pod}))
 		c.Start(b.ctx)
-		task = int(c.Task.Pid())
+		members = append(members, c)
 	}
-	pid, err := parentOf(task)
+	pid, err := parentOf(int(members[0].Task.Pid()))
 	if err != nil {
 		b.tb.Fatalf("find %s's shim: %v", shim, err)
 	}
-	return pid
+	return pid, members
 }
 
 func parentOf(pid int) (int, error) {
