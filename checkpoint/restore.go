@@ -48,6 +48,11 @@ func Restore(ctx context.Context, r RestoreRequest) (int, error) {
 	if err := r.amendSpec(criuConfig); err != nil {
 		return 0, err
 	}
+	if options.CgroupsMode == "strict" {
+		// It forbids groups that are there before, as those are that the
+		// runtime makes. This one brings their limits back too.
+		options.CgroupsMode = "full"
+	}
 	opts := &runc.RestoreOpts{
 		CheckpointOpts: *options.dumpOpts(r.Image.Dir(), r.WorkDir),
 		IO:             r.IO,

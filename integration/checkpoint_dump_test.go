@@ -19,6 +19,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/oci"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/typeurl/v2"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/stasis-run/stasis/integration/stack"
 )
@@ -97,6 +98,7 @@ func TestCheckpointOptions(t *testing.T) {
 		"empty_namespaces":      {&options.CheckpointOptions{EmptyNamespaces: []string{"network"}}, "--empty-ns network", "--empty-ns network"},
 		"cgroups_mode soft":     {&options.CheckpointOptions{CgroupsMode: "soft"}, "--manage-cgroups-mode soft", "--manage-cgroups-mode soft"},
 		"cgroups_mode full":     {&options.CheckpointOptions{CgroupsMode: "full"}, "--manage-cgroups-mode full", "--manage-cgroups-mode full"},
+		"cgroups_mode strict":   {&options.CheckpointOptions{CgroupsMode: "strict"}, "--manage-cgroups-mode strict", "--manage-cgroups-mode full"},
 		"cgroups_mode ignore":   {&options.CheckpointOptions{CgroupsMode: "ignore"}, "--manage-cgroups-mode ignore", "--manage-cgroups-mode ignore"},
 		"work_path":             {&options.CheckpointOptions{WorkPath: work}, "", ""},
 	} {
@@ -164,6 +166,27 @@ func TestCheckpointOptions(t *testing.T) {
 	c.DeleteTask(ctx)
 	c.Restore(ctx, dir)
 	runsOn(t, ctx, c)
+}
+
+// TestCheckpointCgroups checks which limits a restored container has: those of
+// its spec, or those that it was given later.
+func TestCheckpointCgroups(t *testing.T) {
+	s := stack.Start(t, stack.Options{})
+	ctx := s.Ctx()
+	const spec, later = 50, 77
+	for mode, want := range map[string]int64{"": spec, "soft": spec, "ignore": spec, "full": later, "strict": later} {
+		c := sleeper(ctx, s, "c"+mode, oci.WithPidsLimit(spec))
+		if err := c.Task.Update(ctx, client.WithResources(&specs.LinuxResources{Pids: &specs.LinuxPids{Limit: new(int64(later))}})); err != nil {
+			t.Fatal(err)
+		}
+		dir := filepath.Join(s.Dir, "checkpoints", c.ID())
+		c.Checkpoint(ctx, dir, &options.CheckpointOptions{Exit: true, CgroupsMode: mode})
+		c.Restore(ctx, dir)
+		if got, err := readCgroup(s, "pids", c.ID(), "pids.max"); err != nil || got != fmt.Sprint(want) {
+			t.Errorf("%q: pids.max is %s, %v; want %d", mode, got, err, want)
+		}
+		runsOn(t, ctx, c)
+	}
 }
 
 // TestCheckpointState checks that a checkpoint, whether it works or not, leaves

@@ -12,6 +12,7 @@ import (
 
 	"github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/oci"
 
 	"github.com/stasis-run/stasis/integration/stack"
@@ -124,6 +125,13 @@ func underOther(ctx context.Context, t *testing.T, s *stack.Stack, c *stack.Cont
 		t.Fatal(err)
 	}
 	img, err := c.Image(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Else nobody refers to it for a moment, and it is collected as garbage.
+	_, err = s.Client().SnapshotService(info.Snapshotter).Update(ctx, snapshots.Info{
+		Name: info.SnapshotKey, Labels: map[string]string{"containerd.io/gc.root": "kept"},
+	}, "labels.containerd.io/gc.root")
 	if err != nil {
 		t.Fatal(err)
 	}

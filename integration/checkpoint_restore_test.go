@@ -75,7 +75,8 @@ func TestRestoreItems(t *testing.T) {
 	network := s.NewNetns()
 	echo := stack.EchoServer(t, network.HostAddr)
 	for _, item := range stack.ProbeItems(t) {
-		if strings.HasPrefix(item.Needs, "extra") {
+		// CRIU cannot do that one, but Stasis can.
+		if strings.HasPrefix(item.Needs, "extra") && item.Name != "ticker" && item.Name != "pidfd" {
 			continue // See TestLimits.
 		}
 		t.Run(item.Name, func(t *testing.T) {
@@ -241,7 +242,7 @@ func TestRestoredContainer(t *testing.T) {
 			t.Errorf("exec: %+v, %v", r, err)
 		}
 		limit := int64(70 + round)
-		must("update", c.Task.Update(ctx, client.WithResources(&specs.LinuxResources{Pids: &specs.LinuxPids{Limit: &limit}})))
+		must("update", c.Task.Update(ctx, client.WithResources(&specs.LinuxResources{Pids: &specs.LinuxPids{Limit: new(limit)}})))
 		if got, err := readCgroup(s, "pids", "c", "pids.max"); err != nil || got != fmt.Sprint(limit) {
 			t.Errorf("pids.max is %q, %v; want %d", got, err, limit)
 		}
@@ -276,14 +277,14 @@ func TestRestoreTerminal(t *testing.T) {
 			ctx := s.Ctx()
 			c := s.NewContainer(ctx, "c", stack.Busybox, oci.WithTTY,
 				stack.Args("sh", "-c", `trap 'stty size' WINCH; echo up; while read line || true; do echo "got $line"; done`))
-			stdin, feed := io.Pipe()
+			stdin, _ := io.Pipe()
 			c.Stdin = stdin
 			c.Start(ctx)
 			c.Stdout.WaitFor(ctx, "up")
 			dir := filepath.Join(s.Dir, "checkpoint")
 			for round := range 3 {
 				c.Checkpoint(ctx, dir, &options.CheckpointOptions{Exit: true})
-				stdin, feed = io.Pipe()
+				stdin, feed := io.Pipe()
 				c.Stdin = stdin
 				c.Stdout.Reset()
 				c.Restore(ctx, dir)

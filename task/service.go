@@ -199,6 +199,11 @@ func (s *Service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	c.init.starting.Lock()
 	defer c.init.starting.Unlock()
 	if err := c.launcher.create(ctx, c.init); err != nil {
+		// The caller's fault has a class of its own. What bundle.config did
+		// not look at is only looked at now.
+		if _, serr := c.bundle.spec(); serr != nil {
+			err = serr
+		}
 		return nil, fmt.Errorf("create container %s: %w", c.id, err)
 	}
 	c.mu.Lock()

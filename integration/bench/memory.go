@@ -53,7 +53,7 @@ func (b *bench) memory() {
 	select {
 	case <-time.After(settle):
 	case <-b.ctx.Done():
-		return
+		b.tb.Fatalf("interrupted")
 	}
 	for _, n := range sizes {
 		containers := fmt.Sprintf("%d containers", n)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -80,6 +81,12 @@ func (u *bundle) prepare() error {
 
 // runc runs runc to its end, which must be a good one.
 func (u *bundle) runc(args ...string) {
+	if err := u.runcErr(args...); err != nil {
+		u.b.tb.Fatalf("%v", err)
+	}
+}
+
+func (u *bundle) runcErr(args ...string) error {
 	logFile := filepath.Join(u.dir, "log.json")
 	args = append([]string{"--root", u.root, "--log", logFile, "--log-format", "json"}, args...)
 	cmd := exec.Command(u.b.s.OCIRuntime(), args...)
@@ -88,8 +95,9 @@ func (u *bundle) runc(args ...string) {
 	cmd.Stdout, cmd.Stderr = u.out, u.out
 	if err := cmd.Run(); err != nil {
 		log, _ := os.ReadFile(logFile)
-		u.b.tb.Fatalf("runc %s: %v\n%s", strings.Join(args, " "), err, log)
+		return fmt.Errorf("runc %s: %w\n%s", strings.Join(args, " "), err, log)
 	}
+	return nil
 }
 
 // start starts the container in the background.
@@ -108,8 +116,13 @@ func (u *bundle) checkpoint(images string) {
 	u.runc("checkpoint", "--leave-running", "--image-path", images, "--work-path", u.dir, u.id)
 }
 
-// kill ends the container.
-func (u *bundle) kill() { u.runc("delete", "--force", u.id) }
+// kill ends the container. On a busy machine runc may be too early for the
+// removal of the cgroup.
+func (u *bundle) kill() {
+	u.b.s.Poll(u.b.ctx, "runc to delete its container", func() bool {
+		return u.runcErr("delete", "--force", u.id) == nil
+	})
+}
 
 func (u *bundle) pidFile() string { return filepath.Join(u.dir, "init.pid") }
 

@@ -13,6 +13,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"github.com/containerd/containerd/api/services/tasks/v1"
 	"github.com/containerd/containerd/api/types/runc/options"
@@ -232,7 +233,13 @@ func (c *Container) ExecErr(ctx context.Context, args ...string) (Result, error)
 func (c *Container) ExecProcess(ctx context.Context, p *specs.Process) (Result, error) {
 	stdout, stderr := newOutput(c.s.tb), newOutput(c.s.tb)
 	id := fmt.Sprintf("exec-%d", execs.Add(1))
-	proc, err := c.Task.Exec(ctx, id, p, cio.NewCreator(cio.WithFIFODir(c.s.path("fifo")), cio.WithStreams(nil, stdout, stderr)))
+	var streams uncut
+	creator := cio.NewCreator(cio.WithFIFODir(c.s.path("fifo")), cio.WithStreams(nil, stdout, stderr))
+	proc, err := c.Task.Exec(ctx, id, p, func(id string) (cio.IO, error) {
+		var err error
+		streams.IO, err = creator(id)
+		return &streams, err
+	})
 	if err != nil {
 		return Result{}, fmt.Errorf("exec: %w", err)
 	}
@@ -244,6 +251,7 @@ func (c *Container) ExecProcess(ctx context.Context, p *specs.Process) (Result, 
 		proc.Delete(ctx)
 		return Result{}, fmt.Errorf("exec: %w", err)
 	}
+	streams.started = true
 	select {
 	case status := <-exit:
 		if err := status.Error(); err != nil {
@@ -252,11 +260,38 @@ func (c *Container) ExecProcess(ctx context.Context, p *specs.Process) (Result, 
 	case <-ctx.Done():
 		return Result{}, fmt.Errorf("exec: wait: %w", ctx.Err())
 	}
+	// On a busy machine, the client may not have come to open its end of the
+	// FIFOs yet, and Delete would have it not do so. But a child of the process
+	// may hold the other end open.
+	read := make(chan struct{})
+	go func() {
+		proc.IO().Wait()
+		close(read)
+	}()
+	select {
+	case <-read:
+	case <-time.After(time.Second):
+	}
 	status, err := proc.Delete(ctx)
 	if err != nil {
 		return Result{}, fmt.Errorf("exec: delete: %w", err)
 	}
 	return Result{status.ExitCode(), stdout.String(), stderr.String()}, nil
+}
+
+// uncut are streams that are read to their end. The client's own Delete closes
+// them first, and what was written but not yet read is lost.
+type uncut struct {
+	cio.IO
+	// started says that there is a shim to open the other ends, and close them.
+	started bool
+}
+
+// Cancel implements cio.IO.
+func (u *uncut) Cancel() {
+	if !u.started {
+		u.IO.Cancel()
+	}
 }
 
 // Exec is ExecErr for a process that must succeed; it returns what that wrote
