@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/images"
+	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/integration/stack"
 )
@@ -112,6 +113,8 @@ func frozenRows(name string, t target) []*row {
 // it takes, and for how long the container was frozen.
 func (b *bench) dump(pid func() int, checkpoint func(dir string)) []float64 {
 	dir := b.dumpFolder()
+	// What others have written shall not hold this one up.
+	unix.Sync()
 	b.askProbe(pid()) // forget what was before
 	start := time.Now()
 	checkpoint(dir)

@@ -97,9 +97,9 @@ func (b *bench) measure(part string) {
 	case "memory":
 		b.memory()
 	case "checkpoint":
-		sizes := []size{{64, 9}, {512, 5}, {2048, 3}}
+		sizes := []size{{64, 12}, {512, 6}, {2048, 5}}
 		if b.quick {
-			sizes = []size{{64, 3}, {512, 2}}
+			sizes = []size{{64, 3}, {512, 3}}
 		}
 		for _, size := range sizes {
 			b.checkpoint(size)
