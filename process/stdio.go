@@ -184,6 +184,9 @@ func (p *IO) Attach(ctx context.Context) error {
 			}
 			outputs[stream.path] = out
 			p.closers = append(p.closers, out)
+			// Until both streams have their copier: the first one's may be
+			// at its end already.
+			defer out.hold().release()
 		}
 		p.copyOutput(out, stream.from)
 	}
@@ -217,7 +220,7 @@ func (p *IO) attachStdin() error {
 }
 
 // output is the client's end of stdout or stderr, shared by both if they are
-// one file; the last copier closes it.
+// one file; the last who holds it closes it.
 type output struct {
 	*os.File
 	users int
@@ -249,6 +252,13 @@ func openOutput(ctx context.Context, path string) (*output, error) {
 	return &output{File: f}, nil
 }
 
+func (o *output) hold() *output {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.users++
+	return o
+}
+
 func (o *output) release() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -258,12 +268,10 @@ func (o *output) release() {
 }
 
 func (p *IO) copyOutput(to *output, from io.Reader) {
-	to.mu.Lock()
-	to.users++
-	to.mu.Unlock()
+	to.hold()
 	p.copies.Go(func() {
+		defer to.release()
 		copyBuffer(to, from)
-		to.release()
 	})
 }
 
