@@ -310,7 +310,7 @@ func (f *Folder) digest(files []entry, sums map[string]*partialSum, durable bool
 			sum = nil
 		}
 		listed[i].Name = name
-		listed[i].SHA256, listed[i].Size, err = hashFile(ctx, file, sum)
+		listed[i].Sum, listed[i].Size, err = hashFile(ctx, file, name, sum)
 		if err == nil && durable {
 			err = file.Sync()
 		}

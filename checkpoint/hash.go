@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/cespare/xxhash/v2"
 	"golang.org/x/sys/unix"
 )
 
@@ -26,9 +27,21 @@ const (
 	followEvery = 10 * time.Millisecond
 )
 
-// partialSum is the sha256 of the first n bytes of a file.
+// newHash returns the hash that a file of that name has in the manifest, and its
+// name there. A sum tells damage and not forgery, as who can alter an image can
+// alter the manifest. So the pages, which may be gigabytes, are not worth the
+// second that sha256 takes for each.
+func newHash(name string) (string, hash.Hash) {
+	if isPages(name) {
+		return "xxh64", xxhash.New()
+	}
+	return "sha256", sha256.New()
+}
+
+// partialSum is the sum of the first n bytes of a file.
 type partialSum struct {
 	file *os.File
+	kind string
 	hash hash.Hash
 	n    int64
 	seen []sample // what was at some places when they were hashed
@@ -41,9 +54,13 @@ type sample struct {
 	data [32]byte
 }
 
-func newPartialSum(f *os.File) *partialSum {
-	return &partialSum{file: f, hash: sha256.New()}
+func newPartialSum(f *os.File, name string) *partialSum {
+	kind, hash := newHash(name)
+	return &partialSum{file: f, kind: kind, hash: hash}
 }
+
+// String is the sum as the manifest has it: the kind, a colon, and hex.
+func (s *partialSum) String() string { return s.kind + ":" + hex.EncodeToString(s.hash.Sum(nil)) }
 
 // advance hashes on to the file's present end, or until stop says so.
 func (s *partialSum) advance(buf []byte, stop func() bool) error {
@@ -153,7 +170,7 @@ func (f *follower) run() {
 				if err != nil {
 					continue
 				}
-				sum = newPartialSum(file)
+				sum = newPartialSum(file, name)
 				f.sums[name] = sum
 			}
 			if buf == nil {
@@ -180,10 +197,10 @@ func closeSums(sums map[string]*partialSum) {
 	}
 }
 
-// hashFile returns the sha256 of the open file f in hex, and its length.
-// start, if not nil, is the sum of a prefix of f.
-func hashFile(ctx context.Context, f *os.File, start *partialSum) (string, int64, error) {
-	s := newPartialSum(f)
+// hashFile returns the sum of the open file f, which has that name in the
+// checkpoint, and its length. start, if not nil, is the sum of a prefix of f.
+func hashFile(ctx context.Context, f *os.File, name string, start *partialSum) (string, int64, error) {
+	s := newPartialSum(f, name)
 	if start != nil {
 		s.hash, s.n = start.hash, start.n
 	}
@@ -201,7 +218,7 @@ func hashFile(ctx context.Context, f *os.File, start *partialSum) (string, int64
 		s.hash.Write(buf[:n])
 		s.n += int64(n)
 		if errors.Is(err, io.EOF) {
-			return hex.EncodeToString(s.hash.Sum(nil)), s.n, nil
+			return s.String(), s.n, nil
 		}
 		if err != nil {
 			return "", 0, err

@@ -289,12 +289,12 @@ func verify(ctx context.Context, dir string, files map[string]entry, m *Manifest
 			return err
 		}
 		defer f.Close()
-		sum, _, err := hashFile(ctx, f, nil)
+		sum, _, err := hashFile(ctx, f, want.Name, nil)
 		if err != nil {
 			return fmt.Errorf("%s: %w", want.Name, err)
 		}
-		if sum != want.SHA256 {
-			return invalid("%s: altered: sha256 is %s…, expected %s…", want.Name, sum[:12], want.SHA256[:12])
+		if sum != want.Sum {
+			return invalid("%s: altered: its sum is %s, expected %s", want.Name, sum, want.Sum)
 		}
 		return nil
 	})

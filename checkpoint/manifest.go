@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 )
 
@@ -55,9 +56,10 @@ type Runtime struct {
 
 // File is one file of the checkpoint.
 type File struct {
-	Name   string `json:"name"`
-	Size   int64  `json:"size"`   // in bytes
-	SHA256 string `json:"sha256"` // in hex
+	Name string `json:"name"`
+	Size int64  `json:"size"` // in bytes
+	// Sum is "xxh64:" or "sha256:" and hex: which one, newHash says.
+	Sum string `json:"sum"`
 	// Inode and CtimeNs (ns since 1970) are those of a large file when it
 	// had reached its final place; else 0. As long as they and the size are the
 	// same, it is that file with that content, for the kernel sets ctime at
@@ -97,7 +99,14 @@ func decodeManifest(data []byte) (*Manifest, error) {
 	return &m, nil
 }
 
-var sha256Hex = lazyRegexp(`^[0-9a-f]{64}$`)
+var hexDigits = lazyRegexp(`^[0-9a-f]*$`)
+
+// validSum tells whether f.Sum is of the kind for its name.
+func (f *File) validSum() bool {
+	kind, hash := newHash(f.Name)
+	digits, ok := strings.CutPrefix(f.Sum, kind+":")
+	return ok && len(digits) == 2*hash.Size() && hexDigits().MatchString(digits)
+}
 
 // check looks at each value by itself; image.go compares them with the folder.
 func (m *Manifest) check() error {
@@ -119,8 +128,8 @@ func (m *Manifest) check() error {
 			return fmt.Errorf("files[%d]: %s is listed twice", i, f.Name)
 		case f.Size < 0:
 			return fmt.Errorf("files[%d]: %s has size %d", i, f.Name, f.Size)
-		case !sha256Hex().MatchString(f.SHA256):
-			return fmt.Errorf("files[%d]: %s has no valid sha256", i, f.Name)
+		case !f.validSum():
+			return fmt.Errorf("files[%d]: %s has no valid sum", i, f.Name)
 		}
 		seen[f.Name] = true
 	}

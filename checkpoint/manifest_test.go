@@ -11,7 +11,7 @@ import (
 )
 
 const (
-	goodFile     = `{"name":"inventory.img","size":1,"sha256":"aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"}`
+	goodFile     = `{"name":"inventory.img","size":1,"sum":"sha256:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"}`
 	goodManifest = `{"version":1,"created":"2026-01-02T03:04:05Z","container":{"id":"c"},"options":{"open_tcp":true},` +
 		`"architecture":"amd64","cpu_features":["avx2"],"files":[` + goodFile + `]}`
 )
@@ -42,7 +42,10 @@ func TestDecodeManifest(t *testing.T) {
 		{"line break", `inventory.img`, `a\nb`, errdefs.ErrInvalidArgument, "plain file name"},
 		{"twice", goodFile, goodFile + "," + goodFile, errdefs.ErrInvalidArgument, "listed twice"},
 		{"negative size", `"size":1`, `"size":-1`, errdefs.ErrInvalidArgument, "size -1"},
-		{"short sum", `aaaa"`, `"`, errdefs.ErrInvalidArgument, "sha256"},
+		{"short sum", `aaaa"`, `"`, errdefs.ErrInvalidArgument, "no valid sum"},
+		{"sum of another kind", `sha256:`, `xxh64:`, errdefs.ErrInvalidArgument, "no valid sum"},
+		{"sum of no kind", `sha256:`, ``, errdefs.ErrInvalidArgument, "no valid sum"},
+		{"sum that is no number", `aaaa"`, `zzzz"`, errdefs.ErrInvalidArgument, "no valid sum"},
 		{"no such mode", `"open_tcp":true`, `"cgroups_mode":"--evil"`, errdefs.ErrInvalidArgument, "cgroups_mode"},
 		{"no such namespace", `"open_tcp":true`, `"empty_namespaces":["--evil"]`, errdefs.ErrInvalidArgument, "empty_namespaces"},
 	} {
