@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/containerd/errdefs"
 	runc "github.com/containerd/go-runc"
@@ -25,33 +26,49 @@ type DumpRequest struct {
 	Dir     string // where the checkpoint goes; may exist
 	WorkDir string // where CRIU leaves dump.log and stats-dump
 	Options Options
-	Exit    bool // the container ends with the dump
-	Paused  bool // the container is frozen, and stays so
-	Durable bool // the checkpoint has to survive a power cut
+	// DumpOptions are those that no restore has to repeat.
+	DumpOptions DumpOptions
+	Exit        bool // the container ends with the dump
+	Paused      bool // the container is frozen, and stays so
+	Durable     bool // the checkpoint has to survive a power cut
+
+	// While, if not nil, is what else has to see the container stand still; it
+	// runs beside CRIU, and the container is not thawed before both have ended.
+	While func(ctx context.Context) error
 
 	Container  Container // for the manifest
 	TerminalIO bool
 }
 
+// DumpResult tells how a dump went.
+type DumpResult struct {
+	// Frozen is for how long the container stood still; with Exit, until CRIU
+	// had written it.
+	Frozen  time.Duration
+	Stats   *DumpStats // nil if CRIU left none
+	CRIU    string     // version; empty if its log does not tell
+	Runtime Runtime
+}
+
 // Dump has CRIU write the container to a folder. CRIU freezes the container by
-// itself, so nothing else is done meanwhile. Whatever fails, the container runs
-// on (or stays paused), its network open, and the folder is as it was; the
-// error holds CRIU's own error lines and says where its log is.
-func Dump(ctx context.Context, r DumpRequest) error {
+// itself, so nothing else is done meanwhile unless asked for. Whatever fails, the
+// container runs on (or stays paused), its network open, and the folder is as it
+// was; the error holds CRIU's own error lines and says where its log is.
+func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 	if err := r.checkStopped(); err != nil {
-		return err
+		return nil, err
 	}
 	folder, err := NewFolder(r.Dir)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if r.Exit {
 		if err := folder.Reserve(); err != nil {
-			return errors.Join(err, folder.Discard())
+			return nil, errors.Join(err, folder.Discard())
 		}
 	}
 	if err := os.MkdirAll(r.WorkDir, 0o711); err != nil {
-		return errors.Join(fmt.Errorf("make CRIU's work folder: %w", err), folder.Discard())
+		return nil, errors.Join(fmt.Errorf("make CRIU's work folder: %w", err), folder.Discard())
 	}
 	var actions []runc.CheckpointAction
 	if !r.Exit {
@@ -73,7 +90,15 @@ func Dump(ctx context.Context, r DumpRequest) error {
 	// Meanwhile, for nobody shall wait for it.
 	version := make(chan string, 1)
 	go func() { version <- r.Runtime.Version(callCtx) }()
-	err = r.Runtime.Checkpoint(callCtx, r.Options.dumpOpts(folder.Path(), r.WorkDir), actions...)
+	callCtx, removeConfig, err := withCRIUConfig(callCtx, r.WorkDir, r.DumpOptions.criuConfig())
+	if err != nil {
+		return nil, errors.Join(err, folder.Discard())
+	}
+	defer removeConfig()
+	started := time.Now()
+	err = r.beside(ctx, func() error {
+		return r.Runtime.Checkpoint(callCtx, r.Options.dumpOpts(folder.Path(), r.WorkDir), actions...)
+	})
 	if err != nil && r.Exit && finished(r.logPath()) {
 		// CRIU was killed while it killed the container, of which this is now
 		// all there is.
@@ -91,12 +116,22 @@ func Dump(ctx context.Context, r DumpRequest) error {
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
-		return criuError("checkpoint", r.Container.ID, err, r.logPath())
+		if w := (*whileError)(nil); errors.As(err, &w) {
+			return nil, fmt.Errorf("checkpoint container %s: %w", r.Container.ID, w.error)
+		}
+		return nil, criuError("checkpoint", r.Container.ID, err, r.logPath())
 	}
 	// CRIU gives back the state it found; with Exit that may be frozen, and a
 	// frozen process does not die.
 	if r.Exit || !r.Paused {
 		r.thaw(ctx)
+	}
+	result := &DumpResult{Stats: ReadDumpStats(filepath.Join(r.WorkDir, "stats-dump")), CRIU: LogVersion(r.logPath()),
+		Runtime: Runtime{Name: filepath.Base(r.Runtime.Name()), Version: <-version}}
+	if r.While != nil {
+		result.Frozen = time.Since(started)
+	} else if s := result.Stats; s != nil {
+		result.Frozen = time.Duration(s.GetFreezingTime()+s.GetFrozenTime()) * time.Microsecond
 	}
 	// It leaves a network namespace locked that outlives the container, so that
 	// no answer of the kernel's ends a connection before the restore. Without
@@ -104,14 +139,44 @@ func Dump(ctx context.Context, r DumpRequest) error {
 	if r.Exit && !r.Options.OpenTCP {
 		r.unlock(ctx, netns)
 	}
-	return folder.Commit(Manifest{
+	return result, folder.Commit(Manifest{
 		Container:  r.Container,
 		Options:    r.Options,
 		Exit:       r.Exit,
 		TerminalIO: r.TerminalIO,
-		CRIU:       LogVersion(r.logPath()),
-		Runtime:    Runtime{Name: filepath.Base(r.Runtime.Name()), Version: <-version},
+		CRIU:       result.CRIU,
+		Runtime:    result.Runtime,
 	}, r.Durable)
+}
+
+// whileError is an error of DumpRequest.While.
+type whileError struct{ error }
+
+// beside runs dump, and with it r.While, for which the container is frozen before.
+func (r *DumpRequest) beside(ctx context.Context, dump func() error) error {
+	if r.While == nil {
+		return dump()
+	}
+	if r.Cgroup == nil {
+		return &whileError{fmt.Errorf("its cgroup could not be loaded, so it cannot be frozen: %w", errdefs.ErrFailedPrecondition)}
+	}
+	if !r.Paused {
+		if err := r.Cgroup.Freeze(); err != nil {
+			return &whileError{fmt.Errorf("freeze it: %w", err)}
+		}
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- r.While(ctx) }()
+	err := dump()
+	if err != nil {
+		cancel()
+	}
+	if werr := <-done; werr != nil && err == nil {
+		return &whileError{werr}
+	}
+	return err
 }
 
 // checkStopped refuses a container with a process that a signal has stopped, where

@@ -26,6 +26,29 @@ type Options struct {
 	CgroupsMode string `json:"cgroups_mode,omitempty"`
 }
 
+// DumpOptions are options of CRIU's dump that a restore finds in the images.
+type DumpOptions struct {
+	TCPClose   bool   // --tcp-close: connections are dropped
+	LinkRemap  bool   // --link-remap: deleted files that have other names are linked again
+	GhostLimit uint64 // --ghost-limit, in bytes; 0: CRIU's own
+}
+
+// criuConfig is what of them no runtime has a flag for, as lines of a CRIU
+// configuration file.
+func (o DumpOptions) criuConfig() string {
+	lines := ""
+	if o.TCPClose {
+		lines += "tcp-close\n"
+	}
+	if o.LinkRemap {
+		lines += "link-remap\n"
+	}
+	if o.GhostLimit > 0 {
+		lines += fmt.Sprintf("ghost-limit %d\n", o.GhostLimit)
+	}
+	return lines
+}
+
 var (
 	namespaceKind = lazyRegexp(`^[a-z]{1,16}$`)
 	cgroupsModes  = []string{"", "soft", "full", "strict", "ignore"}

@@ -45,9 +45,14 @@ func Restore(ctx context.Context, r RestoreRequest) (int, error) {
 		criuConfig = "tcp-close\n"
 		options.OpenTCP = false
 	}
-	if err := r.amendSpec(criuConfig); err != nil {
+	if err := r.amendSpec(); err != nil {
 		return 0, err
 	}
+	callCtx, removeConfig, err := withCRIUConfig(ctx, r.WorkDir, criuConfig)
+	if err != nil {
+		return 0, err
+	}
+	defer removeConfig()
 	if options.CgroupsMode == "strict" {
 		// It forbids groups that are there before, as those are that the
 		// runtime makes. This one brings their limits back too.
@@ -59,10 +64,7 @@ func Restore(ctx context.Context, r RestoreRequest) (int, error) {
 		ConsoleSocket:  r.ConsoleSocket,
 		NoPivot:        r.NoPivot,
 	}
-	pid, err := r.Runtime.Restore(ctx, opts)
-	if cerr := r.endCRIUConfig(criuConfig); cerr != nil {
-		log.G(ctx).WithError(cerr).Warn("put CRIU's configuration back; further checkpoints will close TCP connections")
-	}
+	pid, err := r.Runtime.Restore(callCtx, opts)
 	if err == nil {
 		if options.OpenTCP {
 			// CRIU has removed one lock; each try of a restore that was cut

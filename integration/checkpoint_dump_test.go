@@ -157,7 +157,7 @@ func TestCheckpointOptions(t *testing.T) {
 	}
 	// Without any options at all, as clients may send it.
 	dir := filepath.Join(s.Dir, "checkpoints", "nil")
-	shim := dialShim(t, c)
+	shim := dialTask(t, c)
 	if _, err := shim.Checkpoint(ctx, checkpointRequest(t, "c", dir, nil)); err != nil {
 		t.Fatal(err)
 	}
@@ -281,7 +281,7 @@ func TestCheckpointExits(t *testing.T) {
 			}
 			pid := c.Task.Pid()
 			dir := filepath.Join(s.Dir, "checkpoint")
-			if _, err := dialShim(t, c).Checkpoint(ctx, checkpointRequest(t, "c", dir, &options.CheckpointOptions{Exit: true})); err != nil {
+			if _, err := dialTask(t, c).Checkpoint(ctx, checkpointRequest(t, "c", dir, &options.CheckpointOptions{Exit: true})); err != nil {
 				t.Fatal(err)
 			}
 			// It has ended when the call returns.
@@ -348,7 +348,7 @@ func TestCheckpointFolder(t *testing.T) {
 		}
 	}
 	// A folder that does not exist.
-	if _, err := dialShim(t, c).Checkpoint(ctx, checkpointRequest(t, "c", dir, nil)); err != nil {
+	if _, err := dialTask(t, c).Checkpoint(ctx, checkpointRequest(t, "c", dir, nil)); err != nil {
 		t.Fatal(err)
 	}
 	check(dir)
@@ -398,7 +398,7 @@ func TestCheckpointFolder(t *testing.T) {
 	if err := os.WriteFile(home+"/file", nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := dialShim(t, c).Checkpoint(ctx, checkpointRequest(t, "c", home+"/file", nil)); err == nil || !strings.Contains(err.Error(), home+"/file") {
+	if _, err := dialTask(t, c).Checkpoint(ctx, checkpointRequest(t, "c", home+"/file", nil)); err == nil || !strings.Contains(err.Error(), home+"/file") {
 		t.Errorf("checkpoint into a file: %v; want it named", err)
 	}
 	runsOn(t, ctx, c)
@@ -453,7 +453,7 @@ func TestCheckpointBadRequests(t *testing.T) {
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	c := sleeper(ctx, s, "c")
-	shim := dialShim(t, c)
+	shim := dialTask(t, c)
 	dir := filepath.Join(s.Dir, "checkpoint")
 	for name, tc := range map[string]struct {
 		dir  string

@@ -2,7 +2,6 @@ package integration
 
 import (
 	"maps"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -93,9 +92,9 @@ func TestRestoreTCP(t *testing.T) {
 		if strings.Contains(r.Failed["out"], "timeout") {
 			t.Errorf("the connection is not closed: %s", r.Failed["out"])
 		}
-		config, err := os.ReadFile(filepath.Join(c.Bundle(), "criu.conf"))
-		if err != nil || string(config) != "# the user's own\nghost-limit 2097152\n" {
-			t.Errorf("CRIU's configuration after the restore: %v\n%s", err, config)
+		// Further checkpoints decide for themselves.
+		if left, _ := filepath.Glob(filepath.Join(c.Bundle(), "work", "criu.conf")); len(left) > 0 {
+			t.Errorf("CRIU's configuration is left after the restore: %v", left)
 		}
 		noLocks(t)
 	}

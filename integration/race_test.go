@@ -457,7 +457,7 @@ func (s *scene) initPid(c *stack.Container) int {
 // shim connects to a container's shim and returns its pid too.
 func (s *scene) shim(c *stack.Container) (taskapi.TTRPCTaskService, int) {
 	s.t.Helper()
-	shim := dialShim(s.t, c)
+	shim := dialTask(s.t, c)
 	r, err := shim.Connect(s.ctx, &taskapi.ConnectRequest{ID: c.ID()})
 	s.must("connect", err)
 	return shim, int(r.ShimPid)

@@ -55,11 +55,17 @@ func startShim(t *testing.T, opts stack.Options) *taskShim {
 	// A call that hangs shall be known by name.
 	ctx, cancel := context.WithTimeout(s.Ctx(), time.Minute)
 	t.Cleanup(cancel)
-	return &taskShim{dialShim(t, anchor), t, s, ctx, anchor}
+	return &taskShim{dialTask(t, anchor), t, s, ctx, anchor}
 }
 
-// dialShim connects to the shim of a container's task.
-func dialShim(t *testing.T, c *stack.Container) taskapi.TTRPCTaskService {
+// dialTask connects to the Task service of a container's shim.
+func dialTask(t *testing.T, c *stack.Container) taskapi.TTRPCTaskService {
+	t.Helper()
+	return taskapi.NewTTRPCTaskClient(dialShim(t, c))
+}
+
+// dialShim connects to the shim of a container.
+func dialShim(t *testing.T, c *stack.Container) *ttrpc.Client {
 	t.Helper()
 	var params struct{ Address string }
 	data, err := os.ReadFile(filepath.Join(c.Bundle(), "bootstrap.json"))
@@ -77,7 +83,7 @@ func dialShim(t *testing.T, c *stack.Container) taskapi.TTRPCTaskService {
 	}
 	client := ttrpc.NewClient(conn)
 	t.Cleanup(func() { client.Close() })
-	return taskapi.NewTTRPCTaskClient(client)
+	return client
 }
 
 // bundle makes a bundle for a container that runs sleep, unless opts say
@@ -320,7 +326,7 @@ func (n *normal) value(key string, v any) any {
 func shimPid(t *testing.T, c *stack.Container) int {
 	t.Helper()
 	ns, id := filepath.Base(filepath.Dir(c.Bundle())), c.ID()
-	resp, err := dialShim(t, c).Connect(namespaces.WithNamespace(t.Context(), ns), &taskapi.ConnectRequest{ID: id})
+	resp, err := dialTask(t, c).Connect(namespaces.WithNamespace(t.Context(), ns), &taskapi.ConnectRequest{ID: id})
 	if err != nil {
 		t.Fatal(err)
 	}

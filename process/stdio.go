@@ -56,6 +56,11 @@ type IOConfig struct {
 	ID, Namespace string // for the environment of a logging binary
 	UID, GID      int    // owner of the pipes
 	Reaper        *Reaper
+	// PipesOnly connects streams that are not asked for to pipes which lead
+	// nowhere. A restored process gets what the runtime has, and would have a
+	// file of the host's open in /dev/null, with which CRIU cannot dump it
+	// again; one that is created opens the container's.
+	PipesOnly bool
 }
 
 // OpenIO makes what the runtime has to be given: pipes, a logging binary's
@@ -100,13 +105,13 @@ func OpenIO(ctx context.Context, stdio Stdio, cfg IOConfig) (_ *IO, err error) {
 	if stdio.Terminal {
 		return p, nil
 	}
-	if stdio.Stdin == "" && stdio.Stdout == "" && stdio.Stderr == "" {
+	if stdio.Stdin == "" && stdio.Stdout == "" && stdio.Stderr == "" && !cfg.PipesOnly {
 		p.pipes, err = runc.NewNullIO()
 	} else {
 		p.pipes, err = runc.NewPipeIO(cfg.UID, cfg.GID, func(o *runc.IOOption) {
-			o.OpenStdin = stdio.Stdin != ""
-			o.OpenStdout = p.stdio.Stdout != ""
-			o.OpenStderr = p.stdio.Stderr != ""
+			o.OpenStdin = cfg.PipesOnly || stdio.Stdin != ""
+			o.OpenStdout = cfg.PipesOnly || p.stdio.Stdout != ""
+			o.OpenStderr = cfg.PipesOnly || p.stdio.Stderr != ""
 		})
 	}
 	if err != nil {
@@ -168,12 +173,19 @@ func (p *IO) Attach(ctx context.Context) error {
 	if p.socket != nil {
 		return p.attachConsole(ctx)
 	}
+	if in := p.pipes.Stdin(); in != nil && p.stdio.Stdin == "" {
+		in.Close()
+	}
 	outputs := map[string]*output{} // stdout and stderr may be one file
 	for _, stream := range []struct {
 		path string
 		from io.ReadCloser
 	}{{p.stdio.Stdout, p.pipes.Stdout()}, {p.stdio.Stderr, p.pipes.Stderr()}} {
-		if stream.path == "" || stream.from == nil {
+		if stream.from == nil {
+			continue
+		}
+		if stream.path == "" {
+			p.copies.Go(func() { copyBuffer(discard{}, stream.from) })
 			continue
 		}
 		out := outputs[stream.path]

@@ -9,36 +9,23 @@ import (
 	"github.com/stasis-run/stasis/checkpoint"
 )
 
-// checkpoint dumps the container into the folder dir. It runs on, or stays
-// paused, unless the options say that it is to end; then it has ended when this
-// returns.
-func (c *container) checkpoint(ctx context.Context, dir string, opts *options.CheckpointOptions) error {
-	ctx, release, err := c.exclusive(ctx)
-	if err != nil {
-		return err
-	}
-	defer release()
-	p := c.init
-	c.mu.Lock()
-	err = p.check(opCheckpoint)
-	paused, pid, cg := p.state == Paused, p.pid(), c.cgroup
-	c.mu.Unlock()
-	if err != nil {
-		return err
-	}
-	workDir := opts.WorkPath
-	if workDir == "" {
-		// Not below dir: containerd removes that after a failure, and the
-		// log is what explains it.
-		workDir = c.bundle.dumpDir()
-	}
-	err = checkpoint.Dump(ctx, checkpoint.DumpRequest{
-		Runtime: c.runtime,
-		Cgroup:  cg,
-		InitPid: pid,
-		Dir:     dir,
-		WorkDir: workDir,
-		Options: checkpoint.Options{
+// dump is what either service asks of a checkpoint.
+type dump struct {
+	dir         string
+	workDir     string // empty: the bundle's
+	options     checkpoint.Options
+	dumpOptions checkpoint.DumpOptions
+	exit        bool // the container ends with it
+	durable     bool // the checkpoint has to survive a power cut
+	while       func(context.Context) error
+}
+
+// dumpOf is what containerd's options ask for.
+func dumpOf(dir string, opts *options.CheckpointOptions) dump {
+	return dump{
+		dir:     dir,
+		workDir: opts.WorkPath,
+		options: checkpoint.Options{
 			OpenTCP:             opts.OpenTcp,
 			ExternalUnixSockets: opts.ExternalUnixSockets,
 			Terminal:            opts.Terminal,
@@ -46,11 +33,42 @@ func (c *container) checkpoint(ctx context.Context, dir string, opts *options.Ch
 			EmptyNamespaces:     opts.EmptyNamespaces,
 			CgroupsMode:         opts.CgroupsMode,
 		},
-		Exit:   opts.Exit,
-		Paused: paused,
+		exit: opts.Exit,
 		// The only copy of a container that is gone, in a folder that is
 		// not containerd's temporary one.
-		Durable: opts.Exit && opts.ImagePath != "",
+		durable: opts.Exit && opts.ImagePath != "",
+	}
+}
+
+// checkpoint dumps the container into a folder. It runs on, or stays paused,
+// unless it is to end; then it has ended when this returns. The caller excludes
+// other calls.
+func (c *container) checkpoint(ctx context.Context, d dump) (*checkpoint.DumpResult, error) {
+	p := c.init
+	c.mu.Lock()
+	err := p.check(opCheckpoint)
+	paused, pid, cg := p.state == Paused, p.pid(), c.cgroup
+	c.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	if d.workDir == "" {
+		// Not below dir: containerd removes that after a failure, and the
+		// log is what explains it.
+		d.workDir = c.bundle.dumpDir()
+	}
+	result, err := checkpoint.Dump(ctx, checkpoint.DumpRequest{
+		Runtime:     c.runtime,
+		Cgroup:      cg,
+		InitPid:     pid,
+		Dir:         d.dir,
+		WorkDir:     d.workDir,
+		Options:     d.options,
+		DumpOptions: d.dumpOptions,
+		Exit:        d.exit,
+		Paused:      paused,
+		Durable:     d.durable,
+		While:       d.while,
 		Container: checkpoint.Container{
 			ID:         c.id,
 			Namespace:  c.namespace,
@@ -59,15 +77,15 @@ func (c *container) checkpoint(ctx context.Context, dir string, opts *options.Ch
 		TerminalIO: c.config.hasTerminal(),
 	})
 	if err != nil {
-		return err
+		return nil, err
 	}
-	c.service.publish(&events.TaskCheckpointed{ContainerID: c.id, Checkpoint: dir})
-	if opts.Exit {
+	c.service.publish(&events.TaskCheckpointed{ContainerID: c.id, Checkpoint: d.dir})
+	if d.exit {
 		select {
 		case <-p.exited:
 		case <-ctx.Done():
-			return ctx.Err()
+			return nil, ctx.Err()
 		}
 	}
-	return nil
+	return result, nil
 }

@@ -36,6 +36,7 @@ type container struct {
 	runtime    *process.Runtime
 	launcher   launcher
 	init       *proc
+	rootfs     []mount.Mount // as containerd wants it mounted
 
 	// ops queues the calls that change the container: everyone for all of
 	// it, but for starts of execs, which may run side by side. A hanging exec
@@ -118,18 +119,14 @@ func (c *container) whileAlive(ctx context.Context) (_ context.Context, cancel c
 }
 
 // mountRootfs mounts what containerd wants as the container's root.
-func (c *container) mountRootfs(r *taskapi.CreateTaskRequest) error {
-	if len(r.Rootfs) == 0 {
+func (c *container) mountRootfs() error {
+	if len(c.rootfs) == 0 {
 		return nil
 	}
 	if err := os.Mkdir(c.bundle.rootfs(), 0o711); err != nil && !os.IsExist(err) {
 		return err
 	}
-	var mounts []mount.Mount
-	for _, m := range r.Rootfs {
-		mounts = append(mounts, mount.Mount{Type: m.Type, Source: m.Source, Target: m.Target, Options: m.Options})
-	}
-	if err := mount.All(mounts, c.bundle.rootfs()); err != nil {
+	if err := mount.All(c.rootfs, c.bundle.rootfs()); err != nil {
 		return fmt.Errorf("mount the rootfs of container %s: %w", c.id, err)
 	}
 	return nil

@@ -9,6 +9,7 @@ import (
 	"github.com/containerd/containerd/api/events"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v2"
 	"github.com/containerd/containerd/api/types/runc/options"
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/pkg/identifiers"
 	"github.com/containerd/errdefs"
 	"golang.org/x/sync/semaphore"
@@ -65,7 +66,7 @@ func (s *Service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	if err := c.bundle.writeOptions(c.options); err != nil {
 		return nil, err
 	}
-	if err := c.mountRootfs(r); err != nil {
+	if err := c.mountRootfs(); err != nil {
 		return nil, err
 	}
 	// Held until the creation is published: an init that dies at once must
@@ -124,6 +125,9 @@ func (s *Service) newContainer(r *taskapi.CreateTaskRequest) (*container, error)
 	}
 	c.runtime = newRuntime(c.namespace, c.bundle, c.id, opts)
 	c.init = newProc(c, "", process.Stdio{Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, Terminal: r.Terminal})
+	for _, m := range r.Rootfs {
+		c.rootfs = append(c.rootfs, mount.Mount{Type: m.Type, Source: m.Source, Target: m.Target, Options: m.Options})
+	}
 	c.alive, c.died = context.WithCancel(context.Background())
 	return c, nil
 }

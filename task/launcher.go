@@ -31,7 +31,7 @@ type launcher interface {
 type coldStart struct{ c *container }
 
 func (l coldStart) create(ctx context.Context, init *proc) error {
-	pio, err := init.openIO(ctx)
+	pio, err := init.openIO(ctx, false)
 	if err != nil {
 		return err
 	}
@@ -70,13 +70,15 @@ type restore struct {
 	image *checkpoint.Image
 	spec  *specs.Spec
 	temp  string // containerd's copy of the checkpoint, ours to remove; or ""
+
+	embedded *embedded // where image is, if it is in the container's image
 }
 
 func (l *restore) create(ctx context.Context, init *proc) error { return nil }
 
 func (l *restore) start(ctx context.Context, init *proc) error {
 	c := l.c
-	pio, err := init.openIO(ctx)
+	pio, err := init.openIO(ctx, true)
 	if err != nil {
 		return err
 	}
@@ -110,6 +112,9 @@ func (l *restore) start(ctx context.Context, init *proc) error {
 		return err
 	}
 	init.adopt(child, pio)
+	if l.embedded != nil {
+		l.embedded.restored(c)
+	}
 	l.discard()
 	return nil
 }
@@ -157,8 +162,18 @@ func isTemporary(path string) bool {
 // checkpoint, before anything is done. A restore that was asked for never
 // becomes a cold start.
 func newLauncher(ctx context.Context, c *container, path string) (launcher, error) {
+	embedded, err := c.findEmbedded()
+	if err != nil {
+		return nil, fmt.Errorf("create container %s: %w", c.id, err)
+	}
 	if path == "" {
 		path = c.options.CriuImagePath
+	}
+	if path != "" || embedded != nil && embedded.used {
+		embedded = nil
+	}
+	if embedded != nil {
+		path = embedded.dir
 	}
 	if path == "" {
 		return coldStart{c}, nil
@@ -167,7 +182,7 @@ func newLauncher(ctx context.Context, c *container, path string) (launcher, erro
 		return nil, invalid("checkpoint path %q is not absolute", path)
 	}
 	temp := ""
-	if path != c.options.CriuImagePath && isTemporary(path) {
+	if embedded == nil && path != c.options.CriuImagePath && isTemporary(path) {
 		temp = path
 	}
 	img, err := checkpoint.Open(ctx, path)
@@ -186,5 +201,5 @@ func newLauncher(ctx context.Context, c *container, path string) (launcher, erro
 			return nil, err
 		}
 	}
-	return &restore{c: c, image: img, spec: spec, temp: temp}, nil
+	return &restore{c: c, image: img, spec: spec, temp: temp, embedded: embedded}, nil
 }

@@ -24,6 +24,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/api"
 	"github.com/stasis-run/stasis/process"
 )
 
@@ -84,6 +85,7 @@ func (s *Service) Register(server *ttrpc.Server) {
 	}}
 	server.RegisterService("containerd.task.v2.Task", desc)
 	server.RegisterService("containerd.task.v3.Task", desc)
+	api.RegisterCheckpointsService(server, checkpoints{s})
 }
 
 // method is a call as ttrpc wants it. What it returns becomes a status of the
@@ -363,7 +365,12 @@ func (s *Service) Checkpoint(ctx context.Context, r *taskapi.CheckpointTaskReque
 	if opts.WorkPath != "" && !filepath.IsAbs(opts.WorkPath) {
 		return done(invalid("options: work_path %q is not absolute", opts.WorkPath))
 	}
-	if err := c.checkpoint(ctx, dir, opts); err != nil {
+	ctx, release, err := c.exclusive(ctx)
+	if err != nil {
+		return done(err)
+	}
+	defer release()
+	if _, err := c.checkpoint(ctx, dumpOf(dir, opts)); err != nil {
 		return done(err)
 	}
 	if r.Path != "" && r.Path != dir {

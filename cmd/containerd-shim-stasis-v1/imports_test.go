@@ -11,7 +11,11 @@ const module = "github.com/stasis-run/stasis/"
 
 // layers are our packages from the top down. A package may import those below
 // it, and no other.
-var layers = []string{"cmd/containerd-shim-stasis-v1", "shim", "task", "checkpoint", "process"}
+var layers = []string{
+	"cmd/containerd-shim-stasis-v1", "cmd/stasis", "shim", "task",
+	"checkpoint/image", "checkpoint/archive", "checkpoint/inspect", "checkpoint",
+	"checkpoint/rootfs", "checkpoint/capture", "checkpoint/api", "process",
+}
 
 // heavy must not come into the shim, of which one runs for every pod. Each
 // reason is what we would have to do without.

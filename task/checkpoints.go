@@ -1,0 +1,236 @@
+package task
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+
+	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/api"
+	"github.com/stasis-run/stasis/checkpoint/rootfs"
+)
+
+// checkpoints is the shim's own service: a checkpoint whose freeze holds no more
+// than what has to see the container stand still.
+type checkpoints struct{ s *Service }
+
+// progressEvery is how often a client hears how far its checkpoint is.
+const progressEvery = 200 * time.Millisecond
+
+// Checkpoint serves one checkpoint. A client that goes away aborts it.
+func (s checkpoints) Checkpoint(ctx context.Context, r *api.CheckpointRequest, stream api.Checkpoints_CheckpointServer) error {
+	// The shim must not end before the result is sent, which with exit is
+	// after the container's end.
+	s.s.background.Add(1)
+	defer s.s.background.Done()
+	result, err := s.checkpoint(ctx, r, func(p *api.Progress) error {
+		return stream.Send(&api.CheckpointUpdate{Update: &api.CheckpointUpdate_Progress{Progress: p}})
+	})
+	if err != nil {
+		return errgrpc.ToGRPC(err)
+	}
+	return stream.Send(&api.CheckpointUpdate{Update: &api.CheckpointUpdate_Result{Result: result}})
+}
+
+func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, send func(*api.Progress) error) (*api.CheckpointResult, error) {
+	c, err := s.s.find(r.Id)
+	if err != nil {
+		return nil, err
+	}
+	if !filepath.IsAbs(r.ImagePath) {
+		return nil, invalid("image_path %q is not absolute", r.ImagePath)
+	}
+	if r.RootfsPath != "" && !filepath.IsAbs(r.RootfsPath) {
+		return nil, invalid("rootfs_path %q is not absolute", r.RootfsPath)
+	}
+	o := r.Options
+	if o == nil {
+		o = &api.CRIUOptions{}
+	}
+	if o.LinkRemap && !r.Exit {
+		return nil, invalid("link_remap without exit: CRIU removes the links again when the container runs on, and no restore would find them")
+	}
+	client := ctx
+	ctx, release, err := c.exclusive(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(client, func() { cancel(errors.New("the client went away")) })()
+
+	m := &meter{container: c, dir: r.ImagePath}
+	defer m.run(func(p *api.Progress) {
+		if err := send(p); err != nil {
+			cancel(fmt.Errorf("tell the client of the progress: %w", err))
+		}
+	})()
+	d := dump{
+		dir: r.ImagePath,
+		options: checkpoint.Options{
+			OpenTCP:             o.OpenTcp,
+			ExternalUnixSockets: o.ExternalUnixSockets,
+			Terminal:            o.Terminal,
+			FileLocks:           o.FileLocks,
+			EmptyNamespaces:     o.EmptyNamespaces,
+			CgroupsMode:         o.CgroupsMode,
+		},
+		dumpOptions: checkpoint.DumpOptions{TCPClose: o.TcpClose, LinkRemap: o.LinkRemap, GhostLimit: o.GhostLimit},
+		exit:        r.Exit,
+		durable:     r.Exit,
+	}
+	result := &api.CheckpointResult{}
+	copied := time.Duration(0)
+	if r.RootfsPath != "" {
+		// It is removed after a failure, which only ours may be.
+		if _, err := os.Lstat(r.RootfsPath); !errors.Is(err, os.ErrNotExist) {
+			return nil, fmt.Errorf("rootfs_path %s, a copy of the writable layer, exists: %w", r.RootfsPath, cmp.Or[error](err, errdefs.ErrAlreadyExists))
+		}
+		var from string
+		if from, result.RootfsIsUpper, err = c.writableLayer(); err != nil {
+			return nil, err
+		}
+		d.while = func(ctx context.Context) error {
+			started := time.Now()
+			n, err := rootfs.Copy(ctx, r.RootfsPath, from, func(n int64) { m.copied.Store(n) })
+			if err != nil {
+				return fmt.Errorf("copy its writable layer %s: %w", from, err)
+			}
+			copied, result.RootfsBytes = time.Since(started), uint64(n)
+			return nil
+		}
+	}
+	started := time.Now()
+	dumped, err := c.checkpoint(ctx, d)
+	if err == nil {
+		err = copyLogs(r.ImagePath, c.bundle.dumpDir())
+	}
+	if err != nil {
+		if r.RootfsPath != "" {
+			err = errors.Join(err, os.RemoveAll(r.RootfsPath))
+		}
+		return nil, err
+	}
+	result.FrozenNs = uint64(dumped.Frozen)
+	result.ImageBytes = uint64(sizeOf(r.ImagePath))
+	result.CriuVersion = dumped.CRIU
+	result.RuntimeName, result.RuntimeVersion = dumped.Runtime.Name, dumped.Runtime.Version
+	if s := dumped.Stats; s != nil {
+		result.Criu = &api.CRIUStats{
+			FreezingUs:   uint64(s.GetFreezingTime()),
+			FrozenUs:     uint64(s.GetFrozenTime()),
+			MemdumpUs:    uint64(s.GetMemdumpTime()),
+			MemwriteUs:   uint64(s.GetMemwriteTime()),
+			PagesScanned: s.GetPagesScanned(),
+			PagesWritten: s.GetPagesWritten(),
+		}
+	}
+	result.Stages = []*api.Stage{{Name: "frozen", DurationNs: result.FrozenNs}}
+	if copied > 0 {
+		result.Stages = append(result.Stages, &api.Stage{Name: "rootfs", DurationNs: uint64(copied)})
+	}
+	result.Stages = append(result.Stages, &api.Stage{Name: "total", DurationNs: uint64(time.Since(started))})
+	return result, nil
+}
+
+// copyLogs puts CRIU's log and figures beside the images, which no restore reads
+// and every form of a checkpoint has.
+func copyLogs(dir, workDir string) error {
+	for _, name := range []string{"dump.log", "stats-dump"} {
+		data, err := os.ReadFile(filepath.Join(workDir, name))
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err == nil {
+			err = os.WriteFile(filepath.Join(dir, name), data, 0o600)
+		}
+		if err != nil {
+			return fmt.Errorf("copy %s to the checkpoint: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// meter tells how far a checkpoint is.
+type meter struct {
+	container *container
+	dir       string
+	copied    atomic.Int64
+}
+
+// run sends progress until the returned function is called.
+func (m *meter) run(send func(*api.Progress)) (stop func()) {
+	total := m.container.anonymous()
+	done, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		tick := time.NewTicker(progressEvery)
+		defer tick.Stop()
+		for {
+			select {
+			case <-done:
+				return
+			case <-tick.C:
+			}
+			send(&api.Progress{Stage: "dump", DoneBytes: uint64(sizeOf(filepath.Join(m.dir, ".partial"))), TotalBytes: uint64(total)})
+			if n := m.copied.Load(); n > 0 {
+				send(&api.Progress{Stage: "rootfs", DoneBytes: uint64(n)})
+			}
+		}
+	}()
+	return func() {
+		close(done)
+		<-stopped
+	}
+}
+
+// sizeOf is what the files of a folder take, in bytes.
+func sizeOf(dir string) (size int64) {
+	entries, _ := os.ReadDir(dir)
+	for _, e := range entries {
+		if info, err := e.Info(); err == nil && info.Mode().IsRegular() {
+			size += info.Size()
+		}
+	}
+	return size
+}
+
+// anonymous estimates what CRIU will write: the private memory of the
+// container's processes, in bytes.
+func (c *container) anonymous() (size int64) {
+	c.mu.Lock()
+	cg := c.cgroup
+	c.mu.Unlock()
+	if cg == nil {
+		return 0
+	}
+	pids, _ := cg.Pids()
+	for _, pid := range pids {
+		f, err := os.Open(fmt.Sprintf("/proc/%d/statm", pid))
+		if err != nil {
+			continue
+		}
+		data, _ := io.ReadAll(f)
+		f.Close()
+		// size resident shared …, in pages
+		fields := strings.Fields(string(data))
+		if len(fields) > 2 {
+			resident, _ := strconv.ParseInt(fields[1], 10, 64)
+			shared, _ := strconv.ParseInt(fields[2], 10, 64)
+			size += (resident - shared) * int64(os.Getpagesize())
+		}
+	}
+	return size
+}

@@ -1,0 +1,120 @@
+package task
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
+)
+
+// A runnable checkpoint image (docs/checkpoint-format.md) has its checkpoint in a
+// layer of its own, which holds the folder /.stasis and nothing else.
+const (
+	embeddedFolder     = ".stasis"
+	embeddedCheckpoint = embeddedFolder + "/checkpoint"
+	embeddedInfo       = embeddedFolder + "/info.json"
+)
+
+// embedded is a checkpoint in the image that a container is made from.
+type embedded struct {
+	dir string // with CRIU's images
+	// used: a process was restored from it with this very root filesystem,
+	// which has changed since. What comes after is a start like any other.
+	used bool
+	// use notes that a process was restored from it.
+	use func() error
+}
+
+// findEmbedded looks for a checkpoint in the container's root filesystem, which is
+// not mounted yet, and returns nil if there is none. The container does not get
+// to see it: its layer is taken out of the mount. Only where the root filesystem
+// is a single folder (the native snapshotter) it has to be there until the
+// processes are.
+func (c *container) findEmbedded() (*embedded, error) {
+	if len(c.rootfs) != 1 {
+		return nil, nil
+	}
+	switch m := &c.rootfs[0]; m.Type {
+	case "overlay":
+		return findLayer(m)
+	case "bind":
+		if !isEmbedded(m.Source) {
+			return nil, nil
+		}
+		folder := filepath.Join(m.Source, embeddedFolder)
+		return &embedded{
+			dir: filepath.Join(m.Source, embeddedCheckpoint),
+			use: func() error { return os.RemoveAll(folder) },
+		}, nil
+	}
+	return nil, nil
+}
+
+// restoredMark is set on an overlay's work folder, which belongs to one container
+// and which it does not see.
+const restoredMark = "trusted.stasis.restored"
+
+// findLayer looks for a checkpoint in the layers of an overlay and takes its layer
+// out of the mount.
+func findLayer(m *mount.Mount) (*embedded, error) {
+	option := -1
+	var layers []string
+	for i, o := range m.Options {
+		if value, ok := strings.CutPrefix(o, "lowerdir="); ok {
+			option, layers = i, strings.Split(value, ":")
+		}
+	}
+	for i, layer := range layers {
+		if !isEmbedded(layer) {
+			continue
+		}
+		entries, err := os.ReadDir(layer)
+		if err != nil {
+			return nil, fmt.Errorf("read the layer of the checkpoint: %w", err)
+		}
+		if len(entries) != 1 || len(layers) == 1 {
+			return nil, fmt.Errorf("the image has a checkpoint in a layer with other files (%s), and the container must not see it; make the image again with stasis: %w",
+				layer, errdefs.ErrFailedPrecondition)
+		}
+		rest := append(append([]string{}, layers[:i]...), layers[i+1:]...)
+		// The options may be shared with the request.
+		m.Options = append([]string{}, m.Options...)
+		m.Options[option] = "lowerdir=" + strings.Join(rest, ":")
+		work := overlayOption(*m, "workdir")
+		_, err = unix.Lgetxattr(work, restoredMark, nil)
+		return &embedded{
+			dir:  filepath.Join(layer, embeddedCheckpoint),
+			used: err == nil,
+			use:  func() error { return unix.Lsetxattr(work, restoredMark, nil, 0) },
+		}, nil
+	}
+	return nil, nil
+}
+
+// isEmbedded tells whether there is a checkpoint in a layer. No link counts.
+func isEmbedded(layer string) bool {
+	folder, err := os.Lstat(filepath.Join(layer, embeddedFolder))
+	if err != nil || !folder.IsDir() {
+		return false
+	}
+	dir, err := os.Lstat(filepath.Join(layer, embeddedCheckpoint))
+	if err != nil || !dir.IsDir() {
+		return false
+	}
+	info, err := os.Lstat(filepath.Join(layer, embeddedInfo))
+	return err == nil && info.Mode().IsRegular()
+}
+
+// restored notes that the checkpoint has been used. A container that runs is not
+// ended for a note; if it is missing, a second start is refused by CRIU, as the
+// files have changed.
+func (e *embedded) restored(c *container) {
+	if err := e.use(); err != nil {
+		log.L.WithError(err).WithField("container", c.id).Warn("note that the checkpoint in the image was restored")
+	}
+}
