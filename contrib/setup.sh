@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 #
 # Installs what Stasis's demo, tests and benchmarks run on: containerd, runc,
-# crun, CRIU, and root filesystems to put into containers.
+# crun, CRIU, the tools of others that Stasis exchanges checkpoints with, and root
+# filesystems to put into containers.
 #
 # It installs a few missing Debian packages on the host; everything else goes
 # into a cache folder and touches nothing outside it. What the host already has
@@ -9,9 +10,10 @@
 # never installed: the host's libc and its package database stay as they are.
 #
 # The cache ($STASIS_CACHE, else ~/.cache/stasis):
-#   bin/               containerd, ctr, containerd-shim-runc-v2, runc, crun, criu
+#   bin/               containerd, ctr, containerd-shim-runc-v2, runc, crun, criu,
+#                      podman, checkpointctl, docker-registry
 #   containerd-1.7/    the same containerd programs of an older release
-#   private/           Debian trees behind bin/criu and bin/crun, if needed
+#   private/           Debian trees behind what is in bin/
 #   rootfs/            redis, python, busybox
 #   stamps/            what each of the above was made from
 #
@@ -37,14 +39,15 @@ repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 cache=${STASIS_CACHE:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/stasis}
 case $cache in /*) ;; *) cache=$PWD/$cache ;; esac
 
-# The Debian release that criu, crun and the older containerd are taken from
-# where the host's own do not do, and the one after it, for criu on kernels that
-# are too new for the first.
+# The Debian release that criu and crun are taken from where the host's own do
+# not do, and that the older containerd, Podman, checkpointctl and the registry
+# always are, so that tests meet the same versions everywhere; and the release
+# after it, for criu on kernels that are too new for the first.
 newer=trixie
 newest=forky
 runc_version=v1.5.2
 
-components=(criu runc busybox containerd redis python crun containerd17)
+components=(criu runc busybox containerd redis python crun containerd17 podman tools)
 
 # Filled in by main: a scratch folder inside the cache, gone at exit.
 tmp=
@@ -413,6 +416,76 @@ make_containerd17() {
 	place "$tmp/new" "$cache/containerd-1.7"
 }
 
+want_tools() { want_containerd17; }
+ok_tools() {
+	"$cache/bin/checkpointctl" --help >/dev/null 2>&1 && "$cache/bin/docker-registry" --version >/dev/null 2>&1
+}
+make_tools() {
+	local program
+	say "checkpointctl, docker-registry: fetching Debian $newer's privately"
+	unpack "$newer" "$tmp/tree" "$skip_in_rootfs" checkpointctl docker-registry
+	for program in checkpointctl docker-registry; do
+		wrap "$cache/private/tools" "usr/bin/$program" "$tmp/$program"
+	done
+	place "$tmp/tree" "$cache/private/tools"
+	for program in checkpointctl docker-registry; do place "$tmp/$program" "$cache/bin/$program"; done
+}
+
+want_podman() { printf 'Debian %s, on %s/bin/runc\n' "$newer" "$cache"; }
+ok_podman() {
+	"$cache/bin/podman" --version >/dev/null 2>&1 && "$cache/private/podman/usr/bin/conmon" --version >/dev/null 2>&1
+}
+make_podman() {
+	local tree=$cache/private/podman loader program skip
+	# What a container without a network does not need.
+	skip="$skip_in_rootfs|containernetworking-plugins|crun|dirmngr|gnupg.*|gpg.*|iptables|libglib2.0-data|libldap2|libsasl2.*|openssl.*|pinentry-curses|readline-common"
+	say "podman: fetching Debian $newer's privately"
+	# Podman starts itself anew by /proc/self/exe, so a wrapper around the loader
+	# will not do: loader and libraries are written into the programs. patchelf
+	# 0.18, of all releases after bookworm, makes them crash.
+	unpack bookworm "$tmp/tree" '' patchelf
+	wrap "$tmp/patchelf" usr/bin/patchelf "$tmp/patch"
+	place "$tmp/tree" "$tmp/patchelf"
+	unpack "$newer" "$tmp/tree" "$skip" podman
+	loader=("$tmp/tree"/usr/lib/*/ld-linux*.so.*)
+	loader=$tree${loader[0]#"$tmp/tree"}
+	for program in podman conmon; do
+		run "$tmp/patch" --set-interpreter "$loader" --force-rpath --set-rpath "${loader%/*}" "$tmp/tree/usr/bin/$program"
+	done
+	# What is in /etc and /run of a host with Podman. The home is for the policy
+	# on signatures, whose place no variable tells.
+	mkdir -p "$tmp/tree/home/.config/containers"
+	cp "$tmp/tree/etc/containers/policy.json" "$tmp/tree/home/.config/containers"
+	cat >"$tmp/tree/containers.conf" <<-CONF
+		[containers]
+		log_driver = "k8s-file"
+		seccomp_profile = "$tree/usr/share/containers/seccomp.json"
+		[engine]
+		cgroup_manager = "cgroupfs"
+		conmon_path = ["$tree/usr/bin/conmon"]
+		events_logger = "file"
+		helper_binaries_dir = ["$tree/usr/lib/podman"]
+		lock_type = "file"
+		runtime = "runc"
+		[engine.runtimes]
+		crun = ["$cache/bin/crun"]
+		runc = ["$cache/bin/runc"]
+	CONF
+	printf '[storage]\ndriver = "overlay"\n' >"$tmp/tree/storage.conf"
+	cat >"$tmp/podman" <<-WRAPPER
+		#!/bin/sh
+		# Needs --root, --runroot and --tmpdir, or it works on the host's own containers.
+		tree=$(quote "$tree")
+		export HOME="\$tree/home" PATH=$(quote "$cache/bin"):"\$PATH" PODMAN_IGNORE_CGROUPSV1_WARNING=1
+		export CONTAINERS_CONF="\$tree/containers.conf" CONTAINERS_STORAGE_CONF="\$tree/storage.conf"
+		export CONTAINERS_REGISTRIES_CONF="\$tree/etc/containers/registries.conf"
+		exec "\$tree/usr/bin/podman" "\$@"
+	WRAPPER
+	chmod 0755 "$tmp/podman"
+	place "$tmp/tree" "$tree"
+	place "$tmp/podman" "$cache/bin/podman"
+}
+
 # What only maintainer scripts and init systems need.
 skip_in_rootfs='adduser|base-passwd|debconf|dpkg|gcc-.*-base|init-system-helpers|lib.*-perl|libaudit.*|libcap-ng0|libdb5.*|libdebconfclient0|libgdbm.*|libpam.*|libperl.*|libsemanage.*|libsepol.*|login.defs|lsb-base|media-types|netbase|passwd|perl.*|sysvinit-utils|tar|tzdata|usr-is-merged|usrmerge'
 
@@ -566,6 +639,7 @@ summary() {
 		mapfile -t lines <"$cache/stamps/$c"
 		case $c in
 		busybox | python | redis) printf '  %-20s %s\n' "rootfs/$c" "${lines[0]}${lines[1]:+, $c ${lines[1]}}" ;;
+		tools) printf '  %-20s %s\n' bin/checkpointctl "${lines[0]}, ${lines[1]}" bin/docker-registry "${lines[0]}" ;;
 		containerd17) printf '  %-20s %s\n' containerd-1.7/bin "${lines[0]}, ${lines[1]}" ;;
 		*) printf '  %-20s %s\n' "bin/$c" "${lines[0]}${lines[1]:+, ${lines[1]}}" ;;
 		esac
