@@ -1,0 +1,165 @@
+package image
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"fmt"
+	"io"
+	"strconv"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/pkg/archive/compression"
+	"github.com/containerd/containerd/v2/pkg/labels"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// Options are those of writing.
+type Options struct {
+	// Compression is that of the layers; the zero value does not compress. The
+	// form Index has its own.
+	Compression compression.Compression
+	// Progress, if not nil, is told how many bytes of a stage ("layer",
+	// "checkpoint") are done, before compression. total is 0 if nobody knows.
+	// Stages may run at the same time and call it from different goroutines.
+	Progress func(stage string, done, total int64)
+}
+
+// progress returns what counts for a stage.
+func (o Options) progress(stage string, total int64) func(done int64) {
+	if o.Progress == nil {
+		return func(int64) {}
+	}
+	return func(done int64) { o.Progress(stage, done, total) }
+}
+
+// layer is a tar in the store.
+type layer struct {
+	ocispec.Descriptor
+	diffID digest.Digest // of the uncompressed tar
+}
+
+// writeLayer streams a tar into the store: write makes it, another goroutine
+// compresses, a third hashes, a fourth sends.
+func writeLayer(ctx context.Context, store content.Store, c compression.Compression,
+	write func(context.Context, io.Writer) error, progress func(int64)) (l layer, err error) {
+	ref := newRef()
+	w, err := content.OpenWriter(ctx, store, content.WithRef(ref))
+	if err != nil {
+		return layer{}, fmt.Errorf("write to the content store: %w", err)
+	}
+	defer func() {
+		w.Close()
+		if err != nil {
+			// Else it would take its space until the lease ends.
+			_ = store.Abort(context.WithoutCancel(ctx), ref)
+		}
+	}()
+	sink := newPump(w)
+	z, err := compressor(sink, c)
+	if err != nil {
+		sink.Close()
+		return layer{}, err
+	}
+	count := counter{told: progress}
+	digester := digest.Canonical.Digester()
+	if z == nil {
+		// The store hashes what it gets, and that is the tar.
+		err = firstError(write(ctx, io.MultiWriter(sink, &count)), sink.Close())
+	} else {
+		hash := newPump(digester.Hash())
+		err = write(ctx, io.MultiWriter(z, hash, &count))
+		err = firstError(err, z.Close(), sink.Close(), hash.Close())
+	}
+	if err != nil {
+		return layer{}, err
+	}
+	progress(count.n)
+	st, err := w.Status()
+	if err != nil {
+		return layer{}, fmt.Errorf("write to the content store: %w", err)
+	}
+	l.MediaType, l.Size = layerTypes[c], st.Offset
+	if z != nil {
+		l.diffID = digester.Digest()
+	} else if l.diffID = w.Digest(); l.diffID.Validate() != nil {
+		return layer{}, fmt.Errorf("the content store does not tell the digest of what was written (%q)", l.diffID)
+	}
+	// Without an expected digest, or a store behind gRPC would not add a blob to
+	// the lease that it has already.
+	uncompressed := map[string]string{labels.LabelUncompressed: l.diffID.String()}
+	if err := w.Commit(ctx, l.Size, "", content.WithLabels(uncompressed)); err != nil && !errdefs.IsAlreadyExists(err) {
+		return layer{}, fmt.Errorf("commit to the content store: %w", err)
+	}
+	l.Digest = w.Digest()
+	l.Annotations = map[string]string{AnnotationUncompressed: strconv.FormatInt(count.n, 10)}
+	return l, nil
+}
+
+// writeBlob writes a small blob. The labels are set on one that is there
+// already, too.
+func writeBlob(ctx context.Context, store content.Store, mediaType string, data []byte, gc map[string]string) (ocispec.Descriptor, error) {
+	desc := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
+	if err := content.WriteBlob(ctx, store, newRef(), bytes.NewReader(data), desc, content.WithLabels(gc)); err != nil {
+		return ocispec.Descriptor{}, fmt.Errorf("write to the content store: %w", err)
+	}
+	info, err := store.Info(ctx, desc.Digest)
+	if err != nil {
+		return ocispec.Descriptor{}, fmt.Errorf("write to the content store: %w", err)
+	}
+	update := content.Info{Digest: desc.Digest, Labels: map[string]string{}}
+	var fields []string
+	for key, value := range gc {
+		if info.Labels[key] != value {
+			update.Labels[key] = value
+			fields = append(fields, "labels."+key)
+		}
+	}
+	if fields != nil {
+		if _, err := store.Update(ctx, update, fields...); err != nil {
+			return ocispec.Descriptor{}, fmt.Errorf("label %s: %w", desc.Digest, err)
+		}
+	}
+	return desc, nil
+}
+
+// gcLabels make containerd keep all of descs as long as the blob that has the
+// labels.
+func gcLabels(descs ...ocispec.Descriptor) map[string]string {
+	refs := map[string]string{}
+	for i, desc := range descs {
+		refs["containerd.io/gc.ref.content."+strconv.Itoa(i)] = desc.Digest.String()
+	}
+	return refs
+}
+
+// newRef names a write to the store. No other may continue it.
+func newRef() string { return "stasis-" + rand.Text() }
+
+// counter counts what is written to it.
+type counter struct {
+	n    int64
+	told func(int64)
+}
+
+func (c *counter) Write(p []byte) (int, error) {
+	// A tar comes in small and large pieces; a call for each MiB is enough.
+	before := c.n
+	c.n += int64(len(p))
+	if before>>20 != c.n>>20 {
+		c.told(c.n)
+	}
+	return len(p), nil
+}
+
+// firstError returns the first of errs that is one: the others follow from it.
+func firstError(errs ...error) error {
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}

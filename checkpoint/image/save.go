@@ -1,0 +1,77 @@
+package image
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/errdefs"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// leaseTime is how long what a killed process has written stays.
+const leaseTime = 24 * time.Hour
+
+// WithLease returns a context under which containerd keeps what is written, also
+// before it has a name, until done is called. A context that has a lease stays
+// as it is.
+func WithLease(ctx context.Context, m leases.Manager) (_ context.Context, done func(), err error) {
+	if _, ok := leases.FromContext(ctx); ok {
+		return ctx, func() {}, nil
+	}
+	l, err := m.Create(ctx, leases.WithRandomID(), leases.WithExpiration(leaseTime))
+	if err != nil {
+		return nil, nil, fmt.Errorf("make a lease in containerd: %w", err)
+	}
+	return leases.WithLease(ctx, l.ID), func() {
+		// Also if ctx has ended: what is left would else stay for leaseTime.
+		_ = m.Delete(context.WithoutCancel(ctx), l)
+	}, nil
+}
+
+// Save names a checkpoint that was written: from then on it is in the image
+// store and stays without a lease. A checkpoint that has the name already is
+// replaced; another image is not, and the error matches
+// errdefs.ErrAlreadyExists. labels are added to those of this package.
+func Save(ctx context.Context, store content.Provider, records images.Store, name string, desc ocispec.Descriptor, labels map[string]string) (images.Image, error) {
+	img, err := save(ctx, store, records, name, desc, labels)
+	if err != nil {
+		return images.Image{}, fmt.Errorf("save checkpoint image %s: %w", name, err)
+	}
+	return img, nil
+}
+
+func save(ctx context.Context, store content.Provider, records images.Store, name string, desc ocispec.Descriptor, labels map[string]string) (images.Image, error) {
+	form, err := Detect(ctx, store, desc)
+	if err != nil {
+		return images.Image{}, err
+	}
+	if form == None {
+		return images.Image{}, invalid("%s is no checkpoint", desc.Digest)
+	}
+	img := images.Image{Name: name, Target: desc, Labels: map[string]string{AnnotationCheckpoint: string(form)}}
+	if form == Index {
+		img.Labels["containerd.io/checkpoint"] = "true" // as containerd's client does
+	}
+	maps.Copy(img.Labels, labels)
+	created, err := records.Create(ctx, img)
+	if !errdefs.IsAlreadyExists(err) {
+		return created, err
+	}
+	old, err := records.Get(ctx, name)
+	if err != nil {
+		return images.Image{}, err
+	}
+	was, err := Detect(ctx, store, old.Target)
+	if err != nil && !errdefs.IsNotFound(err) {
+		return images.Image{}, err
+	}
+	if was == None && old.Labels[AnnotationCheckpoint] == "" {
+		return images.Image{}, &fault{errdefs.ErrAlreadyExists, "there is an image of this name that is no checkpoint; choose another name"}
+	}
+	return records.Update(ctx, img, "target", "labels")
+}

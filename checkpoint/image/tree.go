@@ -1,0 +1,134 @@
+package image
+
+import (
+	"archive/tar"
+	"context"
+	"errors"
+	"io"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// tree writes a tar of root's own files and folders: 0600, 0700, all of the same
+// time. After an error it does nothing; close returns that.
+type tree struct {
+	tw   *tar.Writer
+	time time.Time
+	err  error
+}
+
+func newTree(w io.Writer, at time.Time) *tree {
+	if at.IsZero() {
+		at = time.Unix(0, 0)
+	}
+	return &tree{tw: tar.NewWriter(w), time: at.UTC().Truncate(time.Second)}
+}
+
+func (t *tree) folder(name string) {
+	if t.err == nil {
+		t.err = t.tw.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: name + "/", Mode: 0o700, ModTime: t.time})
+	}
+}
+
+func (t *tree) file(name string, data []byte) {
+	if t.header(name, int64(len(data))); t.err == nil {
+		_, t.err = t.tw.Write(data)
+	}
+}
+
+func (t *tree) header(name string, size int64) {
+	if t.err == nil {
+		t.err = t.tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Size: size, Mode: 0o600, ModTime: t.time})
+	}
+}
+
+// images writes files of the folder dir, their names after prefix.
+func (t *tree) images(ctx context.Context, prefix, dir string, files []string) {
+	buf := make([]byte, chunkSize)
+	for _, name := range files {
+		if t.err == nil {
+			t.err = t.image(ctx, prefix, dir, name, buf)
+		}
+	}
+}
+
+func (t *tree) image(ctx context.Context, prefix, dir, name string, buf []byte) error {
+	fd, err := unix.Open(dir+"/"+name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return &os.PathError{Op: "open", Path: dir + "/" + name, Err: err}
+	}
+	f := os.NewFile(uintptr(fd), dir+"/"+name)
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if !st.Mode().IsRegular() {
+		return invalid("%s: not a regular file", f.Name())
+	}
+	t.header(prefix+name, st.Size())
+	if t.err != nil {
+		return t.err
+	}
+	return copyContext(ctx, t.tw, io.LimitReader(f, st.Size()), buf)
+}
+
+func (t *tree) close() error {
+	if t.err == nil {
+		t.err = t.tw.Close()
+	}
+	return t.err
+}
+
+// copyContext copies with buf until ctx ends. It keeps to buf, whatever faster
+// way r or w offers: those of os.File come in small pieces.
+func copyContext(ctx context.Context, w io.Writer, r io.Reader, buf []byte) error {
+	for {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		n, err := r.Read(buf)
+		if n > 0 {
+			if _, err := w.Write(buf[:n]); err != nil {
+				return err
+			}
+		}
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// listImages lists the files of a flat folder by name, and the sum of their
+// sizes.
+func listImages(dir string) (names []string, total int64, err error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, 0, err
+	}
+	for _, e := range entries {
+		// As package checkpoint has it: an unfinished checkpoint that was to
+		// replace this one, and what ext4 has in its root.
+		if e.IsDir() && (e.Name() == ".partial" || e.Name() == "lost+found") {
+			continue
+		}
+		info, err := e.Info()
+		if err != nil {
+			return nil, 0, err
+		}
+		if !info.Mode().IsRegular() || !plainName(e.Name()) {
+			return nil, 0, invalid("%s: %q is no plain file; a checkpoint has no others", dir, e.Name())
+		}
+		names = append(names, e.Name())
+		total += info.Size()
+	}
+	if len(names) > maxFiles {
+		return nil, 0, invalid("%s: more than %d files", dir, maxFiles)
+	}
+	return names, total, nil
+}

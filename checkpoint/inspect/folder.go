@@ -1,0 +1,217 @@
+package inspect
+
+import (
+	"bufio"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"strings"
+	"sync"
+
+	"github.com/checkpoint-restore/go-criu/v8/magic"
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+)
+
+// folder is an open folder and the sizes of the files in it, in bytes.
+type folder struct {
+	dir   *os.File
+	files map[string]int64
+}
+
+func openFolder(path string) (*folder, error) {
+	d, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECTORY, 0)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, &fault{errdefs.ErrNotFound, "no such folder"}
+	case errors.Is(err, unix.ENOTDIR):
+		return nil, invalid("not a folder")
+	case err != nil:
+		return nil, err
+	}
+	f := &folder{d, map[string]int64{}}
+	if err := f.list(); err != nil {
+		d.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+func (f *folder) close() { f.dir.Close() }
+
+// list passes over subfolders: what of a checkpoint is in one is unfinished.
+func (f *folder) list() error {
+	for {
+		names, err := f.dir.Readdirnames(1024)
+		for _, name := range names {
+			var st unix.Stat_t
+			if err := unix.Fstatat(int(f.dir.Fd()), name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+				return fmt.Errorf("%s: %w", name, err)
+			}
+			switch st.Mode & unix.S_IFMT {
+			case unix.S_IFREG:
+				f.files[name] = st.Size
+			case unix.S_IFDIR:
+			default:
+				return invalid("%q: neither a file nor a folder; a checkpoint has only regular files", name)
+			}
+		}
+		if len(f.files) > maxEntries {
+			return invalid("more than %d files", maxEntries)
+		}
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// open opens a file of the folder for reading.
+func (f *folder) open(name string) (*os.File, error) {
+	// O_NONBLOCK, lest a FIFO that has replaced the file stops us.
+	fd, err := unix.Openat(int(f.dir.Fd()), name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	file := os.NewFile(uintptr(fd), name)
+	info, err := file.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = invalid("%s: not a regular file", name)
+	}
+	if err != nil {
+		file.Close()
+		return nil, err
+	}
+	return file, nil
+}
+
+// small returns a file of no more than limit bytes.
+func (f *folder) small(name string, limit int64) ([]byte, error) {
+	file, err := f.open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	data, err := io.ReadAll(io.LimitReader(file, limit+1))
+	if err == nil && int64(len(data)) > limit {
+		err = invalid("%s: larger than %d bytes", name, limit)
+	}
+	return data, err
+}
+
+// magics are CRIU's names of kinds of images and their numbers.
+var magics = sync.OnceValue(magic.LoadMagic)
+
+// each calls fn with each message of an image of the given kind; the message is
+// valid until fn returns. An error ends it, stop without one. An image that is
+// not there is an error of fs.ErrNotExist.
+//
+// An image is a common magic number (which inventory.img lacks), that of its
+// kind, then each message after its length; numbers are 32 bits, little endian
+// (CRIU's image.c, protobuf.c). go-criu's decoder would allocate whatever length
+// an image states.
+func (f *folder) each(name, kind string, fn func(msg []byte) error) error {
+	file, err := f.open(name)
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	limit := int64(maxImage)
+	if strings.HasPrefix(name, "pagemap-") {
+		limit = maxPagemap
+	}
+	if size := f.files[name]; size > limit {
+		return invalid("%s: %d bytes, at most %d are allowed", name, size, limit)
+	}
+	err = eachMessage(bufio.NewReaderSize(io.LimitReader(file, limit), 64<<10), kind, fn)
+	if err == nil || err == stop {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", name, err)
+}
+
+func eachMessage(r io.Reader, kind string, fn func([]byte) error) error {
+	var number [4]byte
+	word := func() (uint32, error) {
+		_, err := io.ReadFull(r, number[:])
+		return binary.LittleEndian.Uint32(number[:]), err
+	}
+	head, err := word()
+	names := magics()
+	if err == nil && (uint64(head) == names.ByName["IMG_COMMON"] || uint64(head) == names.ByName["IMG_SERVICE"]) {
+		head, err = word()
+	}
+	if err != nil || names.ByValue[uint64(head)] != kind {
+		return invalid("truncated, or no image of kind %s", kind)
+	}
+	var buf []byte
+	for {
+		n, err := word()
+		switch {
+		case err == io.EOF:
+			return nil
+		case err != nil:
+			return invalid("truncated")
+		case n > maxMessage:
+			return invalid("a message of %d bytes, at most %d are allowed", n, maxMessage)
+		}
+		// In steps, so that a length alone makes nobody allocate.
+		for buf = buf[:0]; len(buf) < int(n); {
+			start := len(buf)
+			buf = append(buf, make([]byte, min(int(n)-start, 64<<10))...)
+			if _, err := io.ReadFull(r, buf[start:]); err != nil {
+				return invalid("truncated: a message of %d bytes", n)
+			}
+		}
+		if err := fn(buf); err != nil {
+			return err
+		}
+	}
+}
+
+// decode decodes a message leniently: a value that go-criu does not know is
+// unset, also where CRIU's definition requires one.
+func decode(msg []byte, into proto.Message) error {
+	if err := (proto.UnmarshalOptions{AllowPartial: true}).Unmarshal(msg, into); err != nil {
+		return invalid("malformed: %v", err)
+	}
+	return nil
+}
+
+// one decodes the first message of an image.
+func (f *folder) one(name, kind string, into proto.Message) error {
+	found := false
+	err := f.each(name, kind, func(msg []byte) error {
+		found = true
+		if err := decode(msg, into); err != nil {
+			return err
+		}
+		return stop
+	})
+	if err == nil && !found {
+		err = invalid("%s: empty", name)
+	}
+	return err
+}
+
+// sizes adds up what the folder holds.
+func (f *folder) sizes() Sizes {
+	var s Sizes
+	for name, size := range f.files {
+		s.Total += size
+		s.Files++
+		switch {
+		case strings.HasPrefix(name, "pages-"):
+			s.Memory += size
+		case strings.HasPrefix(name, "ghost-file-"), strings.HasPrefix(name, "tmpfs-"):
+			s.Content += size
+		}
+	}
+	return s
+}

@@ -1,0 +1,295 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"time"
+
+	"github.com/containerd/containerd/api/types/runc/options"
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/errdefs"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/api"
+	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/rootfs"
+)
+
+// dumper makes a Capture of a running container.
+type dumper struct {
+	client    *client.Client
+	container client.Container
+	task      client.Task
+	info      containers.Container
+	image     client.Image // nil: the container has none, or it is gone
+	base      ocispec.Descriptor
+	mounts    []mount.Mount // of the root filesystem
+	note      string        // what a user should know about the checkpoint
+}
+
+func newDumper(ctx context.Context, c *client.Client, container client.Container) (*dumper, error) {
+	d := &dumper{client: c, container: container}
+	var err error
+	if d.info, err = container.Info(ctx); err != nil {
+		return nil, fmt.Errorf("look at it: %w", err)
+	}
+	d.task, err = container.Task(ctx, nil)
+	if errdefs.IsNotFound(err) {
+		return nil, fmt.Errorf("it does not run, and only what runs can be checkpointed: %w", errdefs.ErrFailedPrecondition)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("look at its task: %w", err)
+	}
+	if d.info.Image != "" {
+		image, err := c.GetImage(ctx, d.info.Image)
+		if err != nil && !errdefs.IsNotFound(err) {
+			return nil, fmt.Errorf("look at its image %s: %w", d.info.Image, err)
+		}
+		if err == nil {
+			d.image, d.base = image, image.Target()
+		}
+	}
+	if d.info.SnapshotKey != "" {
+		if d.mounts, err = c.SnapshotService(d.info.Snapshotter).Mounts(ctx, d.info.SnapshotKey); err != nil {
+			return nil, fmt.Errorf("look at its root filesystem (snapshot %s): %w", d.info.SnapshotKey, err)
+		}
+	}
+	return d, nil
+}
+
+// checkBase tells early what would make storing the checkpoint fail late.
+func (d *dumper) checkBase(ctx context.Context, format string) error {
+	if d.image != nil || format == "archive" || format == "podman" {
+		return nil
+	}
+	if d.info.Image == "" {
+		return fmt.Errorf("it was not made from an image, which --format %s builds on; use --output FILE: %w", format, errdefs.ErrFailedPrecondition)
+	}
+	return fmt.Errorf("its image %s is gone, which --format %s builds on; pull it, or use --output FILE: %w", d.info.Image, format, errdefs.ErrFailedPrecondition)
+}
+
+// dump freezes the container, writes it to dir, and lets it run again.
+func (d *dumper) dump(ctx context.Context, dir string, f *checkpointFlags, bar *progress) (*capture.Capture, error) {
+	info, err := d.describe(ctx)
+	if err != nil {
+		return nil, err
+	}
+	c := &capture.Capture{Info: info, Images: filepath.Join(dir, "checkpoint")}
+	if c.Spec, err = json.Marshal(d.info.Spec); err != nil {
+		return nil, err
+	}
+	if d.info.Spec != nil {
+		c.Spec = d.info.Spec.GetValue()
+	}
+	r := &api.CheckpointRequest{Id: d.container.ID(), ImagePath: c.Images, Exit: f.exit, Options: &f.criu}
+	if len(d.mounts) > 0 && !f.exit {
+		r.RootfsPath = filepath.Join(dir, "rootfs")
+	}
+	conn, err := shimOf(int(d.task.Pid()))
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	result, err := conn.checkpoint(ctx, r, bar)
+	if errdefs.IsNotImplemented(err) {
+		d.note = fmt.Sprintf("its runtime is %s and not Stasis, so it stood still for longer than it would have to", d.info.Runtime.Name)
+		result, err = d.checkpointByTask(ctx, r)
+	}
+	if err != nil {
+		return nil, err
+	}
+	c.Info.CRIU = result.CriuVersion
+	c.Info.OCIRuntime = capture.Program{Name: result.RuntimeName, Version: result.RuntimeVersion}
+	c.Info.Stats = &capture.Stats{
+		Frozen:     time.Duration(result.FrozenNs),
+		ImageBytes: int64(result.ImageBytes),
+		LayerBytes: int64(result.RootfsBytes),
+	}
+	c.Layer, err = d.layer(ctx, r.RootfsPath, result.RootfsIsUpper)
+	return c, err
+}
+
+// layer is what the container changed in its root filesystem: in the copy, or,
+// with an empty path, in the snapshot of a container that has ended.
+func (d *dumper) layer(ctx context.Context, copied string, isUpper bool) (capture.Layer, error) {
+	if len(d.mounts) == 0 {
+		return nil, nil
+	}
+	upper, lower := overlayFolders(d.mounts)
+	if copied == "" {
+		copied, isUpper = upper, upper != ""
+	}
+	if isUpper {
+		return &rootfs.OverlayLayer{Upper: copied, Lower: lower}, nil
+	}
+	if copied == "" && len(d.mounts) == 1 && d.mounts[0].Type == "bind" {
+		copied = d.mounts[0].Source
+	}
+	return &wholeTree{dumper: d, copied: copied}, nil
+}
+
+// wholeTree is the layer of a snapshotter that knows no upper folder: all of the
+// root filesystem is compared with all of the image's.
+type wholeTree struct {
+	*dumper
+	copied string // empty: the container has ended, and its snapshot is it
+}
+
+// WriteLayer mounts what it compares with for as long as that takes.
+func (t *wholeTree) WriteLayer(ctx context.Context, w io.Writer) error {
+	snapshots := t.client.SnapshotService(t.info.Snapshotter)
+	stat, err := snapshots.Stat(ctx, t.info.SnapshotKey)
+	if err != nil {
+		return fmt.Errorf("look at snapshot %s: %w", t.info.SnapshotKey, err)
+	}
+	key := fmt.Sprintf("stasis-view-%d-%s", os.Getpid(), t.info.SnapshotKey)
+	base, err := snapshots.View(ctx, key, stat.Parent)
+	if err != nil {
+		return fmt.Errorf("view the image's files: %w", err)
+	}
+	defer snapshots.Remove(context.WithoutCancel(ctx), key)
+	return mount.WithReadonlyTempMount(ctx, base, func(baseRoot string) error {
+		if t.copied != "" {
+			return (&rootfs.TreeLayer{Root: t.copied, Base: baseRoot}).WriteLayer(ctx, w)
+		}
+		return mount.WithReadonlyTempMount(ctx, t.mounts, func(root string) error {
+			return (&rootfs.TreeLayer{Root: root, Base: baseRoot}).WriteLayer(ctx, w)
+		})
+	})
+}
+
+// checkpointByTask does without Stasis's own service what r asks for.
+func (d *dumper) checkpointByTask(ctx context.Context, r *api.CheckpointRequest) (_ *api.CheckpointResult, err error) {
+	if o := r.Options; o.TcpClose || o.LinkRemap || o.GhostLimit != 0 {
+		return nil, fmt.Errorf("its runtime %s takes no --tcp-close, --link-remap or --ghost-limit; a CRIU configuration file (annotation org.criu.config) does: %w",
+			d.info.Runtime.Name, errdefs.ErrNotImplemented)
+	}
+	status, err := d.task.Status(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("look at its state: %w", err)
+	}
+	started := time.Now()
+	if r.RootfsPath != "" && status.Status == client.Running {
+		if err := d.task.Pause(ctx); err != nil {
+			return nil, fmt.Errorf("pause it: %w", err)
+		}
+		defer func() {
+			// Also if we are interrupted: it must not stay frozen.
+			if rerr := d.task.Resume(context.WithoutCancel(ctx)); rerr != nil {
+				err = errors.Join(err, fmt.Errorf("resume it (it is paused still: `ctr tasks resume %s`): %w", d.container.ID(), rerr))
+			}
+		}()
+	}
+	_, err = d.task.Checkpoint(ctx, func(info *client.CheckpointTaskInfo) error {
+		info.Options = &options.CheckpointOptions{
+			Exit: r.Exit, OpenTcp: r.Options.OpenTcp, ExternalUnixSockets: r.Options.ExternalUnixSockets,
+			Terminal: r.Options.Terminal, FileLocks: r.Options.FileLocks, ImagePath: r.ImagePath,
+		}
+		return nil
+	}, client.WithCheckpointImagePath(r.ImagePath))
+	if err != nil {
+		return nil, err
+	}
+	result := &api.CheckpointResult{}
+	if r.RootfsPath != "" {
+		upper, _ := overlayFolders(d.mounts)
+		from := upper
+		if from == "" && len(d.mounts) == 1 && d.mounts[0].Type == "bind" {
+			from = d.mounts[0].Source
+		}
+		if from == "" {
+			return nil, fmt.Errorf("snapshotter %s keeps no folder that could be copied: %w", d.info.Snapshotter, errdefs.ErrNotImplemented)
+		}
+		n, err := rootfs.Copy(ctx, r.RootfsPath, from, func(int64) {})
+		if err != nil {
+			return nil, fmt.Errorf("copy its writable layer: %w", err)
+		}
+		result.RootfsBytes, result.RootfsIsUpper = uint64(n), upper != ""
+	}
+	result.FrozenNs = uint64(time.Since(started))
+	result.CriuVersion = checkpoint.LogVersion(filepath.Join(r.ImagePath, "dump.log"))
+	err = filepath.WalkDir(r.ImagePath, func(_ string, e os.DirEntry, err error) error {
+		if err == nil && e.Type().IsRegular() {
+			if info, err := e.Info(); err == nil {
+				result.ImageBytes += uint64(info.Size())
+			}
+		}
+		return err
+	})
+	return result, err
+}
+
+// describe says what the checkpoint is of.
+func (d *dumper) describe(ctx context.Context) (capture.Info, error) {
+	labels := d.info.Labels
+	i := capture.Info{
+		Version:       1,
+		ContainerID:   d.info.ID,
+		ContainerName: d.info.ID,
+		Runtime:       d.info.Runtime.Name,
+		Base:          capture.Base{Name: d.info.Image, Snapshotter: d.info.Snapshotter},
+		Engine:        capture.Program{Name: "stasis", Version: version},
+		Host:          thisHost(),
+		Created:       d.info.CreatedAt,
+		Checkpointed:  time.Now(),
+		Labels:        labels,
+	}
+	if name := labels["io.kubernetes.container.name"]; name != "" {
+		i.ContainerName = name
+		i.Pod = &capture.Pod{
+			Name:      labels["io.kubernetes.pod.name"],
+			Namespace: labels["io.kubernetes.pod.namespace"],
+			UID:       labels["io.kubernetes.pod.uid"],
+			ID:        d.info.SandboxID,
+		}
+	}
+	i.Namespace, _ = namespaceOf(ctx)
+	if d.image != nil {
+		i.Base.Digest = d.base.Digest.String()
+		config, err := d.image.Config(ctx)
+		if err != nil {
+			return i, fmt.Errorf("look at its image %s: %w", d.info.Image, err)
+		}
+		i.Base.Config = config.Digest.String()
+	}
+	return i, nil
+}
+
+// overlayFolders are those of an overlay mount, none if it is another.
+func overlayFolders(mounts []mount.Mount) (upper string, lower []string) {
+	if len(mounts) != 1 || mounts[0].Type != "overlay" {
+		return "", nil
+	}
+	upper, _ = overlayOption(mounts[0], "upperdir")
+	lowers, _ := overlayOption(mounts[0], "lowerdir")
+	return upper, filepath.SplitList(lowers)
+}
+
+func overlayOption(m mount.Mount, name string) (string, bool) {
+	i := slices.IndexFunc(m.Options, func(o string) bool { return len(o) > len(name) && o[:len(name)+1] == name+"=" })
+	if i < 0 {
+		return "", false
+	}
+	return m.Options[i][len(name)+1:], true
+}
+
+// thisHost describes where we run.
+func thisHost() capture.Host {
+	h := capture.Host{Architecture: runtime.GOARCH, CgroupV2: cgroupV2(), Distribution: distribution()}
+	var name unix.Utsname
+	if unix.Uname(&name) == nil {
+		h.Kernel = unix.ByteSliceToString(name.Release[:])
+	}
+	return h
+}

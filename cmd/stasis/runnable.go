@@ -1,0 +1,146 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/pkg/archive/compression"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	"github.com/distribution/reference"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/stasis-run/stasis/checkpoint/archive"
+	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/image"
+)
+
+// runnable returns the runnable image of a checkpoint that is in any form: an
+// image, which is pulled if need be, or an archive in a file. One of another form
+// is made runnable first, under a name of its own.
+func (a *app) runnable(ctx context.Context, c *client.Client, arg string, plain bool, bar *progress) (images.Image, error) {
+	info, err := os.Stat(arg)
+	switch {
+	case err == nil && info.IsDir():
+		return images.Image{}, fmt.Errorf("it is a folder, which lacks what a container needs besides its processes; `ctr run --runtime %s` with a criu_image_path restores one: %w",
+			runtimeName, errdefs.ErrInvalidArgument)
+	case err == nil:
+		return a.runnableArchive(ctx, c, arg, plain, bar)
+	case !errors.Is(err, fs.ErrNotExist) || strings.HasPrefix(arg, "/") || strings.HasPrefix(arg, "."):
+		return images.Image{}, err
+	}
+	record, err := a.findImage(ctx, c, arg, plain, bar)
+	if err != nil {
+		return images.Image{}, err
+	}
+	form, err := image.Detect(ctx, c.ContentStore(), record.Target)
+	if err != nil {
+		return images.Image{}, err
+	}
+	switch form {
+	case image.Runnable:
+		return record, nil
+	case image.None:
+		return images.Image{}, fmt.Errorf("it is an image, but no checkpoint: %w", errdefs.ErrInvalidArgument)
+	}
+	work, err := a.newWork()
+	if err != nil {
+		return images.Image{}, err
+	}
+	defer work.remove()
+	bar.Stage("read")
+	got, err := image.Read(ctx, c.ContentStore(), record.Target, filepath.Join(work.dir, "capture"))
+	if err != nil {
+		return images.Image{}, err
+	}
+	name := "localhost/restored/" + strings.TrimPrefix(defaultRef(got.Info.ContainerName, got.Info.Checkpointed), "localhost/")
+	return a.makeRunnable(ctx, c, name, got, plain, bar)
+}
+
+func (a *app) runnableArchive(ctx context.Context, c *client.Client, path string, plain bool, bar *progress) (images.Image, error) {
+	work, err := a.newWork()
+	if err != nil {
+		return images.Image{}, err
+	}
+	defer work.remove()
+	f, err := os.Open(path)
+	if err != nil {
+		return images.Image{}, err
+	}
+	defer f.Close()
+	bar.Stage("read")
+	got, err := archive.Read(ctx, f, filepath.Join(work.dir, "capture"), archive.Limits{})
+	if err != nil {
+		return images.Image{}, err
+	}
+	return a.makeRunnable(ctx, c, defaultRef(got.Info.ContainerName, got.Info.Checkpointed), got, plain, bar)
+}
+
+// makeRunnable stores a capture as a runnable image. It is not compressed, as it
+// is unpacked next.
+func (a *app) makeRunnable(ctx context.Context, c *client.Client, name string, got *capture.Capture, plain bool, bar *progress) (images.Image, error) {
+	base, err := a.findBase(ctx, c, got.Info.Base, plain, bar)
+	if err != nil {
+		return images.Image{}, err
+	}
+	if _, err := a.store(ctx, c, name, got, base, "runnable", compression.Uncompressed, bar); err != nil {
+		return images.Image{}, err
+	}
+	return c.ImageService().Get(ctx, name)
+}
+
+// findBase returns the image that a checkpoint builds on.
+func (a *app) findBase(ctx context.Context, c *client.Client, base capture.Base, plain bool, bar *progress) (ocispec.Descriptor, error) {
+	if base.Name == "" {
+		return ocispec.Descriptor{}, fmt.Errorf("the checkpoint does not name the image that its container was made from: %w", errdefs.ErrFailedPrecondition)
+	}
+	record, err := a.findImage(ctx, c, base.Name, plain, bar)
+	if err != nil {
+		return ocispec.Descriptor{}, fmt.Errorf("the checkpoint builds on image %s, which is not here: %w", base.Name, err)
+	}
+	if base.Digest != "" && record.Target.Digest.String() != base.Digest && base.Config == "" {
+		return ocispec.Descriptor{}, fmt.Errorf("the checkpoint builds on image %s with digest %s, and here it has %s: %w",
+			base.Name, base.Digest, record.Target.Digest, errdefs.ErrFailedPrecondition)
+	}
+	if base.Config != "" {
+		config, err := images.Config(ctx, c.ContentStore(), record.Target, platforms.Default())
+		if err != nil {
+			return ocispec.Descriptor{}, fmt.Errorf("look at image %s: %w", base.Name, err)
+		}
+		if want := strings.TrimPrefix(base.Config, "sha256:"); config.Digest.Encoded() != want {
+			return ocispec.Descriptor{}, fmt.Errorf("the checkpoint builds on another image %s than is here: its config is %s, here it is %s: %w",
+				base.Name, want, config.Digest.Encoded(), errdefs.ErrFailedPrecondition)
+		}
+	}
+	return record.Target, nil
+}
+
+// findImage returns an image by its name as it is, or as Docker would complete
+// it, and pulls it if it is not here.
+func (a *app) findImage(ctx context.Context, c *client.Client, name string, plain bool, bar *progress) (images.Image, error) {
+	record, err := c.ImageService().Get(ctx, name)
+	if err == nil || !errdefs.IsNotFound(err) {
+		return record, err
+	}
+	named, perr := reference.ParseDockerRef(name)
+	if perr != nil {
+		return images.Image{}, fmt.Errorf("there is no file and no image %s: %w", name, errdefs.ErrNotFound)
+	}
+	full := named.String()
+	if full != name {
+		if record, err = c.ImageService().Get(ctx, full); err == nil || !errdefs.IsNotFound(err) {
+			return record, err
+		}
+	}
+	if reference.Domain(named) == "localhost" {
+		return images.Image{}, fmt.Errorf("there is no image %s: `stasis ls` lists the checkpoints: %w", name, errdefs.ErrNotFound)
+	}
+	return a.pull(ctx, c, full, plain, bar)
+}

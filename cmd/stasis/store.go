@@ -1,0 +1,45 @@
+package main
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/pkg/archive/compression"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/image"
+)
+
+// store makes an image of a capture, in one of the forms, and names it; ctx has a
+// lease. It returns the image's digest.
+func (a *app) store(ctx context.Context, c *client.Client, ref string, got *capture.Capture, base ocispec.Descriptor, format string, comp compression.Compression, bar *progress) (string, error) {
+	content := c.ContentStore()
+	o := image.Options{Compression: comp, Progress: func(stage string, done, total int64) {
+		// Two stages run at once; there is one bar, for the larger.
+		if stage == "checkpoint" {
+			bar.Stage("store")
+			bar.Set(done, total)
+		}
+	}}
+	var desc ocispec.Descriptor
+	var err error
+	switch format {
+	case "runnable":
+		desc, err = image.WriteRunnable(ctx, content, base, got, o)
+	case "index":
+		desc, err = image.WriteIndex(ctx, content, base, got, o)
+	case "podman":
+		desc, err = image.WritePodman(ctx, content, got, o)
+	default:
+		return "", fmt.Errorf("%s is no form of image", format)
+	}
+	if err != nil {
+		return "", err
+	}
+	if _, err := image.Save(ctx, content, c.ImageService(), ref, desc, nil); err != nil {
+		return "", err
+	}
+	return desc.Digest.String(), nil
+}

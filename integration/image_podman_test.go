@@ -1,0 +1,100 @@
+package integration
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/containerd/containerd/api/types/runc/options"
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/pkg/archive/compression"
+
+	"github.com/stasis-run/stasis/checkpoint/image"
+	"github.com/stasis-run/stasis/integration/stack"
+)
+
+// TestImageForPodman has Podman restore a checkpoint image of ours.
+func TestImageForPodman(t *testing.T) {
+	s := stack.Start(t, stack.Options{})
+	ctx := s.Ctx()
+	p := newPodman(t, s)
+	p.load(ctx, stack.Probe)
+	// Under Podman loopback is down after a restore.
+	c := startProbe(ctx, s, "probe", stack.ProbeArgs("-skip", "tcp,listen,udp"))
+	c.Exec(ctx, "sh", "-c", "echo new >/new && rm /etc/group")
+	before := c.Probe(ctx)
+	images := filepath.Join(s.Dir, "images")
+	c.Checkpoint(ctx, images, &options.CheckpointOptions{Exit: true, FileLocks: true})
+	taken := captureOf(ctx, t, s, c, images)
+	const ref = "stasis.test/for-podman:1"
+	saveImage(ctx, t, s, ref, image.Podman, "", taken, compression.Gzip)
+	p.load(ctx, ref)
+
+	var inspected []struct{ Annotations map[string]string }
+	if err := json.Unmarshal([]byte(p.run("image", "inspect", ref)), &inspected); err != nil {
+		t.Fatal(err)
+	}
+	podmans := 0
+	for key := range inspected[0].Annotations {
+		if strings.HasPrefix(key, "io.podman.annotations.checkpoint.") {
+			podmans++
+		}
+	}
+	if name := inspected[0].Annotations["org.criu.checkpoint.container.name"]; podmans != 14 || name != "probe" {
+		t.Errorf("Podman sees %v", inspected[0].Annotations)
+	}
+	p.run("container", "restore", "--file-locks", ref)
+	checkSame(t, before, p.probe("probe"))
+	if out := p.run("exec", "probe", "sh", "-c", "cat /new; ls -d /etc/group 2>/dev/null || true"); out != "new\n" {
+		t.Errorf("the root filesystem in Podman: %q", out)
+	}
+	p.run("rm", "--force", "--time=0", "probe")
+	c.Delete(ctx)
+}
+
+// TestImageOfPodman restores a checkpoint image that Podman has made.
+func TestImageOfPodman(t *testing.T) {
+	s := stack.Start(t, stack.Options{})
+	ctx := s.Ctx()
+	p := newPodman(t, s)
+	p.load(ctx, stack.Probe)
+	p.run("run", "--detach", "--name", "probe", "--network", "none", stack.Probe, "/probe", "run", "-skip", "tcp,listen,udp")
+	s.Poll(ctx, "the probe in Podman", func() bool { return strings.Contains(p.run("logs", "probe"), "ready\n") })
+	before := p.probe("probe")
+	const ref = "stasis.test/of-podman:1"
+	p.run("container", "checkpoint", "--file-locks", "--create-image", ref, "probe")
+	file := filepath.Join(s.Dir, "of-podman.tar")
+	p.run("save", "--quiet", "--format", "oci-archive", "--output", file, ref)
+	f, err := os.Open(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := s.Client().Import(ctx, f, client.WithIndexName(ref)); err != nil {
+		t.Fatal(err)
+	}
+
+	img, err := s.Client().GetImage(ctx, ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	summary, err := image.ReadInfo(ctx, s.Client().ContentStore(), img.Target())
+	if err != nil || summary.Info.ContainerName != "probe" || summary.Info.Engine.Name != "podman" || summary.Info.Base.Name != stack.Probe {
+		t.Errorf("%+v, %v", summary, err)
+	}
+	taken := readImage(ctx, t, s, ref, image.Podman)
+	c := s.NewContainer(ctx, "from-podman", stack.Probe, specOf(t, taken, filepath.Dir(taken.Images)))
+	if err := c.Create(ctx, client.WithRestoreImagePath(taken.Images)); err != nil {
+		t.Fatal(err)
+	}
+	applyLayer(ctx, t, taken.Layer, filepath.Join(c.Bundle(), "rootfs"))
+	if err := c.Task.Start(ctx); err != nil {
+		t.Fatalf("%v\n%s", err, c.CRIULog("restore", taken.Images))
+	}
+	checkSame(t, before, c.Probe(ctx))
+	c.Kill(ctx, syscall.SIGKILL)
+	c.Delete(ctx)
+}

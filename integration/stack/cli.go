@@ -1,0 +1,49 @@
+package stack
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+)
+
+// Stasis runs the command line `stasis` against this containerd and returns what
+// it printed on stdout. Its state folder is the stack's.
+func (s *Stack) Stasis(args ...string) string {
+	s.tb.Helper()
+	out, err := s.StasisErr(args...)
+	if err != nil {
+		s.tb.Fatalf("%v", err)
+	}
+	return out
+}
+
+// StasisErr is Stasis for a command that may fail. The error has what it printed
+// on stderr, and wraps *exec.ExitError.
+func (s *Stack) StasisErr(args ...string) (string, error) {
+	cmd := s.StasisCommand(args...)
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		err = fmt.Errorf("stasis %s: %w\n%s", strings.Join(args, " "), err, stderr.String())
+	}
+	return string(out), err
+}
+
+// StasisCommand is a call of `stasis` that was not started yet.
+func (s *Stack) StasisCommand(args ...string) *exec.Cmd {
+	s.tb.Helper()
+	shim, err := Shim()
+	if err != nil {
+		s.tb.Fatalf("%v", err)
+	}
+	cmd := exec.CommandContext(s.ctx, filepath.Join(filepath.Dir(shim), "stasis"),
+		append([]string{"--address", s.Address(), "--namespace", s.Namespace, "--state", s.path("stasis")}, args...)...)
+	cmd.Env = s.env
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	cmd.WaitDelay = 10 * time.Second
+	return cmd
+}
