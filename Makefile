@@ -56,12 +56,16 @@ demo: setup build ## checkpoint and restore a live container, here and now (root
 	@$(with_env) go run ./integration/demo -workload '$(WORKLOAD)'
 
 .PHONY: test
-test: setup build lint test-unit test-integration ## set up, build, lint, and run every test (root)
+test: setup build lint test-unit test-fuzz test-integration ## set up, build, lint, and run every test (root)
 
 .PHONY: test-unit
 test-unit: ## run the unit tests under the race detector
 	@packages=$$(go list ./...); \
 	go test -race $(run_flag) $$(grep -v '/integration' <<<"$$packages")
+
+.PHONY: test-fuzz
+test-fuzz: ## run every fuzz target for ten seconds
+	@contrib/fuzz.sh 10s
 
 .PHONY: test-integration
 test-integration: setup build ## run the tests on real containerd, runc, crun and CRIU (root)
@@ -80,14 +84,7 @@ bench: setup build ## measure checkpoint and restore, ours and the peers' (root)
 
 .PHONY: fuzz
 fuzz: ## run every fuzz target for FUZZTIME each
-	@packages=$$(go list ./...); \
-	for package in $$(grep -v '/integration' <<<"$$packages"); do \
-		list=$$(go test -list '^Fuzz' "$$package"); \
-		for target in $$(grep '^Fuzz' <<<"$$list" || true); do \
-			echo "fuzz: $$package $$target"; \
-			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime '$(FUZZTIME)' "$$package"; \
-		done; \
-	done
+	@contrib/fuzz.sh '$(FUZZTIME)'
 
 .PHONY: clean
 clean: ## remove bin/; the cache of setup stays

@@ -104,7 +104,7 @@ func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, s
 		}
 		d.while = func(ctx context.Context) error {
 			started := time.Now()
-			n, err := rootfs.Copy(ctx, r.RootfsPath, from, func(n int64) { m.copied.Store(n) })
+			n, err := rootfs.Copy(ctx, r.RootfsPath, from, func(n int64) { m.copied.Add(n) })
 			if err != nil {
 				return fmt.Errorf("copy its writable layer %s: %w", from, err)
 			}

@@ -69,6 +69,11 @@ func (s *Service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	if err := c.mountRootfs(); err != nil {
 		return nil, err
 	}
+	if found := c.findMounted(); found != nil {
+		if c.launcher, err = newRestore(ctx, c, found.dir, "", found); err != nil {
+			return nil, err
+		}
+	}
 	// Held until the creation is published: an init that dies at once must
 	// not be heard of before.
 	c.init.starting.Lock()

@@ -34,7 +34,7 @@ type embedded struct {
 // not mounted yet, and returns nil if there is none. The container does not get
 // to see it: its layer is taken out of the mount. Only where the root filesystem
 // is a single folder (the native snapshotter) it has to be there until the
-// processes are.
+// processes are, and is removed then.
 func (c *container) findEmbedded() (*embedded, error) {
 	if len(c.rootfs) != 1 {
 		return nil, nil
@@ -46,13 +46,34 @@ func (c *container) findEmbedded() (*embedded, error) {
 		if !isEmbedded(m.Source) {
 			return nil, nil
 		}
-		folder := filepath.Join(m.Source, embeddedFolder)
-		return &embedded{
-			dir: filepath.Join(m.Source, embeddedCheckpoint),
-			use: func() error { return os.RemoveAll(folder) },
-		}, nil
+		return inFolder(m.Source), nil
 	}
 	return nil, nil
+}
+
+// findMounted looks for a checkpoint in a root filesystem that is mounted, where
+// findEmbedded could not look: in a snapshotter's that keeps images in file
+// systems of their own.
+func (c *container) findMounted() *embedded {
+	if _, cold := c.launcher.(coldStart); !cold || len(c.rootfs) == 0 {
+		return nil
+	}
+	if m := c.rootfs[0]; len(c.rootfs) == 1 && (m.Type == "overlay" || m.Type == "bind") {
+		return nil // findEmbedded has looked
+	}
+	if !isEmbedded(c.bundle.rootfs()) {
+		return nil
+	}
+	return inFolder(c.bundle.rootfs())
+}
+
+// inFolder is the checkpoint in a root filesystem that is a folder of the
+// container's own.
+func inFolder(root string) *embedded {
+	return &embedded{
+		dir: filepath.Join(root, embeddedCheckpoint),
+		use: func() error { return os.RemoveAll(filepath.Join(root, embeddedFolder)) },
+	}
 }
 
 // restoredMark is set on an overlay's work folder, which belongs to one container

@@ -162,29 +162,32 @@ func isTemporary(path string) bool {
 // checkpoint, before anything is done. A restore that was asked for never
 // becomes a cold start.
 func newLauncher(ctx context.Context, c *container, path string) (launcher, error) {
-	embedded, err := c.findEmbedded()
+	found, err := c.findEmbedded()
 	if err != nil {
 		return nil, fmt.Errorf("create container %s: %w", c.id, err)
 	}
 	if path == "" {
 		path = c.options.CriuImagePath
 	}
-	if path != "" || embedded != nil && embedded.used {
-		embedded = nil
-	}
-	if embedded != nil {
-		path = embedded.dir
-	}
-	if path == "" {
+	switch {
+	case path != "":
+	case found != nil && !found.used:
+		return newRestore(ctx, c, found.dir, "", found)
+	default:
 		return coldStart{c}, nil
 	}
 	if !filepath.IsAbs(path) {
 		return nil, invalid("checkpoint path %q is not absolute", path)
 	}
 	temp := ""
-	if embedded == nil && path != c.options.CriuImagePath && isTemporary(path) {
+	if path != c.options.CriuImagePath && isTemporary(path) {
 		temp = path
 	}
+	return newRestore(ctx, c, path, temp, nil)
+}
+
+// newRestore opens the checkpoint in the folder path.
+func newRestore(ctx context.Context, c *container, path, temp string, from *embedded) (launcher, error) {
 	img, err := checkpoint.Open(ctx, path)
 	var spec *specs.Spec
 	if err == nil {
@@ -201,5 +204,5 @@ func newLauncher(ctx context.Context, c *container, path string) (launcher, erro
 			return nil, err
 		}
 	}
-	return &restore{c: c, image: img, spec: spec, temp: temp, embedded: embedded}, nil
+	return &restore{c: c, image: img, spec: spec, temp: temp, embedded: from}, nil
 }

@@ -30,6 +30,8 @@ const (
 	stasis   = "stasis"
 	upstream = "upstream"
 	raw      = "runc"
+
+	podmanName = "podman"
 )
 
 // shims are the contenders that containerd runs containers with.
@@ -63,7 +65,7 @@ func main() {
 	}))
 }
 
-var parts = []string{"latency", "memory", "checkpoint"}
+var parts = []string{"latency", "memory", "checkpoint", "image"}
 
 // bench is one run of the program.
 type bench struct {
@@ -96,6 +98,14 @@ func (b *bench) measure(part string) {
 		b.latency()
 	case "memory":
 		b.memory()
+	case "image":
+		if b.quick {
+			b.files(64, 2)
+			b.image(size{64, 2})
+			return
+		}
+		b.files(512, 3)
+		b.image(size{1024, 4})
 	case "checkpoint":
 		sizes := []size{{64, 12}, {512, 6}, {2048, 5}}
 		if b.quick {

@@ -63,13 +63,13 @@ func (r *report) print(w io.Writer) {
 	}
 	fmt.Fprint(w, "\n\nMedian (95th percentile); ratios are medians of those within a round.\n\n")
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "\tstasis\tupstream\trunc\t/upstream\t/runc\ttarget")
+	fmt.Fprintln(t, "\tstasis\tupstream\trunc\tpodman\t/upstream\t/runc\t/podman\ttarget")
 	for _, row := range r.Rows {
 		cells := []string{row.Name}
-		for _, contender := range []string{stasis, upstream, raw} {
+		for _, contender := range []string{stasis, upstream, raw, podmanName} {
 			cells = append(cells, row.cell(contender))
 		}
-		for _, other := range []string{upstream, raw} {
+		for _, other := range []string{upstream, raw, podmanName} {
 			if ratio, ok := row.ratio(other); ok {
 				cells = append(cells, fmt.Sprintf("%.2f", ratio))
 			} else {
@@ -81,7 +81,7 @@ func (r *report) print(w io.Writer) {
 			if row.met() {
 				verdict = "met"
 			}
-			cells = append(cells, fmt.Sprintf("≤ %.1f %s: %s", row.Target.max, row.Target.of, verdict))
+			cells = append(cells, fmt.Sprintf("≤ %.4g %s: %s", row.Target.max, row.Target.of, verdict))
 		}
 		fmt.Fprintln(t, strings.Join(cells, "\t"))
 	}

@@ -1,0 +1,178 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/images/archive"
+	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/integration/stack"
+)
+
+// image measures checkpoints by the command line, from the call to an image in
+// the store, beside what others need for the like.
+func (b *bench) image(size size) {
+	b.logf("stasis checkpoint, %v: %d times each", size, size.rounds)
+	workload := stack.Args("/probe", "gap", "-mib", fmt.Sprint(size.mib))
+	c := b.container(stasis, stack.Probe, workload)
+	c.Start(b.ctx)
+	defer b.kill(c)
+	pid := func() int { return int(c.Task.Pid()) }
+	b.settleProbe(pid)
+	checkpoint := func(compress string) func() []float64 {
+		return func() []float64 {
+			ref := "localhost/bench/" + b.name("checkpoint") + ":1"
+			figures := b.dump(size, pid, func(string) { b.s.Stasis("checkpoint", c.ID(), ref, "--compress", compress) })
+			b.removeImage(ref)
+			return figures
+		}
+	}
+
+	bundle := b.newBundle(stack.Probe, workload)
+	bundle.start()
+	b.settleProbe(bundle.pid)
+	b.rounds(size.rounds, []*row{
+		{Name: fmt.Sprintf("stasis checkpoint %v: total", size), Unit: "ms"},
+		{Name: fmt.Sprintf("stasis checkpoint %v: frozen", size), Unit: "ms", Target: target{raw, 1.15}},
+	}, contender{stasis, checkpoint("none")},
+		contender{raw, func() []float64 { return b.dump(size, bundle.pid, bundle.checkpoint) }})
+	bundle.remove()
+
+	p := b.newPodman()
+	defer p.remove()
+	p.run("run", "--detach", "--name", "gap", "--network", "none", stack.Probe, "/probe", "gap", "-mib", fmt.Sprint(size.mib))
+	b.settleProbe(func() int { return p.pid("gap") })
+	for _, compress := range []string{"none", "zstd"} {
+		b.logf("an image or archive, %s, %v: %d times each", compress, size, size.rounds)
+		b.rounds(size.rounds, []*row{{
+			Name: fmt.Sprintf("to an image %v, %s", size, compress), Unit: "ms", Target: target{podmanName, 0.6},
+		}}, contender{stasis, func() []float64 { return checkpoint(compress)()[:1] }},
+			contender{podmanName, func() []float64 {
+				file := filepath.Join(b.s.Dir, b.name("archive"))
+				unix.Sync()
+				b.warm(size)
+				start := time.Now()
+				p.run("container", "checkpoint", "--leave-running", "--compress", compress, "--export", file, "gap")
+				figures := since(start)
+				if err := os.Remove(file); err != nil {
+					b.tb.Fatalf("%v", err)
+				}
+				return figures
+			}})
+	}
+}
+
+// files measures checkpoints of a container with much in its writable layer.
+func (b *bench) files(mib, rounds int) {
+	b.logf("checkpoint with %d MiB of files: %d times each", mib, rounds)
+	heap := size{16, rounds}
+	containers := map[string]*stack.Container{}
+	for _, shim := range shims {
+		c := b.container(shim, stack.Probe, stack.Args("/probe", "gap", "-mib", fmt.Sprint(heap.mib)))
+		c.Start(b.ctx)
+		defer b.kill(c)
+		b.settleProbe(func() int { return int(c.Task.Pid()) })
+		b.fill(fmt.Sprintf("/proc/%d/root/data", c.Task.Pid()), mib)
+		containers[shim] = c
+	}
+	// Room for what is copied.
+	room := size{mib, rounds}
+	with := func(shim string, checkpoint func(id, ref string)) contender {
+		c := containers[shim]
+		return contender{shim, func() []float64 {
+			ref := "localhost/bench/" + b.name("checkpoint") + ":1"
+			figures := b.dump(room, func() int { return int(c.Task.Pid()) }, func(string) { checkpoint(c.ID(), ref) })
+			b.removeImage(ref)
+			return figures
+		}}
+	}
+	name := fmt.Sprintf("checkpoint with %d MiB of files", mib)
+	b.rounds(rounds, []*row{
+		{Name: name + ": total", Unit: "ms"},
+		{Name: name + ": frozen", Unit: "ms", Target: target{upstream, 0.1}},
+	}, with(stasis, func(id, ref string) { b.s.Stasis("checkpoint", id, ref) }),
+		with(upstream, func(id, ref string) { b.s.Ctr("containers", "checkpoint", "--rw", "--task", id, ref) }))
+}
+
+func (b *bench) fill(path string, mib int) {
+	f, err := os.Create(path)
+	if err == nil {
+		_, err = io.CopyN(f, rand.Reader, int64(mib)<<20)
+		f.Close()
+	}
+	if err != nil {
+		b.tb.Fatalf("fill %s: %v", path, err)
+	}
+}
+
+func (b *bench) removeImage(ref string) {
+	if err := b.s.Client().ImageService().Delete(b.ctx, ref, images.SynchronousDelete()); err != nil {
+		b.tb.Fatalf("remove checkpoint image: %v", err)
+	}
+}
+
+// podman is a Podman with containers of its own, in the stack's folder.
+type podman struct {
+	b     *bench
+	dir   string
+	flags []string
+}
+
+func (b *bench) newPodman() *podman {
+	dir := filepath.Join(b.s.Dir, "podman")
+	p := &podman{b: b, dir: dir, flags: []string{
+		"--root", filepath.Join(dir, "root"), "--runroot", filepath.Join(dir, "run"), "--tmpdir", filepath.Join(dir, "tmp")}}
+	b.tb.Cleanup(p.remove)
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		b.tb.Fatalf("%v", err)
+	}
+	b.s.Image(b.ctx, stack.Probe)
+	file := filepath.Join(dir, "image.tar")
+	f, err := os.Create(file)
+	if err == nil {
+		err = b.s.Client().Export(b.ctx, f, archive.WithImage(b.s.Client().ImageService(), stack.Probe))
+		f.Close()
+	}
+	if err != nil {
+		b.tb.Fatalf("export an image for Podman: %v", err)
+	}
+	p.run("load", "--quiet", "--input", file)
+	return p
+}
+
+func (p *podman) command(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, "podman", append(p.flags, args...)...)
+	cmd.Env = append(os.Environ(), "STASIS_TEST_ID="+p.b.s.ID, "TMPDIR="+p.b.s.TempDir())
+	return cmd
+}
+
+func (p *podman) run(args ...string) string {
+	cmd := p.command(p.b.ctx, args...)
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		p.b.tb.Fatalf("podman %s: %v (make setup installs it)\n%s", strings.Join(args, " "), err, stderr.String())
+	}
+	return strings.TrimSpace(string(out))
+}
+
+func (p *podman) pid(name string) (pid int) {
+	fmt.Sscan(p.run("inspect", "--format", "{{.State.Pid}}", name), &pid)
+	return pid
+}
+
+func (p *podman) remove() {
+	_ = p.command(context.Background(), "rm", "--all", "--force", "--time=0").Run()
+	// Podman mounts it onto itself and leaves it so.
+	_ = unix.Unmount(filepath.Join(p.dir, "root", "overlay"), 0)
+}
