@@ -21,10 +21,19 @@ type Options struct {
 	// Compression is that of the layers; the zero value does not compress. The
 	// form Index has its own.
 	Compression compression.Compression
+	// Root is the folder of the store, if it is containerd's local one on this
+	// host, which makes writing much faster; else empty.
+	Root string
 	// Progress, if not nil, is told how many bytes of a stage ("layer",
 	// "checkpoint") are done, before compression. total is 0 if nobody knows.
 	// Stages may run at the same time and call it from different goroutines.
 	Progress func(stage string, done, total int64)
+}
+
+// compressed returns o with another compression.
+func (o Options) compressed(c compression.Compression) Options {
+	o.Compression = c
+	return o
 }
 
 // progress returns what counts for a stage.
@@ -43,50 +52,37 @@ type layer struct {
 
 // writeLayer streams a tar into the store: write makes it, another goroutine
 // compresses, a third hashes, a fourth sends.
-func writeLayer(ctx context.Context, store content.Store, c compression.Compression,
+func writeLayer(ctx context.Context, store content.Store, o Options,
 	write func(context.Context, io.Writer) error, progress func(int64)) (l layer, err error) {
-	ref := newRef()
-	w, err := content.OpenWriter(ctx, store, content.WithRef(ref))
+	in, err := newIngest(ctx, store, newRef(), o.Root)
 	if err != nil {
-		return layer{}, fmt.Errorf("write to the content store: %w", err)
+		return layer{}, err
 	}
-	defer func() {
-		w.Close()
-		if err != nil {
-			// Else it would take its space until the lease ends.
-			_ = store.Abort(context.WithoutCancel(ctx), ref)
-		}
-	}()
-	sink := newPump(w)
-	z, err := compressor(sink, c)
+	defer func() { in.close(ctx, err != nil) }()
+	sink := newPump(in)
+	z, err := compressor(sink, o.Compression)
 	if err != nil {
 		sink.Close()
 		return layer{}, err
 	}
 	count := counter{told: progress}
 	digester := digest.Canonical.Digester()
+	hash := newPump(digester.Hash())
 	if z == nil {
-		// The store hashes what it gets, and that is the tar.
-		err = firstError(write(ctx, io.MultiWriter(sink, &count)), sink.Close())
+		err = write(ctx, io.MultiWriter(sink, hash, &count))
 	} else {
-		hash := newPump(digester.Hash())
 		err = write(ctx, io.MultiWriter(z, hash, &count))
-		err = firstError(err, z.Close(), sink.Close(), hash.Close())
+		err = firstError(err, z.Close())
 	}
-	if err != nil {
+	if err = firstError(err, sink.Close(), hash.Close()); err != nil {
 		return layer{}, err
 	}
 	progress(count.n)
-	st, err := w.Status()
+	w, err := in.finish(ctx)
 	if err != nil {
-		return layer{}, fmt.Errorf("write to the content store: %w", err)
+		return layer{}, err
 	}
-	l.MediaType, l.Size = layerTypes[c], st.Offset
-	if z != nil {
-		l.diffID = digester.Digest()
-	} else if l.diffID = w.Digest(); l.diffID.Validate() != nil {
-		return layer{}, fmt.Errorf("the content store does not tell the digest of what was written (%q)", l.diffID)
-	}
+	l.MediaType, l.Size, l.diffID = layerTypes[o.Compression], in.n, digester.Digest()
 	// Without an expected digest, or a store behind gRPC would not add a blob to
 	// the lease that it has already.
 	uncompressed := map[string]string{labels.LabelUncompressed: l.diffID.String()}
@@ -94,6 +90,9 @@ func writeLayer(ctx context.Context, store content.Store, c compression.Compress
 		return layer{}, fmt.Errorf("commit to the content store: %w", err)
 	}
 	l.Digest = w.Digest()
+	if z == nil && l.Digest != l.diffID {
+		return layer{}, fmt.Errorf("the content store has %s of what was %s", l.Digest, l.diffID)
+	}
 	l.Annotations = map[string]string{AnnotationUncompressed: strconv.FormatInt(count.n, 10)}
 	return l, nil
 }

@@ -65,12 +65,12 @@ func writeIndex(ctx context.Context, store content.Store, base ocispec.Descripto
 	group, gctx := errgroup.WithContext(ctx)
 	if c.Layer != nil {
 		group.Go(func() (err error) {
-			writable, err = writeLayer(gctx, store, compression.Gzip, c.Layer.WriteLayer, o.progress("layer", layerSize(c.Info)))
+			writable, err = writeLayer(gctx, store, o.compressed(compression.Gzip), c.Layer.WriteLayer, o.progress("layer", layerSize(c.Info)))
 			return err
 		})
 	}
 	group.Go(func() (err error) {
-		checkpoint, err = writeLayer(gctx, store, compression.Uncompressed, func(ctx context.Context, w io.Writer) error {
+		checkpoint, err = writeLayer(gctx, store, o.compressed(compression.Uncompressed), func(ctx context.Context, w io.Writer) error {
 			t := newTree(w, c.Info.Checkpointed)
 			t.images(ctx, "", c.Images, files)
 			return t.close()

@@ -36,7 +36,7 @@ func writePodman(ctx context.Context, store content.Store, c *capture.Capture, o
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	l, err := writeLayer(ctx, store, o.Compression, func(ctx context.Context, w io.Writer) error {
+	l, err := writeLayer(ctx, store, o, func(ctx context.Context, w io.Writer) error {
 		return archive.Write(ctx, w, c, compression.Uncompressed)
 	}, o.progress("checkpoint", total+layerSize(c.Info)))
 	if err != nil {

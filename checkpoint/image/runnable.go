@@ -60,12 +60,12 @@ func writeRunnable(ctx context.Context, store content.Store, baseDesc ocispec.De
 	group, gctx := errgroup.WithContext(ctx)
 	if c.Layer != nil {
 		group.Go(func() (err error) {
-			writable, err = writeLayer(gctx, store, o.Compression, c.Layer.WriteLayer, o.progress("layer", layerSize(c.Info)))
+			writable, err = writeLayer(gctx, store, o, c.Layer.WriteLayer, o.progress("layer", layerSize(c.Info)))
 			return err
 		})
 	}
 	group.Go(func() (err error) {
-		checkpoint, err = writeLayer(gctx, store, o.Compression, func(ctx context.Context, w io.Writer) error {
+		checkpoint, err = writeLayer(gctx, store, o, func(ctx context.Context, w io.Writer) error {
 			t := newTree(w, c.Info.Checkpointed)
 			t.folder(stasisDir)
 			t.file(infoPath, info)

@@ -16,7 +16,7 @@ import (
 // lease. It returns the image's digest.
 func (a *app) store(ctx context.Context, c *client.Client, ref string, got *capture.Capture, base ocispec.Descriptor, format string, comp compression.Compression, bar *progress) (string, error) {
 	content := c.ContentStore()
-	o := image.Options{Compression: comp, Progress: func(stage string, done, total int64) {
+	o := image.Options{Compression: comp, Root: storeRoot(ctx, c), Progress: func(stage string, done, total int64) {
 		// Two stages run at once; there is one bar, for the larger.
 		if stage == "checkpoint" {
 			bar.Stage("store")
@@ -42,4 +42,19 @@ func (a *app) store(ctx context.Context, c *client.Client, ref string, got *capt
 		return "", err
 	}
 	return desc.Digest.String(), nil
+}
+
+// storeRoot is the folder of containerd's content store, if there is one on this
+// host, or "".
+func storeRoot(ctx context.Context, c *client.Client) string {
+	plugins, err := c.IntrospectionService().Plugins(ctx, "type==io.containerd.content.v1")
+	if err != nil {
+		return ""
+	}
+	for _, p := range plugins.Plugins {
+		if root := p.Exports["root"]; root != "" {
+			return root
+		}
+	}
+	return ""
 }
