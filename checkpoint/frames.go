@@ -107,6 +107,35 @@ func (f *frames) skip() error {
 	return nil
 }
 
+// EachMessage calls fn with each message of an image of size bytes, which has to
+// be of the given kind, such as "PSTREE". A message is valid until fn returns. An
+// error of fn ends it and is returned.
+func EachMessage(r io.Reader, size int64, kind string, fn func(msg []byte) error) error {
+	in, err := newFrames(r, size)
+	if err != nil {
+		return err
+	}
+	if in.kind != kind {
+		return invalid("no image of kind %s", kind)
+	}
+	for {
+		msg, err := in.next()
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if err := fn(msg); err != nil {
+			return err
+		}
+	}
+}
+
+// DecodeMessage decodes a message of EachMessage leniently: a value that go-criu
+// does not know is unset, also where CRIU's definition requires one.
+func DecodeMessage(msg []byte, into proto.Message) error { return decode(msg, into) }
+
 // decode decodes a message leniently: a value that go-criu does not know is
 // unset, also where CRIU's definition requires one.
 func decode(msg []byte, into proto.Message) error {

@@ -13,6 +13,8 @@ import (
 	inet "github.com/checkpoint-restore/go-criu/v8/crit/images/sk-inet"
 	skunix "github.com/checkpoint-restore/go-criu/v8/crit/images/sk-unix"
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint"
 )
 
 // fileTable is files.img: what descriptors and mappings refer to by number.
@@ -36,7 +38,7 @@ func (r *reader) readFiles() error {
 	var unixSockets []*skunix.UnixSkEntry
 	err := r.folder.each("files.img", "FILES", func(msg []byte) error {
 		var e fdinfo.FileEntry
-		if err := decode(msg, &e); err != nil {
+		if err := checkpoint.DecodeMessage(msg, &e); err != nil {
 			return err
 		}
 		if err := r.take(1); err != nil {
@@ -121,7 +123,7 @@ func (r *reader) readFiles() error {
 func (r *reader) readRemaps() error {
 	err := r.folder.each("remap-fpath.img", "REMAP_FPATH", func(msg []byte) error {
 		var e remap.RemapFilePathEntry
-		if err := decode(msg, &e); err != nil {
+		if err := checkpoint.DecodeMessage(msg, &e); err != nil {
 			return err
 		}
 		if d, ok := r.files.open[e.GetOrigId()]; ok && e.GetRemapType() != remap.RemapType_PROCFS {
@@ -140,7 +142,7 @@ func (r *reader) readRemaps() error {
 func (r *reader) readDescriptors(filesID uint32) (list []Descriptor, err error) {
 	err = r.folder.each(fmt.Sprintf("fdinfo-%d.img", filesID), "FDINFO", func(msg []byte) error {
 		var e fdinfo.FdinfoEntry
-		if err := decode(msg, &e); err != nil {
+		if err := checkpoint.DecodeMessage(msg, &e); err != nil {
 			return err
 		}
 		d, ok := r.files.open[e.GetId()]

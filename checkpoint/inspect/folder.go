@@ -1,20 +1,18 @@
 package inspect
 
 import (
-	"bufio"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
 	"strings"
-	"sync"
 
-	"github.com/checkpoint-restore/go-criu/v8/magic"
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/stasis-run/stasis/checkpoint"
 )
 
 // folder is an open folder and the sizes of the files in it, in bytes.
@@ -105,17 +103,9 @@ func (f *folder) small(name string, limit int64) ([]byte, error) {
 	return data, err
 }
 
-// magics are CRIU's names of kinds of images and their numbers.
-var magics = sync.OnceValue(magic.LoadMagic)
-
 // each calls fn with each message of an image of the given kind; the message is
 // valid until fn returns. An error ends it, stop without one. An image that is
 // not there is an error of fs.ErrNotExist.
-//
-// An image is a common magic number (which inventory.img lacks), that of its
-// kind, then each message after its length; numbers are 32 bits, little endian
-// (CRIU's image.c, protobuf.c). go-criu's decoder would allocate whatever length
-// an image states.
 func (f *folder) each(name, kind string, fn func(msg []byte) error) error {
 	file, err := f.open(name)
 	if err != nil {
@@ -129,59 +119,11 @@ func (f *folder) each(name, kind string, fn func(msg []byte) error) error {
 	if size := f.files[name]; size > limit {
 		return invalid("%s: %d bytes, at most %d are allowed", name, size, limit)
 	}
-	err = eachMessage(bufio.NewReaderSize(io.LimitReader(file, limit), 64<<10), kind, fn)
+	err = checkpoint.EachMessage(file, f.files[name], kind, fn)
 	if err == nil || err == stop {
 		return nil
 	}
 	return fmt.Errorf("%s: %w", name, err)
-}
-
-func eachMessage(r io.Reader, kind string, fn func([]byte) error) error {
-	var number [4]byte
-	word := func() (uint32, error) {
-		_, err := io.ReadFull(r, number[:])
-		return binary.LittleEndian.Uint32(number[:]), err
-	}
-	head, err := word()
-	names := magics()
-	if err == nil && (uint64(head) == names.ByName["IMG_COMMON"] || uint64(head) == names.ByName["IMG_SERVICE"]) {
-		head, err = word()
-	}
-	if err != nil || names.ByValue[uint64(head)] != kind {
-		return invalid("truncated, or no image of kind %s", kind)
-	}
-	var buf []byte
-	for {
-		n, err := word()
-		switch {
-		case err == io.EOF:
-			return nil
-		case err != nil:
-			return invalid("truncated")
-		case n > maxMessage:
-			return invalid("a message of %d bytes, at most %d are allowed", n, maxMessage)
-		}
-		// In steps, so that a length alone makes nobody allocate.
-		for buf = buf[:0]; len(buf) < int(n); {
-			start := len(buf)
-			buf = append(buf, make([]byte, min(int(n)-start, 64<<10))...)
-			if _, err := io.ReadFull(r, buf[start:]); err != nil {
-				return invalid("truncated: a message of %d bytes", n)
-			}
-		}
-		if err := fn(buf); err != nil {
-			return err
-		}
-	}
-}
-
-// decode decodes a message leniently: a value that go-criu does not know is
-// unset, also where CRIU's definition requires one.
-func decode(msg []byte, into proto.Message) error {
-	if err := (proto.UnmarshalOptions{AllowPartial: true}).Unmarshal(msg, into); err != nil {
-		return invalid("malformed: %v", err)
-	}
-	return nil
 }
 
 // one decodes the first message of an image.
@@ -189,7 +131,7 @@ func (f *folder) one(name, kind string, into proto.Message) error {
 	found := false
 	err := f.each(name, kind, func(msg []byte) error {
 		found = true
-		if err := decode(msg, into); err != nil {
+		if err := checkpoint.DecodeMessage(msg, into); err != nil {
 			return err
 		}
 		return stop

@@ -19,6 +19,7 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/regfile"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/stats"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/vma"
+	"github.com/checkpoint-restore/go-criu/v8/magic"
 	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/proto"
 )
@@ -43,8 +44,8 @@ func copyOf(t testing.TB, name string) string {
 // image builds an image of messages.
 func image(t testing.TB, kind string, msgs ...proto.Message) []byte {
 	t.Helper()
-	out := binary.LittleEndian.AppendUint32(nil, uint32(magics().ByName["IMG_COMMON"]))
-	out = binary.LittleEndian.AppendUint32(out, uint32(magics().ByName[kind]))
+	out := binary.LittleEndian.AppendUint32(nil, uint32(magic.LoadMagic().ByName["IMG_COMMON"]))
+	out = binary.LittleEndian.AppendUint32(out, uint32(magic.LoadMagic().ByName[kind]))
 	for _, m := range msgs {
 		msg, err := proto.MarshalOptions{AllowPartial: true}.Marshal(m)
 		must(t, err)
@@ -175,7 +176,7 @@ func TestRefuses(t *testing.T) {
 		{"no files", "files.img", nil, "files.img: missing"},
 		{"another kind", "mm-1.img", image(t, "CORE", &core.CoreEntry{}), "no image of kind MM"},
 		{"cut", "mm-1.img", image(t, "MM", &mm.MmEntry{MmBrk: u64(1)})[:10], "truncated"},
-		{"huge message", "mm-1.img", append(image(t, "MM"), 0xff, 0xff, 0xff, 0xff), "at most"},
+		{"huge message", "mm-1.img", append(image(t, "MM"), 0xff, 0xff, 0xff, 0xff), "truncated"},
 		{"cut message", "mm-1.img", append(image(t, "MM"), 0xff, 0xff, 0x3f, 0, 1), "truncated"},
 		{"garbage", "mm-1.img", append(image(t, "MM"), 1, 0, 0, 0, 0xff), "malformed"},
 		{"backwards", "mm-1.img", image(t, "MM", &mm.MmEntry{Vmas: []*vma.VmaEntry{{Start: u64(8192), End: u64(4096)}}}), "a mapping from"},

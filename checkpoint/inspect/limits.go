@@ -8,10 +8,8 @@ const (
 	// maxItems is of processes, threads, mappings, descriptors, open files and
 	// mounts in a report, together.
 	maxItems = 1 << 20
-	// maxManifest, maxMessage and maxImage are in bytes: those of package
-	// checkpoint.
+	// maxManifest and maxImage are in bytes: those of package checkpoint.
 	maxManifest = 16 << 20
-	maxMessage  = 4 << 20
 	maxImage    = 256 << 20
 	maxPagemap  = 1 << 30
 	// maxPath is in bytes, of a name in an image; Linux's PATH_MAX.

@@ -13,6 +13,8 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/pagemap"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/vma"
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint"
 )
 
 // Flags of mappings, CRIU's include/image.h, VMA_AREA_*.
@@ -182,12 +184,12 @@ func (r *reader) eachRun(name string, page int64, fn func(id uint32, start uint6
 		if first {
 			first = false
 			var head pagemap.PagemapHead
-			err := decode(msg, &head)
+			err := checkpoint.DecodeMessage(msg, &head)
 			id = head.GetPagesId()
 			return err
 		}
 		var e pagemap.PagemapEntry
-		if err := decode(msg, &e); err != nil {
+		if err := checkpoint.DecodeMessage(msg, &e); err != nil {
 			return err
 		}
 		// CRIU before 2.9 had in_parent instead of flags, and before 4.2 a

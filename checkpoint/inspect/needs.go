@@ -10,6 +10,8 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/mnt"
 	inet "github.com/checkpoint-restore/go-criu/v8/crit/images/sk-inet"
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint"
 )
 
 // readMounts reads the mounts of every mount namespace.
@@ -21,7 +23,7 @@ func (r *reader) readMounts() error {
 		first := len(r.report.Mounts)
 		err := r.folder.each(name, "MNTS", func(msg []byte) error {
 			var e mnt.MntEntry
-			if err := decode(msg, &e); err != nil {
+			if err := checkpoint.DecodeMessage(msg, &e); err != nil {
 				return err
 			}
 			for _, s := range []string{e.GetMountpoint(), e.GetSource(), e.GetRoot(), e.GetExtKey()} {

@@ -11,6 +11,8 @@ import (
 	fsimage "github.com/checkpoint-restore/go-criu/v8/crit/images/fs"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/pstree"
 	"github.com/containerd/containerd/v2/pkg/cap"
+
+	"github.com/stasis-run/stasis/checkpoint"
 )
 
 // machines are CRIU's names of architectures, in Go's words.
@@ -30,7 +32,7 @@ func (r *reader) readProcesses() error {
 	seen := map[uint32]bool{}
 	err := r.folder.each("pstree.img", "PSTREE", func(msg []byte) error {
 		var e pstree.PstreeEntry
-		if err := decode(msg, &e); err != nil {
+		if err := checkpoint.DecodeMessage(msg, &e); err != nil {
 			return err
 		}
 		if err := r.take(1 + len(e.GetThreads())); err != nil {
