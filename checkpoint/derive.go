@@ -19,6 +19,8 @@ import (
 	inet "github.com/checkpoint-restore/go-criu/v8/crit/images/sk-inet"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/tty"
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // facts is what the images themselves say of a checkpoint.
@@ -95,7 +97,7 @@ func (im images) each(name, kind string, fn func(msg []byte) error) error {
 	defer f.Close()
 	frames, err := framesOf(f)
 	if err == nil && frames.kind != kind {
-		err = invalid("is no image of kind %s", kind)
+		err = fault.Invalid("is no image of kind %s", kind)
 	}
 	for err == nil {
 		var msg []byte
@@ -164,7 +166,7 @@ func (im images) inventory() (*inventory.InventoryEntry, error) {
 	}
 	// CRTOOLS_IMAGES_V1 and _V1_1, CRIU's magic.h.
 	if v := entry.GetImgVersion(); n != 1 || v < 1 || v > 2 {
-		return nil, invalid("%s: %d messages, image version %d; expected one, of version 1 or 2", inventoryName, n, v)
+		return nil, fault.Invalid("%s: %d messages, image version %d; expected one, of version 1 or 2", inventoryName, n, v)
 	}
 	return entry, nil
 }
@@ -191,7 +193,7 @@ func (im images) tasks() (arch string, pids map[uint32]bool, err error) {
 	need := func(format string, id uint32) error {
 		name := fmt.Sprintf(format, id)
 		if _, ok := im.files[name]; !ok {
-			return invalid("%s: missing; pstree.img lists process or thread %d", name, id)
+			return fault.Invalid("%s: missing; pstree.img lists process or thread %d", name, id)
 		}
 		return nil
 	}
@@ -225,10 +227,10 @@ func (im images) tasks() (arch string, pids map[uint32]bool, err error) {
 		return need("pagemap-%d.img", p.GetPid())
 	})
 	if errors.Is(err, fs.ErrNotExist) {
-		err = invalid("pstree.img: missing")
+		err = fault.Invalid("pstree.img: missing")
 	}
 	if err == nil && len(pids) == 0 {
-		err = invalid("pstree.img: lists no process")
+		err = fault.Invalid("pstree.img: lists no process")
 	}
 	return arch, pids, err
 }
@@ -240,7 +242,7 @@ func (im images) core(pid uint32) (arch string, state uint32, err error) {
 	})
 	arch = machines[c.GetMtype()]
 	if err == nil && arch == "" {
-		err = invalid("core-%d.img: unknown architecture", pid)
+		err = fault.Invalid("core-%d.img: unknown architecture", pid)
 	}
 	return arch, c.GetTc().GetTaskState(), err
 }
@@ -277,7 +279,7 @@ func (im images) descriptors(found *facts) error {
 		return err
 	})
 	if errors.Is(err, fs.ErrNotExist) {
-		err = invalid("files.img: missing; the checkpoint is incomplete, or was made by a CRIU older than 3.3")
+		err = fault.Invalid("files.img: missing; the checkpoint is incomplete, or was made by a CRIU older than 3.3")
 	}
 	return err
 }
@@ -291,7 +293,7 @@ func localAddress(sk *inet.InetSkEntry) (netip.Addr, error) {
 	}
 	addr, ok := netip.AddrFromSlice(b)
 	if !ok {
-		return addr, invalid("socket %d has an address of %d bytes", sk.GetId(), len(b))
+		return addr, fault.Invalid("socket %d has an address of %d bytes", sk.GetId(), len(b))
 	}
 	return addr.Unmap(), nil
 }
@@ -339,10 +341,10 @@ func (im images) memory() error {
 		}
 		file, ok := im.files[pagesName(id)]
 		if !ok {
-			return invalid("%s: missing; %s refers to it", pagesName(id), name)
+			return fault.Invalid("%s: missing; %s refers to it", pagesName(id), name)
 		}
 		if need := pages * int64(os.Getpagesize()); file.size < need {
-			return invalid("%s: expected %d bytes, has %d (truncated)", file.name, need, file.size)
+			return fault.Invalid("%s: expected %d bytes, has %d (truncated)", file.name, need, file.size)
 		}
 	}
 	return nil
@@ -377,13 +379,13 @@ func (im images) pagemap(name string) (id uint32, pages int64, err error) {
 		}
 		switch {
 		case e.GetInParent() || flags&pagesParent != 0:
-			return invalid("some of the memory is in an older checkpoint that this one builds on; make one without pre-dump")
+			return fault.Invalid("some of the memory is in an older checkpoint that this one builds on; make one without pre-dump")
 		case flags&pagesPresent == 0 && flags&pagesLazy != 0:
-			return invalid("some of the memory was left where the checkpoint was made; make one without lazy pages")
+			return fault.Invalid("some of the memory was left where the checkpoint was made; make one without lazy pages")
 		case flags&pagesPresent == 0:
 			return nil
 		case n > 1<<40 || pages > 1<<40:
-			return invalid("lists more memory than there can be")
+			return fault.Invalid("lists more memory than there can be")
 		}
 		pages += int64(n)
 		// Something newer, such as compressed pages.

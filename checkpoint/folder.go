@@ -17,6 +17,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // Folder is a checkpoint being written. CRIU writes into a subfolder, and
@@ -105,7 +107,7 @@ func (f *Folder) claim() (err error) {
 	// The lock ends with its holder. A file system without locks does without.
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
 		lock.Close()
-		return unusable("another checkpoint is being written to this folder")
+		return fault.Unusable("another checkpoint is being written to this folder")
 	}
 	if f.old, err = replaceable(f.dir); err == nil {
 		err = empty(f.Path())
@@ -143,8 +145,8 @@ func replaceable(dir string) ([]string, error) {
 		case incidental(name):
 			continue
 		}
-		return nil, &fault{errdefs.ErrAlreadyExists, fmt.Sprintf(
-			"the folder holds %q, which is no part of a checkpoint; give an empty folder, or one that does not exist", name)}
+		return nil, fault.New(errdefs.ErrAlreadyExists,
+			"the folder holds %q, which is no part of a checkpoint; give an empty folder, or one that does not exist", name)
 	}
 	return names, nil
 }

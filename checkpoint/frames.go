@@ -9,6 +9,8 @@ import (
 
 	"github.com/checkpoint-restore/go-criu/v8/magic"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // magics are CRIU's names of kinds of images and their numbers.
@@ -34,7 +36,7 @@ type frames struct {
 	buf  []byte
 }
 
-var errNoMagic = invalid("truncated, or no image of CRIU's")
+var errNoMagic = fault.Invalid("truncated, or no image of CRIU's")
 
 // newFrames reads the head of an image of size bytes.
 func newFrames(r io.Reader, size int64) (*frames, error) {
@@ -69,7 +71,7 @@ func (f *frames) length() (int, error) {
 	}
 	n, err := f.number()
 	if err != nil || int64(n) > f.left {
-		return 0, invalid("truncated: a message of %d bytes where %d are left", n, max(f.left, 0))
+		return 0, fault.Invalid("truncated: a message of %d bytes where %d are left", n, max(f.left, 0))
 	}
 	return int(n), nil
 }
@@ -81,7 +83,7 @@ func (f *frames) next() ([]byte, error) {
 		return nil, err
 	}
 	if n > maxFrame {
-		return nil, invalid("a message of %d bytes, at most %d are allowed", n, maxFrame)
+		return nil, fault.Invalid("a message of %d bytes, at most %d are allowed", n, maxFrame)
 	}
 	if n > cap(f.buf) {
 		f.buf = make([]byte, n)
@@ -116,7 +118,7 @@ func EachMessage(r io.Reader, size int64, kind string, fn func(msg []byte) error
 		return err
 	}
 	if in.kind != kind {
-		return invalid("no image of kind %s", kind)
+		return fault.Invalid("no image of kind %s", kind)
 	}
 	for {
 		msg, err := in.next()
@@ -140,7 +142,7 @@ func DecodeMessage(msg []byte, into proto.Message) error { return decode(msg, in
 // unset, also where CRIU's definition requires one.
 func decode(msg []byte, into proto.Message) error {
 	if err := (proto.UnmarshalOptions{AllowPartial: true}).Unmarshal(msg, into); err != nil {
-		return invalid("malformed: %v", err)
+		return fault.Invalid("malformed: %v", err)
 	}
 	return nil
 }

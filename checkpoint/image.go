@@ -17,6 +17,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // Image is a checkpoint that was opened and found good. Nothing restores from a
@@ -60,9 +62,9 @@ func open(ctx context.Context, dir string) (*Image, error) {
 	files, err := listFolder(dir)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return nil, &fault{errdefs.ErrNotFound, "no such folder"}
+		return nil, fault.New(errdefs.ErrNotFound, "no such folder")
 	case errors.Is(err, unix.ENOTDIR):
-		return nil, invalid("not a folder")
+		return nil, fault.Invalid("not a folder")
 	case err != nil:
 		return nil, err
 	}
@@ -72,9 +74,9 @@ func open(ctx context.Context, dir string) (*Image, error) {
 	}
 	if _, ok := files[inventoryName]; !ok {
 		if _, err := os.Lstat(filepath.Join(dir, partialName)); manifest != nil || err == nil {
-			return nil, unusable("unfinished: whatever wrote it was interrupted; make the checkpoint again")
+			return nil, fault.Unusable("unfinished: whatever wrote it was interrupted; make the checkpoint again")
 		}
-		return nil, invalid("no checkpoint: the folder has no %s", inventoryName)
+		return nil, fault.Invalid("no checkpoint: the folder has no %s", inventoryName)
 	}
 	if err := checkNames(files, manifest); err != nil {
 		return nil, err
@@ -152,7 +154,7 @@ func listFolder(dir string) (map[string]entry, error) {
 			entries[name] = entry{name: name, mode: st.Mode, size: st.Size, inode: st.Ino, ctimeNs: st.Ctim.Nano()}
 		}
 		if len(entries) > maxFiles {
-			return nil, invalid("more than %d files", maxFiles)
+			return nil, fault.Invalid("more than %d files", maxFiles)
 		}
 		if errors.Is(err, io.EOF) {
 			return entries, nil
@@ -168,14 +170,14 @@ func openIn(dir, name string) (*os.File, error) {
 	// O_NONBLOCK, lest a FIFO that has replaced the file stops us.
 	f, err := os.OpenFile(filepath.Join(dir, name), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if errors.Is(err, unix.ELOOP) {
-		return nil, invalid("%q: a symbolic link; a checkpoint has only regular files", name)
+		return nil, fault.Invalid("%q: a symbolic link; a checkpoint has only regular files", name)
 	}
 	if err != nil {
 		return nil, err
 	}
 	info, err := f.Stat()
 	if err == nil && !info.Mode().IsRegular() {
-		err = invalid("%s: not a regular file", name)
+		err = fault.Invalid("%s: not a regular file", name)
 	}
 	if err != nil {
 		f.Close()
@@ -199,7 +201,7 @@ func readManifest(dir string) (*Manifest, error) {
 		return nil, err
 	}
 	if len(data) > maxManifest {
-		return nil, invalid("%s: larger than %d bytes", manifestName, maxManifest)
+		return nil, fault.Invalid("%s: larger than %d bytes", manifestName, maxManifest)
 	}
 	m, err := decodeManifest(data)
 	if err != nil {
@@ -232,13 +234,13 @@ func checkNames(files map[string]entry, m *Manifest) error {
 		}
 		switch {
 		case !file.regular():
-			return invalid("%q: a %s; a checkpoint has only regular files", name, file.kind())
+			return fault.Invalid("%q: a %s; a checkpoint has only regular files", name, file.kind())
 		case listed[name] || incidental(name) || name == manifestName:
 		case m == nil && (isImage(name) && validName(name) || name == descriptorsName):
 		case m != nil:
-			return invalid("%q: not listed in %s; it was added later", name, manifestName)
+			return fault.Invalid("%q: not listed in %s; it was added later", name, manifestName)
 		default:
-			return invalid("%q: no part of a checkpoint; remove it, or give the folder that holds only CRIU's images", name)
+			return fault.Invalid("%q: no part of a checkpoint; remove it, or give the folder that holds only CRIU's images", name)
 		}
 	}
 	return nil
@@ -248,7 +250,7 @@ func checkNames(files map[string]entry, m *Manifest) error {
 // do more than this host's.
 func checkHost(arch string, features []string) error {
 	if arch != runtime.GOARCH {
-		return unusable("made on %s, this host is %s", arch, runtime.GOARCH)
+		return fault.Unusable("made on %s, this host is %s", arch, runtime.GOARCH)
 	}
 	var missing []string
 	host := HostCPUFeatures()
@@ -258,7 +260,7 @@ func checkHost(arch string, features []string) error {
 		}
 	}
 	if len(missing) > 0 {
-		return unusable("made on a CPU with %s, which this host's lacks; restore it on a host whose CPU has it",
+		return fault.Unusable("made on a CPU with %s, which this host's lacks; restore it on a host whose CPU has it",
 			strings.Join(missing, ", "))
 	}
 	return nil
@@ -271,11 +273,11 @@ func verify(ctx context.Context, dir string, files map[string]entry, m *Manifest
 		have, ok := files[want.Name]
 		switch {
 		case !ok:
-			return invalid("%s: missing", want.Name)
+			return fault.Invalid("%s: missing", want.Name)
 		case have.size < want.Size:
-			return invalid("%s: expected %d bytes, has %d (truncated)", want.Name, want.Size, have.size)
+			return fault.Invalid("%s: expected %d bytes, has %d (truncated)", want.Name, want.Size, have.size)
 		case have.size > want.Size:
-			return invalid("%s: expected %d bytes, has %d (altered)", want.Name, want.Size, have.size)
+			return fault.Invalid("%s: expected %d bytes, has %d (altered)", want.Name, want.Size, have.size)
 		case want.Inode != 0 && want.Inode == have.inode && want.CtimeNs == have.ctimeNs:
 		default:
 			hash = append(hash, want)
@@ -294,7 +296,7 @@ func verify(ctx context.Context, dir string, files map[string]entry, m *Manifest
 			return fmt.Errorf("%s: %w", want.Name, err)
 		}
 		if sum != want.Sum {
-			return invalid("%s: altered: its sum is %s, expected %s", want.Name, sum, want.Sum)
+			return fault.Invalid("%s: altered: its sum is %s, expected %s", want.Name, sum, want.Sum)
 		}
 		return nil
 	})

@@ -3,6 +3,8 @@ package checkpoint
 import (
 	"strings"
 	"unicode/utf8"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // Names with a meaning of their own.
@@ -73,7 +75,7 @@ func incidental(name string) bool {
 // checkSize refuses a file that is larger than the limits allow.
 func checkSize(file entry) error {
 	if limit := sizeLimit(file.name); limit >= 0 && file.size > limit {
-		return invalid("%s: %d bytes, at most %d are allowed", file.name, file.size, limit)
+		return fault.Invalid("%s: %d bytes, at most %d are allowed", file.name, file.size, limit)
 	}
 	return nil
 }

@@ -8,6 +8,8 @@ import (
 	"io"
 	"strings"
 	"time"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // manifestVersion is the version of the format that this package writes, and
@@ -75,26 +77,26 @@ func decodeManifest(data []byte) (*Manifest, error) {
 		Version int `json:"version"`
 	}
 	if err := json.Unmarshal(data, &head); err != nil {
-		return nil, invalid("no valid JSON: %v", err)
+		return nil, fault.Invalid("no valid JSON: %v", err)
 	}
 	switch {
 	case head.Version > manifestVersion:
-		return nil, unusable("format version %d is newer than %d, the newest this Stasis knows; restore it with a newer Stasis",
+		return nil, fault.Unusable("format version %d is newer than %d, the newest this Stasis knows; restore it with a newer Stasis",
 			head.Version, manifestVersion)
 	case head.Version < 1:
-		return nil, invalid("no valid format version (%d)", head.Version)
+		return nil, fault.Invalid("no valid format version (%d)", head.Version)
 	}
 	d := json.NewDecoder(bytes.NewReader(data))
 	d.DisallowUnknownFields()
 	var m Manifest
 	if err := d.Decode(&m); err != nil {
-		return nil, invalid("%v", err)
+		return nil, fault.Invalid("%v", err)
 	}
 	if _, err := d.Token(); !errors.Is(err, io.EOF) {
-		return nil, invalid("something follows the manifest's closing brace")
+		return nil, fault.Invalid("something follows the manifest's closing brace")
 	}
 	if err := m.check(); err != nil {
-		return nil, invalid("%v", err)
+		return nil, fault.Invalid("%v", err)
 	}
 	return &m, nil
 }

@@ -48,6 +48,9 @@ func Restore(ctx context.Context, r RestoreRequest) (int, error) {
 	if err := r.amendSpec(); err != nil {
 		return 0, err
 	}
+	if err := r.amendRoot(); err != nil {
+		return 0, err
+	}
 	callCtx, removeConfig, err := withCRIUConfig(ctx, r.WorkDir, criuConfig)
 	if err != nil {
 		return 0, err

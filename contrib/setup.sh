@@ -12,9 +12,10 @@
 # The cache ($STASIS_CACHE, else ~/.cache/stasis):
 #   bin/               containerd, ctr, containerd-shim-runc-v2, runc, crun, criu,
 #                      podman, checkpointctl, docker-registry
-#   containerd-1.7/    the same containerd programs of an older release
+#   containerd-1.7/, containerd-2.1/
+#                      the same containerd programs of older releases
 #   private/           Debian trees behind what is in bin/
-#   rootfs/            redis, python, busybox
+#   rootfs/            redis, python, nginx, busybox
 #   stamps/            what each of the above was made from
 #
 # Every component is made in a temporary folder and renamed into place, and its
@@ -42,12 +43,13 @@ case $cache in /*) ;; *) cache=$PWD/$cache ;; esac
 # The Debian release that criu and crun are taken from where the host's own do
 # not do, and that the older containerd, Podman, checkpointctl and the registry
 # always are, so that tests meet the same versions everywhere; and the release
-# after it, for criu on kernels that are too new for the first.
+# after it, for criu on kernels that are too new for the first, and for a
+# containerd between the two.
 newer=trixie
 newest=forky
 runc_version=v1.5.2
 
-components=(criu runc busybox containerd redis python crun containerd17 podman tools)
+components=(criu runc busybox containerd redis python nginx crun containerd17 containerd21 podman tools)
 
 # Filled in by main: a scratch folder inside the cache, gone at exit.
 tmp=
@@ -405,15 +407,23 @@ build() {
 
 want_containerd17() { printf 'Debian %s\n' "$newer"; }
 ok_containerd17() { [[ -x $cache/containerd-1.7/bin/containerd-shim-runc-v2 ]]; }
-make_containerd17() {
-	say "containerd-1.7: fetching Debian $newer's privately"
-	unpack "$newer" "$tmp/tree" 'gcc-.*|lib.*|runc' containerd
+make_containerd17() { debian_containerd 1.7 "$newer"; }
+
+want_containerd21() { printf 'Debian %s\n' "$newest"; }
+ok_containerd21() { [[ -x $cache/containerd-2.1/bin/containerd-shim-runc-v2 ]]; }
+make_containerd21() { debian_containerd 2.1 "$newest"; }
+
+# debian_containerd RELEASE SUITE: a suite's containerd, as it is: its programs
+# do with an older libc.
+debian_containerd() {
+	say "containerd-$1: fetching Debian $2's privately"
+	unpack "$2" "$tmp/tree" 'gcc-.*|lib.*|runc' containerd
 	run "$tmp/tree/usr/bin/containerd" --version
 	run "$tmp/tree/usr/bin/containerd-shim-runc-v2" -v
 	mkdir "$tmp/new"
 	mkdir "$tmp/new/bin"
 	mv "$tmp/tree"/usr/bin/{containerd,ctr,containerd-shim-runc-v2} "$tmp/new/bin"
-	place "$tmp/new" "$cache/containerd-1.7"
+	place "$tmp/new" "$cache/containerd-$1"
 }
 
 want_tools() { want_containerd17; }
@@ -541,6 +551,15 @@ make_python() {
 	finish python
 }
 
+want_nginx() { want_busybox; }
+ok_nginx() { [[ -d $cache/rootfs/nginx ]]; }
+make_nginx() {
+	rootfs nginx nginx
+	mkdir -p "$tmp/tree"/var/{lib,log}/nginx
+	run chroot "$tmp/tree" /usr/sbin/nginx -V
+	finish nginx
+}
+
 finish() {
 	chmod -R a+rX "$tmp/tree"
 	place "$tmp/tree" "$cache/rootfs/$1"
@@ -638,9 +657,10 @@ summary() {
 	for c in "${components[@]}"; do
 		mapfile -t lines <"$cache/stamps/$c"
 		case $c in
-		busybox | python | redis) printf '  %-20s %s\n' "rootfs/$c" "${lines[0]}${lines[1]:+, $c ${lines[1]}}" ;;
+		busybox | nginx | python | redis) printf '  %-20s %s\n' "rootfs/$c" "${lines[0]}${lines[1]:+, $c ${lines[1]}}" ;;
 		tools) printf '  %-20s %s\n' bin/checkpointctl "${lines[0]}, ${lines[1]}" bin/docker-registry "${lines[0]}" ;;
 		containerd17) printf '  %-20s %s\n' containerd-1.7/bin "${lines[0]}, ${lines[1]}" ;;
+		containerd21) printf '  %-20s %s\n' containerd-2.1/bin "${lines[0]}, ${lines[1]}" ;;
 		*) printf '  %-20s %s\n' "bin/$c" "${lines[0]}${lines[1]:+, ${lines[1]}}" ;;
 		esac
 	done

@@ -4,9 +4,9 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
-	"github.com/containerd/containerd/v2/client"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/stasis-run/stasis/checkpoint/archive"
@@ -19,6 +19,7 @@ import (
 func TestArchiveOfKubelet(t *testing.T) {
 	s := stack.Start(t, stack.Options{CRI: true})
 	ctx := s.Ctx()
+	s.Image(ctx, stack.Probe)
 	runtime, _ := s.CRI()
 	for _, handler := range []string{stack.HandlerRunc, stack.HandlerDropIn} {
 		t.Run(handler, func(t *testing.T) {
@@ -52,15 +53,24 @@ func TestArchiveOfKubelet(t *testing.T) {
 				i.Runtime == "" || i.Base.Config == "" {
 				t.Errorf("info %+v, pod %+v", i, i.Pod)
 			}
-			c := s.NewContainer(ctx, "from-"+handler, stack.Probe, specOf(t, taken, dir), s.NewNetns().With())
-			if err := c.Create(ctx, client.WithRestoreImagePath(taken.Images)); err != nil {
-				t.Fatal(err)
+			// The pod is gone, as on another host.
+			p.Remove(ctx)
+			for _, network := range []string{"", "none"} {
+				if _, err := s.StasisErr("restore", file, "nowhere", "--network", network); err == nil || !strings.Contains(err.Error(), "network namespace") {
+					t.Errorf("restored with --network %q: %v", network, err)
+				}
 			}
-			applyLayer(ctx, t, taken.Layer, filepath.Join(c.Bundle(), "rootfs"))
-			if err := c.Task.Start(ctx); err != nil {
-				t.Fatalf("%v\n%s", err, c.CRIULog("restore", taken.Images))
-			}
+			netns := s.NewNetns()
+			c := restoreForeign(ctx, t, s, file, "from-"+handler, "--network", "join="+netns.Path)
 			c.Probe(ctx)
+			out := c.Exec(ctx, "sh", "-c", "cat /new/file; ls -d /etc/group /var/tmp 2>/dev/null; stat -c '%a %n' /etc/hosts /etc/resolv.conf; ip -o addr")
+			if files, ok := strings.CutPrefix(out, "new\n644 /etc/hosts\n644 /etc/resolv.conf\n"); !ok || !strings.Contains(files, netns.Addr) {
+				t.Errorf("files and addresses: %q", out)
+			}
+			c.Kill(ctx, syscall.SIGKILL)
+			c.Delete(ctx)
 		})
 	}
+	checkNoFiles(ctx, t, s)
+	checkTidy(t, s)
 }

@@ -11,14 +11,13 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/containers"
 	imagearchive "github.com/containerd/containerd/v2/core/images/archive"
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/oci"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
-	"github.com/stasis-run/stasis/checkpoint/archive"
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/rootfs"
 	"github.com/stasis-run/stasis/integration/stack"
@@ -135,44 +134,133 @@ func TestArchiveOfPodman(t *testing.T) {
 	p.run("run", "--detach", "--name", "probe", "--network", "none", stack.Probe, "/probe", "run", "-skip", "tcp,listen,udp")
 	s.Poll(ctx, "the probe in Podman", func() bool { return strings.Contains(p.run("logs", "probe"), "ready\n") })
 	p.run("exec", "probe", "sh", "-c", "mkdir /new && echo new >/new/file && rm /etc/group && rm -r /var/tmp && echo shared >/dev/shm/file")
+	before := p.probe("probe")
+	files := map[string]string{}
 	for name := range compressions {
+		files[name] = filepath.Join(s.Dir, name+".tar")
+		p.run("container", "checkpoint", "--leave-running", "--file-locks", "--compress", name, "--export", files[name], "probe")
+		checkSame(t, before, p.probe("probe"))
+	}
+	// As on another host, where nothing is that Podman had mounted.
+	p.run("rm", "--force", "--time=0", "probe")
+	for name, file := range files {
 		t.Run(name, func(t *testing.T) {
-			p.t = t
-			before := p.probe("probe")
-			file := filepath.Join(s.Dir, name+".tar")
-			p.run("container", "checkpoint", "--leave-running", "--file-locks", "--compress", name, "--export", file, "probe")
-			checkSame(t, before, p.probe("probe"))
-
-			f, err := os.Open(file)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer f.Close()
-			dir := filepath.Join(s.Dir, "podman-"+name)
-			taken, err := archive.Read(ctx, f, dir, archive.Limits{})
-			if err != nil {
-				t.Fatal(err)
-			}
-			i := taken.Info
-			if i.ContainerName != "probe" || i.Base.Name != stack.Probe || i.Engine.Name != "podman" || i.OCIRuntime.Name != "runc" {
-				t.Errorf("info %+v", i)
-			}
-			c := s.NewContainer(ctx, "from-"+name, stack.Probe, specOf(t, taken, dir))
-			if err := c.Create(ctx, client.WithRestoreImagePath(taken.Images)); err != nil {
-				t.Fatal(err)
-			}
-			applyLayer(ctx, t, taken.Layer, filepath.Join(c.Bundle(), "rootfs"))
-			if err := c.Task.Start(ctx); err != nil {
-				t.Fatalf("%v\n%s", err, c.CRIULog("restore", taken.Images))
-			}
+			c := restoreForeign(ctx, t, s, file, "from-"+name)
 			checkSame(t, before, c.Probe(ctx))
-			out := c.Exec(ctx, "sh", "-c", "cat /new/file /dev/shm/file; ls -d /etc/group /var/tmp 2>/dev/null || true")
-			if out != "new\nshared\n" {
-				t.Errorf("the root filesystem is %q", out)
+			if out := c.Exec(ctx, "sh", "-c", podmanFiles); out != podmanFilesAre {
+				t.Errorf("the files are %q", out)
+			}
+			labels, err := c.Labels(ctx)
+			must(t, err)
+			if labels["stasis.run/restored-from"] == "" {
+				t.Errorf("labels %v", labels)
 			}
 			c.Kill(ctx, syscall.SIGKILL)
 			c.Delete(ctx)
 		})
+	}
+	checkNoFiles(ctx, t, s)
+	checkTidy(t, s)
+}
+
+// podmanFiles looks at what was changed, deleted, in /dev/shm, and at what Podman
+// mounts, after a restore by Stasis.
+const (
+	podmanFiles = "cat /new/file /dev/shm/file; ls -d /etc/group /var/tmp 2>/dev/null; " +
+		"stat -c '%a %n' /dev/shm /etc/hosts /etc/hostname /run/.containerenv; grep -c localhost /etc/hosts; true"
+	podmanFilesAre = "new\nshared\n1777 /dev/shm\n644 /etc/hosts\n644 /etc/hostname\n644 /run/.containerenv\n2\n"
+)
+
+// checkNoFiles looks for what `stasis restore` made for containers that are
+// deleted by now.
+func checkNoFiles(ctx context.Context, t *testing.T, s *stack.Stack) {
+	t.Helper()
+	s.Poll(ctx, "containerd to collect the snapshots", func() bool {
+		clean := true
+		must(t, s.Client().SnapshotService("overlayfs").Walk(ctx, func(_ context.Context, i snapshots.Info) error {
+			clean = clean && !strings.Contains(i.Name, "-files-")
+			return nil
+		}))
+		return clean
+	})
+}
+
+// restoreForeign has `stasis restore` restore what another program made.
+func restoreForeign(ctx context.Context, t *testing.T, s *stack.Stack, from, name string, flags ...string) *stack.Container {
+	t.Helper()
+	if out := s.Stasis(append([]string{"restore", from, name}, flags...)...); out != name+"\n" {
+		t.Errorf("restore %s printed %q", from, out)
+	}
+	container, err := s.Client().LoadContainer(ctx, name)
+	must(t, err)
+	c := s.Wrap(container)
+	c.Load(ctx)
+	return c
+}
+
+// TestRestoreImageOfPodman has `stasis restore` restore a checkpoint image of
+// Podman's, from a file and from a registry.
+func TestRestoreImageOfPodman(t *testing.T) {
+	s := stack.Start(t, stack.Options{})
+	ctx := s.Ctx()
+	p := newPodman(t, s)
+	p.load(ctx, stack.Probe)
+	p.run("run", "--detach", "--name", "probe", "--network", "none", stack.Probe, "/probe", "run", "-skip", "tcp,listen,udp")
+	s.Poll(ctx, "the probe in Podman", func() bool { return strings.Contains(p.run("logs", "probe"), "ready\n") })
+	p.run("exec", "probe", "sh", "-c", "mkdir /new && echo new >/new/file && rm /etc/group && rm -r /var/tmp && echo shared >/dev/shm/file")
+	before := p.probe("probe")
+	reg := startRegistry(t, s, false)
+	ref := reg.host + "/of-podman:1"
+	withPolicy(t, p).run("container", "checkpoint", "--file-locks", "--create-image", ref, "probe")
+	file := filepath.Join(s.Dir, "of-podman.tar")
+	p.run("save", "--quiet", "--format", "oci-archive", "--output", file, ref)
+	p.run("push", "--quiet", "--tls-verify=false", ref)
+	p.run("rm", "--force", "--time=0", "probe")
+	const imported = "stasis.test/imported:1"
+	if out := s.Stasis("import", file, imported); out != imported+"\n" {
+		t.Errorf("import printed %q", out)
+	}
+	for id, from := range map[string]string{"from-file": imported, "from-registry": ref} {
+		c := restoreForeign(ctx, t, s, from, id)
+		checkSame(t, before, c.Probe(ctx))
+		if out := c.Exec(ctx, "sh", "-c", podmanFiles); out != podmanFilesAre {
+			t.Errorf("%s: the files are %q", id, out)
+		}
+		c.Kill(ctx, syscall.SIGKILL)
+		c.Delete(ctx)
+	}
+	checkNoFiles(ctx, t, s)
+}
+
+// TestPodmanRestores has Podman restore what `stasis checkpoint` writes for it:
+// an archive, and an image that travels as an OCI layout and through a registry.
+func TestPodmanRestores(t *testing.T) {
+	s := stack.Start(t, stack.Options{})
+	ctx := s.Ctx()
+	p := newPodman(t, s)
+	p.load(ctx, stack.Probe)
+	// Under Podman loopback is down after a restore.
+	c := startProbe(ctx, s, "probe", stack.ProbeArgs("-skip", "tcp,listen,udp"))
+	c.Exec(ctx, "sh", "-c", "echo new >/new && rm /etc/group")
+	before := c.Probe(ctx)
+	const ref = "stasis.test/for-podman:1"
+	pushed := startRegistry(t, s, false).host + "/for-podman:1"
+	file, layout := filepath.Join(s.Dir, "for-podman.tar"), filepath.Join(s.Dir, "layout.tar")
+	s.Stasis("checkpoint", "probe", "--output", file, "--format", "archive", "--file-locks")
+	s.Stasis("checkpoint", "probe", ref, "--format", "podman", "--file-locks", "--exit")
+	s.Stasis("export", ref, layout, "--format", "oci")
+	s.Stasis("push", ref, pushed)
+	c.Wait(ctx)
+	c.Delete(ctx)
+	p.run("load", "--quiet", "--input", layout)
+	p.run("pull", "--quiet", "--tls-verify=false", pushed)
+	for _, args := range [][]string{{"--import", file}, {ref}, {pushed}} {
+		p.run(append([]string{"container", "restore", "--file-locks"}, args...)...)
+		checkSame(t, before, p.probe("probe"))
+		if out := p.run("exec", "probe", "sh", "-c", "cat /new; ls -d /etc/group 2>/dev/null || true"); out != "new\n" {
+			t.Errorf("%v: the root filesystem in Podman: %q", args, out)
+		}
+		p.run("rm", "--force", "--time=0", "probe")
 	}
 }
 

@@ -9,6 +9,8 @@ import (
 	"github.com/containerd/containerd/v2/pkg/archive/compression"
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // maxWindow is zstd's: what decoding takes of memory, in bytes. It is what the
@@ -27,7 +29,7 @@ func compressor(w io.Writer, c compression.Compression) (io.WriteCloser, error) 
 	case compression.Zstd:
 		return zstd.NewWriter(w, zstd.WithEncoderLevel(zstd.SpeedFastest))
 	}
-	return nil, invalid("unknown compression %d", c)
+	return nil, fault.Invalid("unknown compression %d", c)
 }
 
 type nopCloser struct{ io.Writer }
@@ -79,7 +81,7 @@ func (d *decompressed) judge(err error) error {
 	if err == nil || d.source.failed.Load() || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return err
 	}
-	return invalid("what is compressed is damaged: %v", err)
+	return fault.Invalid("what is compressed is damaged: %v", err)
 }
 
 // source knows if reading failed. zstd reads in a goroutine of its own.

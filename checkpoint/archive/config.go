@@ -12,6 +12,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // config is config.dump. checkpointctl's lib/metadata.go has the keys that all
@@ -244,7 +245,7 @@ func annotationsOf(spec json.RawMessage) (map[string]string, error) {
 		err = json.Unmarshal(data, &annotations)
 	}
 	if err != nil {
-		return nil, invalid("no valid spec of a container: %v", err)
+		return nil, fault.Invalid("no valid spec of a container: %v", err)
 	}
 	return annotations, nil
 }

@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"unicode/utf8"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // Limits on what is read; a zero takes the default.
@@ -73,16 +75,16 @@ func (e *entries) next() (*tar.Header, error) {
 			// the input will do. Less than a block is what fills up the last
 			// file.
 			if e.bytes-end < blockSize {
-				return nil, invalid("truncated: it has no end")
+				return nil, fault.Invalid("truncated: it has no end")
 			}
 			return nil, io.EOF
 		case errors.Is(err, tar.ErrHeader), errors.Is(err, io.ErrUnexpectedEOF):
-			return nil, invalid("truncated, or no tar: %v", err)
+			return nil, fault.Invalid("truncated, or no tar: %v", err)
 		case err != nil:
 			return nil, err
 		}
 		if e.left--; e.left < 0 {
-			return nil, invalid("too many files")
+			return nil, fault.Invalid("too many files")
 		}
 		if hdr.Typeflag == tar.TypeXGlobalHeader {
 			continue
@@ -96,16 +98,16 @@ func (e *entries) next() (*tar.Header, error) {
 			continue
 		case tar.TypeReg:
 		default:
-			return nil, invalid("%q: a %s; an archive of a checkpoint has only plain files and folders", name, kind(hdr.Typeflag))
+			return nil, fault.Invalid("%q: a %s; an archive of a checkpoint has only plain files and folders", name, kind(hdr.Typeflag))
 		}
 		// A hole of any size costs an archive nothing.
 		for key := range hdr.PAXRecords {
 			if strings.HasPrefix(key, "GNU.sparse.") {
-				return nil, invalid("%q: a sparse file", name)
+				return nil, fault.Invalid("%q: a sparse file", name)
 			}
 		}
 		if e.seen[name] {
-			return nil, invalid("%q: there twice", name)
+			return nil, fault.Invalid("%q: there twice", name)
 		}
 		e.seen[name] = true
 		hdr.Name = name
@@ -133,10 +135,10 @@ func kind(typeflag byte) string {
 // if it stays inside: no honest program writes it.
 func cleanName(name string) (string, error) {
 	if path.IsAbs(name) || slices.Contains(strings.Split(name, "/"), "..") {
-		return "", invalid("%q: leads out of the archive", name)
+		return "", fault.Invalid("%q: leads out of the archive", name)
 	}
 	if !utf8.ValidString(name) || strings.ContainsFunc(name, func(r rune) bool { return r < ' ' || r == 0x7f }) {
-		return "", invalid("%q: not a name of a checkpoint's files", name)
+		return "", fault.Invalid("%q: not a name of a checkpoint's files", name)
 	}
 	return path.Clean(name), nil
 }
@@ -144,7 +146,7 @@ func cleanName(name string) (string, error) {
 // read reads the file that next returned last, at most limit bytes.
 func (e *entries) read(hdr *tar.Header, limit int64) ([]byte, error) {
 	if hdr.Size > limit {
-		return nil, invalid("%s: %d bytes, at most %d are read", hdr.Name, hdr.Size, limit)
+		return nil, fault.Invalid("%s: %d bytes, at most %d are read", hdr.Name, hdr.Size, limit)
 	}
 	data, err := io.ReadAll(e.tar)
 	return data, truncated(hdr.Name, err)
@@ -153,7 +155,7 @@ func (e *entries) read(hdr *tar.Header, limit int64) ([]byte, error) {
 // truncated says which file an archive ends in.
 func truncated(name string, err error) error {
 	if errors.Is(err, io.ErrUnexpectedEOF) {
-		return invalid("%s: the archive ends in the middle of it", name)
+		return fault.Invalid("%s: the archive ends in the middle of it", name)
 	}
 	return err
 }

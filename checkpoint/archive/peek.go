@@ -7,6 +7,7 @@ import (
 	"io"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // ReadConfig reads of an archive what the container was: Info and Spec of a
@@ -31,7 +32,7 @@ func ReadRuntime(ctx context.Context, r io.Reader, limits Limits) (string, error
 	var meta metadata
 	err := meta.read(ctx, r, limits, func() bool { return meta.config != nil })
 	if err == nil && meta.config == nil {
-		err = invalid("no archive of a checkpoint: there is no %s", configName)
+		err = fault.Invalid("no archive of a checkpoint: there is no %s", configName)
 	}
 	var conf config
 	if err == nil {

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/fault"
 	"github.com/stasis-run/stasis/checkpoint/rootfs"
 )
 
@@ -42,7 +43,7 @@ import (
 func Read(ctx context.Context, r io.Reader, dir string, limits Limits) (*capture.Capture, error) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		if errors.Is(err, fs.ErrExist) {
-			return nil, &fault{errdefs.ErrAlreadyExists, fmt.Sprintf("read an archive into %s: it exists; give a folder that does not", dir)}
+			return nil, fault.New(errdefs.ErrAlreadyExists, "read an archive into %s: it exists; give a folder that does not", dir)
 		}
 		return nil, fmt.Errorf("read an archive: %w", err)
 	}
@@ -88,7 +89,7 @@ func read(ctx context.Context, r io.Reader, dir string, limits Limits) (*capture
 	}
 	c.Images = filepath.Join(dir, imagesName)
 	if !in.seen[imagesName+"/"+inventoryName] {
-		return nil, invalid("no checkpoint: there is no %s/%s", imagesName, inventoryName)
+		return nil, fault.Invalid("no checkpoint: there is no %s/%s", imagesName, inventoryName)
 	}
 	// Of archives of containers/storage's programs; see rootName.
 	var mode int64
@@ -124,9 +125,9 @@ func (m *metadata) of(name string) (*[]byte, bool) {
 func (m *metadata) capture() (*capture.Capture, error) {
 	switch {
 	case m.config == nil:
-		return nil, invalid("no archive of a checkpoint: there is no %s", configName)
+		return nil, fault.Invalid("no archive of a checkpoint: there is no %s", configName)
 	case m.spec == nil:
-		return nil, invalid("no archive of a checkpoint: there is no %s", specName)
+		return nil, fault.Invalid("no archive of a checkpoint: there is no %s", specName)
 	}
 	conf, err := m.parseConfig()
 	if err != nil {
@@ -146,10 +147,10 @@ func (m *metadata) capture() (*capture.Capture, error) {
 func (m *metadata) parseConfig() (config, error) {
 	var c config
 	if err := json.Unmarshal(m.config, &c); err != nil {
-		return config{}, invalid("%s: %v", configName, err)
+		return config{}, fault.Invalid("%s: %v", configName, err)
 	}
 	if c.ID == "" {
-		return config{}, invalid("%s: the container has no ID", configName)
+		return config{}, fault.Invalid("%s: the container has no ID", configName)
 	}
 	return c, nil
 }
@@ -204,7 +205,7 @@ func (f *folder) file(in *entries, hdr *tar.Header) error {
 	case dir != imagesName:
 		return nil
 	case name == "" || name[0] == '.' || strings.Contains(name, "/"):
-		return invalid("%q: CRIU's images are plain files in one folder", hdr.Name)
+		return fault.Invalid("%q: CRIU's images are plain files in one folder", hdr.Name)
 	case name == statsName || name == logName:
 		return f.incidental(in, hdr.Name, hdr)
 	default:
@@ -233,7 +234,7 @@ func (f *folder) write(dest, from string, r io.Reader) error {
 		return fmt.Errorf("%s: %w", from, err)
 	}
 	if f.left < 0 {
-		return invalid("%s: the archive is larger than is allowed, or than there is space", from)
+		return fault.Invalid("%s: the archive is larger than is allowed, or than there is space", from)
 	}
 	return nil
 }
@@ -244,7 +245,7 @@ func (f *folder) join(deletedFiles []byte, mode int64) error {
 	var deleted []string
 	if deletedFiles != nil {
 		if err := json.Unmarshal(deletedFiles, &deleted); err != nil {
-			return invalid("%s: %v", deletedName, err)
+			return fault.Invalid("%s: %v", deletedName, err)
 		}
 	}
 	if deletedFiles == nil && mode == 0 {

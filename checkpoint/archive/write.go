@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // Write writes an archive of c to w, compressed. Podman, CRI-O and checkpointctl
@@ -144,14 +145,14 @@ func openPlain(path string) (*os.File, error) {
 	// O_NONBLOCK, lest a FIFO stops us.
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if errors.Is(err, unix.ELOOP) {
-		return nil, invalid("%s: a symbolic link; a checkpoint has only regular files", path)
+		return nil, fault.Invalid("%s: a symbolic link; a checkpoint has only regular files", path)
 	}
 	if err != nil {
 		return nil, err
 	}
 	info, err := f.Stat()
 	if err == nil && !info.Mode().IsRegular() {
-		err = invalid("%s: not a regular file", path)
+		err = fault.Invalid("%s: not a regular file", path)
 	}
 	if err != nil {
 		f.Close()

@@ -14,6 +14,8 @@ import (
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // base is the image that a container was made from, for its platform.
@@ -47,7 +49,7 @@ func readBase(ctx context.Context, store content.Store, desc ocispec.Descriptor,
 		return base{}, fmt.Errorf("config of base image %s: %w", desc.Digest, err)
 	}
 	if len(b.diffIDs) != len(m.Layers) {
-		return base{}, invalid("base image %s has %d layers, and %d in its config", desc.Digest, len(m.Layers), len(b.diffIDs))
+		return base{}, fault.Invalid("base image %s has %d layers, and %d in its config", desc.Digest, len(m.Layers), len(b.diffIDs))
 	}
 	for _, l := range m.Layers {
 		// The same blobs by OCI's names: some tools refuse an image with both.
@@ -69,14 +71,14 @@ func readBase(ctx context.Context, store content.Store, desc ocispec.Descriptor,
 func decodeConfig(data []byte) (base, error) {
 	var b base
 	if err := json.Unmarshal(data, &b.config); err != nil {
-		return base{}, invalid("no valid JSON: %v", err)
+		return base{}, fault.Invalid("no valid JSON: %v", err)
 	}
 	var known struct {
 		RootFS  ocispec.RootFS    `json:"rootfs"`
 		History []ocispec.History `json:"history"`
 	}
 	if err := json.Unmarshal(data, &known); err != nil {
-		return base{}, invalid("no valid image config: %v", err)
+		return base{}, fault.Invalid("no valid image config: %v", err)
 	}
 	b.diffIDs, b.history = known.RootFS.DiffIDs, known.History
 	return b, nil
@@ -133,7 +135,7 @@ func (b *base) with(created time.Time, diffIDs []digest.Digest, history []ocispe
 func retain(ctx context.Context, store content.Store, desc ocispec.Descriptor) error {
 	_, err := store.Info(ctx, desc.Digest)
 	if errdefs.IsNotFound(err) {
-		return unusable("%s (%s) is not in the content store; fetch all of the image: ctr content fetch IMAGE", desc.Digest, desc.MediaType)
+		return fault.Unusable("%s (%s) is not in the content store; fetch all of the image: ctr content fetch IMAGE", desc.Digest, desc.MediaType)
 	}
 	if err != nil {
 		return err
@@ -149,5 +151,5 @@ func retain(ctx context.Context, store content.Store, desc ocispec.Descriptor) e
 	}
 	w.Close()
 	_ = store.Abort(context.WithoutCancel(ctx), ref)
-	return unusable("%s (%s) was removed from the content store just now; try again", desc.Digest, desc.MediaType)
+	return fault.Unusable("%s (%s) was removed from the content store just now; try again", desc.Digest, desc.MediaType)
 }

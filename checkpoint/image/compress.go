@@ -7,6 +7,8 @@ import (
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // layerTypes are the media types of layers that we write and read.
@@ -28,7 +30,7 @@ func compressor(w io.Writer, c compression.Compression) (io.WriteCloser, error) 
 	case compression.Zstd:
 		return zstd.NewWriter(w, zstd.WithEncoderLevel(zstd.SpeedFastest))
 	}
-	return nil, invalid("unknown compression %d", c)
+	return nil, fault.Invalid("unknown compression %d", c)
 }
 
 // decompressor returns what was compressed in a layer of the media type.
@@ -45,5 +47,5 @@ func decompressor(r io.Reader, mediaType string) (io.ReadCloser, error) {
 		}
 		return z.IOReadCloser(), nil
 	}
-	return nil, invalid("a layer of media type %q; known are tar, tar+gzip, tar+zstd", mediaType)
+	return nil, fault.Invalid("a layer of media type %q; known are tar, tar+gzip, tar+zstd", mediaType)
 }

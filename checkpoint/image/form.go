@@ -12,6 +12,8 @@ import (
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // Form is what kind of image a checkpoint is.
@@ -133,12 +135,12 @@ func readDocument(ctx context.Context, store content.Provider, desc ocispec.Desc
 func decodeDocument(data []byte, index bool) (document, error) {
 	var doc document
 	if err := json.Unmarshal(data, &doc); err != nil {
-		return document{}, invalid("no valid manifest or index: %v", err)
+		return document{}, fault.Invalid("no valid manifest or index: %v", err)
 	}
 	// One that can be read as either is a trick: who signs or scans it may see
 	// the other.
 	if index && (doc.Config != nil || doc.Layers != nil) || !index && doc.Manifests != nil {
-		return document{}, invalid("both a manifest and an index")
+		return document{}, fault.Invalid("both a manifest and an index")
 	}
 	return doc, nil
 }
@@ -146,7 +148,7 @@ func decodeDocument(data []byte, index bool) (document, error) {
 // readBlob reads a small blob and compares its digest.
 func readBlob(ctx context.Context, store content.Provider, desc ocispec.Descriptor, limit int64) ([]byte, error) {
 	if err := desc.Digest.Validate(); err != nil {
-		return nil, invalid("digest %q: %v", desc.Digest, err)
+		return nil, fault.Invalid("digest %q: %v", desc.Digest, err)
 	}
 	ra, err := store.ReaderAt(ctx, desc)
 	if err != nil {
@@ -157,21 +159,21 @@ func readBlob(ctx context.Context, store content.Provider, desc ocispec.Descript
 		return nil, err
 	}
 	if desc.Size > limit {
-		return nil, invalid("%s (%s) has %d bytes; at most %d are read", desc.Digest, desc.MediaType, desc.Size, limit)
+		return nil, fault.Invalid("%s (%s) has %d bytes; at most %d are read", desc.Digest, desc.MediaType, desc.Size, limit)
 	}
 	data := make([]byte, desc.Size)
 	if _, err := io.ReadFull(io.NewSectionReader(ra, 0, desc.Size), data); err != nil {
 		return nil, fmt.Errorf("read %s: %w", desc.Digest, err)
 	}
 	if got := desc.Digest.Algorithm().FromBytes(data); got != desc.Digest {
-		return nil, invalid("%s is altered: its digest is %s", desc.Digest, got)
+		return nil, fault.Invalid("%s is altered: its digest is %s", desc.Digest, got)
 	}
 	return data, nil
 }
 
 func checkSize(ra content.ReaderAt, desc ocispec.Descriptor) error {
 	if ra.Size() != desc.Size {
-		return invalid("%s has %d bytes; the manifest says %d", desc.Digest, ra.Size(), desc.Size)
+		return fault.Invalid("%s has %d bytes; the manifest says %d", desc.Digest, ra.Size(), desc.Size)
 	}
 	return nil
 }

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // Annotations of containerd's index, from its client/container.go and task.go.
@@ -140,12 +141,12 @@ func indexInfo(ctx context.Context, store content.Provider, doc document) (captu
 			}
 		}
 		if n > 1 {
-			return capture.Info{}, nil, invalid("the index has %d blobs of type %s; a checkpoint has one", n, mediaType)
+			return capture.Info{}, nil, fault.Invalid("the index has %d blobs of type %s; a checkpoint has one", n, mediaType)
 		}
 	}
 	config := doc.one(images.MediaTypeContainerd1CheckpointConfig)
 	if config == nil {
-		return capture.Info{}, nil, invalid("the index has no container's spec (%s)", images.MediaTypeContainerd1CheckpointConfig)
+		return capture.Info{}, nil, fault.Invalid("the index has no container's spec (%s)", images.MediaTypeContainerd1CheckpointConfig)
 	}
 	data, err := readBlob(ctx, store, *config, maxMetadata)
 	if err != nil {
@@ -189,10 +190,10 @@ func indexInfo(ctx context.Context, store content.Provider, doc document) (captu
 func decodeSpec(data []byte) (json.RawMessage, error) {
 	var spec anypb.Any
 	if err := proto.Unmarshal(data, &spec); err != nil {
-		return nil, invalid("no valid protobuf: %v", err)
+		return nil, fault.Invalid("no valid protobuf: %v", err)
 	}
 	if spec.TypeUrl != specType {
-		return nil, invalid("of type %q; %s is expected", spec.TypeUrl, specType)
+		return nil, fault.Invalid("of type %q; %s is expected", spec.TypeUrl, specType)
 	}
 	if err := checkSpec(spec.Value); err != nil {
 		return nil, err

@@ -8,6 +8,7 @@ import (
 	"io"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // encodeInfo makes info.json.
@@ -23,13 +24,13 @@ func decodeInfo(data []byte) (capture.Info, error) {
 		Version int `json:"version"`
 	}
 	if err := json.Unmarshal(data, &head); err != nil {
-		return capture.Info{}, invalid("no valid JSON: %v", err)
+		return capture.Info{}, fault.Invalid("no valid JSON: %v", err)
 	}
 	switch {
 	case head.Version > formatVersion:
-		return capture.Info{}, unusable("format version %d is newer than %d, the newest this Stasis knows; use a newer Stasis", head.Version, formatVersion)
+		return capture.Info{}, fault.Unusable("format version %d is newer than %d, the newest this Stasis knows; use a newer Stasis", head.Version, formatVersion)
 	case head.Version < 1:
-		return capture.Info{}, invalid("no valid format version (%d)", head.Version)
+		return capture.Info{}, fault.Invalid("no valid format version (%d)", head.Version)
 	}
 	var i capture.Info
 	if err := strictJSON(data, &i); err != nil {
@@ -42,10 +43,10 @@ func decodeInfo(data []byte) (capture.Info, error) {
 func checkSpec(data []byte) error {
 	var object map[string]json.RawMessage
 	if err := json.Unmarshal(data, &object); err != nil {
-		return invalid("no valid JSON object: %v", err)
+		return fault.Invalid("no valid JSON object: %v", err)
 	}
 	if object == nil {
-		return invalid("no JSON object")
+		return fault.Invalid("no JSON object")
 	}
 	return nil
 }
@@ -55,10 +56,10 @@ func strictJSON(data []byte, v any) error {
 	d := json.NewDecoder(bytes.NewReader(data))
 	d.DisallowUnknownFields()
 	if err := d.Decode(v); err != nil {
-		return invalid("no valid JSON: %v", err)
+		return fault.Invalid("no valid JSON: %v", err)
 	}
 	if _, err := d.Token(); !errors.Is(err, io.EOF) {
-		return invalid("more after the JSON")
+		return fault.Invalid("more after the JSON")
 	}
 	return nil
 }

@@ -17,6 +17,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint/archive"
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // WritePodman writes the form of Podman and CRI-O and returns the descriptor of
@@ -74,7 +75,7 @@ func writePodman(ctx context.Context, store content.Store, c *capture.Capture, o
 
 func readPodman(ctx context.Context, store content.Provider, f found, dir string) (*capture.Capture, error) {
 	if n := len(f.doc.Layers); n != 1 {
-		return nil, invalid("it has %d layers; a checkpoint image of Podman or CRI-O has one", n)
+		return nil, fault.Invalid("it has %d layers; a checkpoint image of Podman or CRI-O has one", n)
 	}
 	desc := f.doc.Layers[0]
 	if desc.MediaType == images.MediaTypeDockerSchema2LayerGzip {

@@ -16,6 +16,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // Summary is what a list of checkpoints shows. Nothing in it was checked against
@@ -113,7 +114,7 @@ func read(ctx context.Context, store content.Provider, desc ocispec.Descriptor, 
 	case Podman:
 		return readPodman(ctx, store, f, dir)
 	}
-	return nil, invalid("no checkpoint of any kind that Stasis knows")
+	return nil, fault.Invalid("no checkpoint of any kind that Stasis knows")
 }
 
 // emptyDir makes the folder, and returns what restores it to what it was.
@@ -130,7 +131,7 @@ func emptyDir(dir string) (undo func(), err error) {
 		return nil, err
 	}
 	if len(entries) > 0 {
-		return nil, unusable("%s is not empty (%q)", dir, entries[0].Name())
+		return nil, fault.Unusable("%s is not empty (%q)", dir, entries[0].Name())
 	}
 	return func() {
 		entries, _ := os.ReadDir(dir)
@@ -144,13 +145,13 @@ func emptyDir(dir string) (undo func(), err error) {
 func readRunnable(ctx context.Context, store content.Provider, f found, dir string) (*capture.Capture, error) {
 	switch version, err := strconv.Atoi(f.doc.Annotations[AnnotationVersion]); {
 	case err != nil || version < 1:
-		return nil, invalid("annotation %s is %q", AnnotationVersion, f.doc.Annotations[AnnotationVersion])
+		return nil, fault.Invalid("annotation %s is %q", AnnotationVersion, f.doc.Annotations[AnnotationVersion])
 	case version > formatVersion:
-		return nil, unusable("format version %d is newer than %d, the newest this Stasis knows; use a newer Stasis", version, formatVersion)
+		return nil, fault.Unusable("format version %d is newer than %d, the newest this Stasis knows; use a newer Stasis", version, formatVersion)
 	}
 	desc := f.doc.Layers[len(f.doc.Layers)-1]
 	if desc.Digest.String() != f.doc.Annotations[AnnotationCheckpointLayer] {
-		return nil, invalid("the last layer is not the one that annotation %s names", AnnotationCheckpointLayer)
+		return nil, fault.Invalid("the last layer is not the one that annotation %s names", AnnotationCheckpointLayer)
 	}
 	size, err := uncompressedSize(desc)
 	if err != nil {
@@ -167,7 +168,7 @@ func readRunnable(ctx context.Context, store content.Provider, f found, dir stri
 	if digest, ok := f.doc.Annotations[AnnotationWritableLayer]; ok {
 		writable := f.doc.layer(digest)
 		if writable == nil {
-			return nil, invalid("no layer has the digest that annotation %s names", AnnotationWritableLayer)
+			return nil, fault.Invalid("no layer has the digest that annotation %s names", AnnotationWritableLayer)
 		}
 		c.Layer = storedLayer{store, *writable}
 	}

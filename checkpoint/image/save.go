@@ -11,6 +11,8 @@ import (
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // leaseTime is how long what a killed process has written stays.
@@ -51,7 +53,7 @@ func save(ctx context.Context, store content.Provider, records images.Store, nam
 		return images.Image{}, err
 	}
 	if form == None {
-		return images.Image{}, invalid("%s is no checkpoint", desc.Digest)
+		return images.Image{}, fault.Invalid("%s is no checkpoint", desc.Digest)
 	}
 	img := images.Image{Name: name, Target: desc, Labels: map[string]string{AnnotationCheckpoint: string(form)}}
 	if form == Index {
@@ -71,7 +73,7 @@ func save(ctx context.Context, store content.Provider, records images.Store, nam
 		return images.Image{}, err
 	}
 	if was == None && old.Labels[AnnotationCheckpoint] == "" {
-		return images.Image{}, &fault{errdefs.ErrAlreadyExists, "there is an image of this name that is no checkpoint; choose another name"}
+		return images.Image{}, fault.New(errdefs.ErrAlreadyExists, "there is an image of this name that is no checkpoint; choose another name")
 	}
 	return records.Update(ctx, img, "target", "labels")
 }

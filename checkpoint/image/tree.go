@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // tree writes a tar of root's own files and folders: 0600, 0700, all of the same
@@ -66,7 +68,7 @@ func (t *tree) image(ctx context.Context, prefix, dir, name string, buf []byte) 
 		return err
 	}
 	if !st.Mode().IsRegular() {
-		return invalid("%s: not a regular file", f.Name())
+		return fault.Invalid("%s: not a regular file", f.Name())
 	}
 	t.header(prefix+name, st.Size())
 	if t.err != nil {
@@ -122,13 +124,13 @@ func listImages(dir string) (names []string, total int64, err error) {
 			return nil, 0, err
 		}
 		if !info.Mode().IsRegular() || !plainName(e.Name()) {
-			return nil, 0, invalid("%s: %q is no plain file; a checkpoint has no others", dir, e.Name())
+			return nil, 0, fault.Invalid("%s: %q is no plain file; a checkpoint has no others", dir, e.Name())
 		}
 		names = append(names, e.Name())
 		total += info.Size()
 	}
 	if len(names) > maxFiles {
-		return nil, 0, invalid("%s: more than %d files", dir, maxFiles)
+		return nil, 0, fault.Invalid("%s: more than %d files", dir, maxFiles)
 	}
 	return names, total, nil
 }

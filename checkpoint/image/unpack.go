@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // unpacker writes CRIU's images of a tar into a folder, and nothing else
@@ -39,7 +40,7 @@ func newUnpacker(dir string, limit int64) *unpacker {
 // disagree.
 func (u *unpacker) once(name string) error {
 	if u.names[name] {
-		return invalid("%q: twice", name)
+		return fault.Invalid("%q: twice", name)
 	}
 	u.names[name] = true
 	return nil
@@ -48,10 +49,10 @@ func (u *unpacker) once(name string) error {
 // plain refuses an entry that is no plain file, or too much in sum.
 func (u *unpacker) plain(h *tar.Header) error {
 	if h.Typeflag != tar.TypeReg {
-		return invalid("%q: a %s; a checkpoint has only plain files", h.Name, kind(h.Typeflag))
+		return fault.Invalid("%q: a %s; a checkpoint has only plain files", h.Name, kind(h.Typeflag))
 	}
 	if u.left -= h.Size; u.left < 0 {
-		return invalid("%q: larger than the image says its layer is", h.Name)
+		return fault.Invalid("%q: larger than the image says its layer is", h.Name)
 	}
 	return nil
 }
@@ -73,10 +74,10 @@ func kind(flag byte) string {
 // image writes a file of CRIU's.
 func (u *unpacker) image(ctx context.Context, name string, h *tar.Header, r io.Reader) error {
 	if !plainName(name) {
-		return invalid("%q: not a name that a checkpoint's file can have", h.Name)
+		return fault.Invalid("%q: not a name that a checkpoint's file can have", h.Name)
 	}
 	if len(u.names) >= maxFiles {
-		return invalid("more than %d files", maxFiles)
+		return fault.Invalid("more than %d files", maxFiles)
 	}
 	if err := u.plain(h); err != nil {
 		return err
@@ -95,7 +96,7 @@ func (u *unpacker) metadata(h *tar.Header, r io.Reader) ([]byte, error) {
 		return nil, err
 	}
 	if h.Size > maxMetadata {
-		return nil, invalid("%q: larger than %d bytes", h.Name, maxMetadata)
+		return nil, fault.Invalid("%q: larger than %d bytes", h.Name, maxMetadata)
 	}
 	data, err := io.ReadAll(r)
 	return data, named(h.Name, badTar(err))
@@ -103,9 +104,9 @@ func (u *unpacker) metadata(h *tar.Header, r io.Reader) ([]byte, error) {
 
 // badTar tells what is wrong with a tar from what is wrong with reading it.
 func badTar(err error) error {
-	for _, fault := range []error{tar.ErrHeader, tar.ErrFieldTooLong, io.ErrUnexpectedEOF} {
-		if errors.Is(err, fault) {
-			return invalid("no valid tar: %v", err)
+	for _, cause := range []error{tar.ErrHeader, tar.ErrFieldTooLong, io.ErrUnexpectedEOF} {
+		if errors.Is(err, cause) {
+			return fault.Invalid("no valid tar: %v", err)
 		}
 	}
 	return err
@@ -130,7 +131,7 @@ func unpackStasis(ctx context.Context, r io.Reader, dir string, limit int64) (in
 		switch {
 		case h.Name == stasisDir+"/" || h.Name == checkpointDir+"/":
 			if h.Typeflag != tar.TypeDir {
-				err = invalid("%q: a %s; a folder is expected", h.Name, kind(h.Typeflag))
+				err = fault.Invalid("%q: a %s; a folder is expected", h.Name, kind(h.Typeflag))
 			}
 		case h.Name == infoPath:
 			var data []byte
@@ -145,7 +146,7 @@ func unpackStasis(ctx context.Context, r io.Reader, dir string, limit int64) (in
 		case inside:
 			err = u.image(ctx, name, h, tr)
 		default:
-			err = invalid("%q: the layer may hold nothing but /%s", h.Name, stasisDir)
+			err = fault.Invalid("%q: the layer may hold nothing but /%s", h.Name, stasisDir)
 		}
 		if err != nil {
 			return info, nil, err
@@ -153,7 +154,7 @@ func unpackStasis(ctx context.Context, r io.Reader, dir string, limit int64) (in
 	}
 	for _, name := range []string{infoPath, specPath, checkpointDir + "/"} {
 		if !u.names[name] {
-			return info, nil, invalid("%s: missing", name)
+			return info, nil, fault.Invalid("%s: missing", name)
 		}
 	}
 	return info, spec, nil
@@ -214,14 +215,14 @@ func (s *source) Read(p []byte) (int, error) {
 func (b *blobReader) Read(p []byte) (int, error) {
 	n, err := b.plain.Read(p)
 	if err != nil && !errors.Is(err, io.EOF) && !b.source.failed {
-		err = invalid("%s is damaged: %v", b.desc.Digest, err)
+		err = fault.Invalid("%s is damaged: %v", b.desc.Digest, err)
 	}
 	return n, err
 }
 
 func openBlob(ctx context.Context, store content.Provider, desc ocispec.Descriptor) (*blobReader, error) {
 	if err := desc.Digest.Validate(); err != nil {
-		return nil, invalid("digest %q: %v", desc.Digest, err)
+		return nil, fault.Invalid("digest %q: %v", desc.Digest, err)
 	}
 	ra, err := store.ReaderAt(ctx, desc)
 	if err != nil {
@@ -239,7 +240,7 @@ func openBlob(ctx context.Context, store content.Provider, desc ocispec.Descript
 		b.hash.Close()
 		ra.Close()
 		if !b.source.failed {
-			err = invalid("%s is damaged: %v", desc.Digest, err)
+			err = fault.Invalid("%s is damaged: %v", desc.Digest, err)
 		}
 		return nil, err
 	}
@@ -253,7 +254,7 @@ func (b *blobReader) finish() error {
 		return fmt.Errorf("read %s: %w", b.desc.Digest, err)
 	}
 	if n > maxPadding {
-		return invalid("%s goes on after the end of its tar", b.desc.Digest)
+		return fault.Invalid("%s goes on after the end of its tar", b.desc.Digest)
 	}
 	buf := make([]byte, chunkSize)
 	if err := copyContext(b.ctx, io.Discard, b.raw, buf); err != nil {
@@ -264,7 +265,7 @@ func (b *blobReader) finish() error {
 	}
 	b.hash = nil
 	if got := b.digester.Digest(); got != b.desc.Digest {
-		return invalid("%s is altered: its digest is %s", b.desc.Digest, got)
+		return fault.Invalid("%s is altered: its digest is %s", b.desc.Digest, got)
 	}
 	return nil
 }
@@ -302,7 +303,7 @@ func uncompressedSize(desc ocispec.Descriptor) (int64, error) {
 	text := desc.Annotations[AnnotationUncompressed]
 	size, err := strconv.ParseInt(text, 10, 64)
 	if err != nil || size < 0 {
-		return 0, invalid("layer %s does not tell its size: annotation %s is %q", desc.Digest, AnnotationUncompressed, text)
+		return 0, fault.Invalid("layer %s does not tell its size: annotation %s is %q", desc.Digest, AnnotationUncompressed, text)
 	}
 	return size, nil
 }
@@ -314,7 +315,7 @@ func checkSpace(dir string, size int64) error {
 		return fmt.Errorf("%s: %w", dir, err)
 	}
 	if free := st.Bavail * uint64(st.Bsize); uint64(size) > free {
-		return unusable("the checkpoint has %d bytes, and only %d are free in %s", size, free, dir)
+		return fault.Unusable("the checkpoint has %d bytes, and only %d are free in %s", size, free, dir)
 	}
 	return nil
 }

@@ -10,6 +10,8 @@ import (
 	"os"
 	"slices"
 	"sort"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // ProcessDiff says how the memory of a process differs between two checkpoints.
@@ -119,19 +121,19 @@ func (r *reader) runs(p *Process) (list []run, pages *os.File, err error) {
 	slices.SortFunc(list, func(a, b run) int { return cmp.Compare(a.start, b.start) })
 	for i := 1; i < len(list); i++ {
 		if list[i-1].start+uint64(list[i-1].size) > list[i].start {
-			return nil, nil, invalid("pagemap-%d.img: lists the same memory again", p.PID)
+			return nil, nil, fault.Invalid("pagemap-%d.img: lists the same memory again", p.PID)
 		}
 	}
 	pages, err = r.folder.open(fmt.Sprintf("pages-%d.img", image))
 	if errors.Is(err, fs.ErrNotExist) {
-		err = invalid("pages-%d.img: missing; pagemap-%d.img refers to it", image, p.PID)
+		err = fault.Invalid("pages-%d.img: missing; pagemap-%d.img refers to it", image, p.PID)
 	}
 	return list, pages, err
 }
 
 func (d *ProcessDiff) compare(ctx context.Context, a, b *reader, old, now *Process) error {
 	if old.Memory.PageSize != now.Memory.PageSize {
-		return invalid("the pages have different sizes")
+		return fault.Invalid("the pages have different sizes")
 	}
 	was, wasPages, err := a.runs(old)
 	if err != nil {
@@ -210,10 +212,10 @@ func (c *comparison) pages(was, is int64, address uint64, n int64) error {
 		c.a, c.b = make([]byte, n), make([]byte, n)
 	}
 	if _, err := c.was.ReadAt(c.a[:n], was); err != nil {
-		return invalid("%s: truncated at %d", c.was.Name(), was)
+		return fault.Invalid("%s: truncated at %d", c.was.Name(), was)
 	}
 	if _, err := c.is.ReadAt(c.b[:n], is); err != nil {
-		return invalid("%s: truncated at %d", c.is.Name(), is)
+		return fault.Invalid("%s: truncated at %d", c.is.Name(), is)
 	}
 	for i := int64(0); i < n; i += c.page {
 		end := min(i+c.page, n)

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // fileTable is files.img: what descriptors and mappings refer to by number.
@@ -52,7 +53,7 @@ func (r *reader) readFiles() error {
 		switch {
 		case e.Reg != nil:
 			if len(e.Reg.GetName()) > maxPath {
-				return invalid("file %d has a name of %d bytes", e.GetId(), len(e.Reg.GetName()))
+				return fault.Invalid("file %d has a name of %d bytes", e.GetId(), len(e.Reg.GetName()))
 			}
 			d.Path = text(e.Reg.GetName())
 			t.regular[e.GetId()] = d.Path
@@ -75,7 +76,7 @@ func (r *reader) readFiles() error {
 			r.needAddress(e.Isk)
 		case e.Usk != nil:
 			if len(e.Usk.GetName()) > maxPath {
-				return invalid("socket %d has a name of %d bytes", e.GetId(), len(e.Usk.GetName()))
+				return fault.Invalid("socket %d has a name of %d bytes", e.GetId(), len(e.Usk.GetName()))
 			}
 			unixSockets = append(unixSockets, &skunix.UnixSkEntry{
 				Id: e.Usk.Id, Ino: e.Usk.Ino, Type: e.Usk.Type, State: e.Usk.State, Flags: e.Usk.Flags,
@@ -105,7 +106,7 @@ func (r *reader) readFiles() error {
 		return nil
 	})
 	if errors.Is(err, fs.ErrNotExist) {
-		return invalid("files.img: missing; the checkpoint is incomplete, or was made by a CRIU older than 3.3")
+		return fault.Invalid("files.img: missing; the checkpoint is incomplete, or was made by a CRIU older than 3.3")
 	}
 	if err != nil {
 		return err

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // folder is an open folder and the sizes of the files in it, in bytes.
@@ -25,9 +26,9 @@ func openFolder(path string) (*folder, error) {
 	d, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECTORY, 0)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return nil, &fault{errdefs.ErrNotFound, "no such folder"}
+		return nil, fault.New(errdefs.ErrNotFound, "no such folder")
 	case errors.Is(err, unix.ENOTDIR):
-		return nil, invalid("not a folder")
+		return nil, fault.Invalid("not a folder")
 	case err != nil:
 		return nil, err
 	}
@@ -55,11 +56,11 @@ func (f *folder) list() error {
 				f.files[name] = st.Size
 			case unix.S_IFDIR:
 			default:
-				return invalid("%q: neither a file nor a folder; a checkpoint has only regular files", name)
+				return fault.Invalid("%q: neither a file nor a folder; a checkpoint has only regular files", name)
 			}
 		}
 		if len(f.files) > maxEntries {
-			return invalid("more than %d files", maxEntries)
+			return fault.Invalid("more than %d files", maxEntries)
 		}
 		if errors.Is(err, io.EOF) {
 			return nil
@@ -80,7 +81,7 @@ func (f *folder) open(name string) (*os.File, error) {
 	file := os.NewFile(uintptr(fd), name)
 	info, err := file.Stat()
 	if err == nil && !info.Mode().IsRegular() {
-		err = invalid("%s: not a regular file", name)
+		err = fault.Invalid("%s: not a regular file", name)
 	}
 	if err != nil {
 		file.Close()
@@ -98,7 +99,7 @@ func (f *folder) small(name string, limit int64) ([]byte, error) {
 	defer file.Close()
 	data, err := io.ReadAll(io.LimitReader(file, limit+1))
 	if err == nil && int64(len(data)) > limit {
-		err = invalid("%s: larger than %d bytes", name, limit)
+		err = fault.Invalid("%s: larger than %d bytes", name, limit)
 	}
 	return data, err
 }
@@ -117,7 +118,7 @@ func (f *folder) each(name, kind string, fn func(msg []byte) error) error {
 		limit = maxPagemap
 	}
 	if size := f.files[name]; size > limit {
-		return invalid("%s: %d bytes, at most %d are allowed", name, size, limit)
+		return fault.Invalid("%s: %d bytes, at most %d are allowed", name, size, limit)
 	}
 	err = checkpoint.EachMessage(file, f.files[name], kind, fn)
 	if err == nil || err == stop {
@@ -137,7 +138,7 @@ func (f *folder) one(name, kind string, into proto.Message) error {
 		return stop
 	})
 	if err == nil && !found {
-		err = invalid("%s: empty", name)
+		err = fault.Invalid("%s: empty", name)
 	}
 	return err
 }

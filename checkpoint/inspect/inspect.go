@@ -21,8 +21,9 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/stats"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/utsns"
-	"github.com/containerd/errdefs"
+
 	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // Options say what to read besides the usual.
@@ -47,21 +48,6 @@ func Inspect(ctx context.Context, dir string, o Options) (*Report, error) {
 	}
 	return nil, fmt.Errorf("inspect checkpoint %s: %w", dir, err)
 }
-
-// invalid says what is wrong with a checkpoint.
-func invalid(format string, args ...any) error {
-	return &fault{errdefs.ErrInvalidArgument, fmt.Sprintf(format, args...)}
-}
-
-// fault is an error whose text is for people alone, and that matches one of
-// errdefs' errors.
-type fault struct {
-	kind error
-	text string
-}
-
-func (f *fault) Error() string { return f.text }
-func (f *fault) Unwrap() error { return f.kind }
 
 // reader reads one checkpoint into a report.
 type reader struct {
@@ -88,7 +74,7 @@ func newReader(ctx context.Context, f *folder, o Options) *reader {
 // take accounts for n items of the report.
 func (r *reader) take(n int) error {
 	if r.left -= n; r.left < 0 {
-		return invalid("more than %d processes, mappings and open files", maxItems)
+		return fault.Invalid("more than %d processes, mappings and open files", maxItems)
 	}
 	return context.Cause(r.ctx)
 }
@@ -118,7 +104,7 @@ func (r *reader) readManifest() error {
 	}
 	var m checkpoint.Manifest
 	if err := json.Unmarshal(data, &m); err != nil {
-		return invalid("stasis.json: no manifest: %v", err)
+		return fault.Invalid("stasis.json: no manifest: %v", err)
 	}
 	r.report.Manifest = &m
 	return r.take(len(m.Files) + len(m.CPUFeatures))
@@ -128,7 +114,7 @@ func (r *reader) readInventory() error {
 	var inv inventory.InventoryEntry
 	if err := r.folder.one("inventory.img", "INVENTORY", &inv); err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
-			return invalid("no checkpoint: the folder has no inventory.img")
+			return fault.Invalid("no checkpoint: the folder has no inventory.img")
 		}
 		return err
 	}

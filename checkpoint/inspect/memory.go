@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // Flags of mappings, CRIU's include/image.h, VMA_AREA_*.
@@ -50,7 +51,7 @@ func (r *reader) readMemory(p *Process) error {
 	p.Memory.PageSize = pageSize(m.GetMmSavedAuxv())
 	for _, v := range m.GetVmas() {
 		if v.GetEnd() < v.GetStart() || int64(v.GetEnd()-v.GetStart()) < 0 {
-			return invalid("mm-%d.img: a mapping from %x to %x", p.PID, v.GetStart(), v.GetEnd())
+			return fault.Invalid("mm-%d.img: a mapping from %x to %x", p.PID, v.GetStart(), v.GetEnd())
 		}
 		p.Memory.Mappings = append(p.Memory.Mappings, r.mapping(v, &m))
 	}
@@ -151,7 +152,7 @@ func (r *reader) readPages(p *Process, m *mm.MmEntry) error {
 			steps += maxSteps >> 14 // a read is dear
 		}
 		if steps > maxSteps {
-			return invalid("lists the same memory again and again")
+			return fault.Invalid("lists the same memory again and again")
 		}
 		if !args.within(start, end) && !environment.within(start, end) {
 			return nil
@@ -199,7 +200,7 @@ func (r *reader) eachRun(name string, page int64, fn func(id uint32, start uint6
 			n = uint64(e.GetCompatNrPages())
 		}
 		if n > 1<<36 || e.GetVaddr() > 1<<63 {
-			return invalid("lists more memory than there can be")
+			return fault.Invalid("lists more memory than there can be")
 		}
 		if e.GetInParent() || e.Flags != nil && e.GetFlags()&pagesPresent == 0 {
 			return nil
@@ -209,7 +210,7 @@ func (r *reader) eachRun(name string, page int64, fn func(id uint32, start uint6
 			return err
 		}
 		if at += size; at < 0 {
-			return invalid("lists more memory than there can be")
+			return fault.Invalid("lists more memory than there can be")
 		}
 		return nil
 	})

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // readMounts reads the mounts of every mount namespace.
@@ -28,7 +29,7 @@ func (r *reader) readMounts() error {
 			}
 			for _, s := range []string{e.GetMountpoint(), e.GetSource(), e.GetRoot(), e.GetExtKey()} {
 				if len(s) > maxPath {
-					return invalid("mount %d has a name of %d bytes", e.GetMntId(), len(s))
+					return fault.Invalid("mount %d has a name of %d bytes", e.GetMntId(), len(s))
 				}
 			}
 			m := Mount{

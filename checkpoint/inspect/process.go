@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/cap"
 
 	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // machines are CRIU's names of architectures, in Go's words.
@@ -39,7 +40,7 @@ func (r *reader) readProcesses() error {
 			return err
 		}
 		if seen[e.GetPid()] {
-			return invalid("process %d is listed twice", e.GetPid())
+			return fault.Invalid("process %d is listed twice", e.GetPid())
 		}
 		seen[e.GetPid()] = true
 		p, err := r.readProcess(&e)
@@ -47,10 +48,10 @@ func (r *reader) readProcesses() error {
 		return err
 	})
 	if errors.Is(err, fs.ErrNotExist) && len(all) == 0 {
-		return invalid("pstree.img: missing")
+		return fault.Invalid("pstree.img: missing")
 	}
 	if err == nil && len(all) == 0 {
-		err = invalid("pstree.img: lists no process")
+		err = fault.Invalid("pstree.img: lists no process")
 	}
 	if err != nil {
 		return err
@@ -83,7 +84,7 @@ func inTreeOrder(all []Process) ([]Process, error) {
 		push(p.PID, next.depth+1)
 	}
 	if len(sorted) != len(all) {
-		return nil, invalid("pstree.img: %d of %d processes are below none that is listed", len(all)-len(sorted), len(all))
+		return nil, fault.Invalid("pstree.img: %d of %d processes are below none that is listed", len(all)-len(sorted), len(all))
 	}
 	return sorted, nil
 }
@@ -144,7 +145,7 @@ func (r *reader) readProcess(e *pstree.PstreeEntry) (Process, error) {
 // missing says what an image that is not there would have been for.
 func missing(err error, format string, args ...any) error {
 	if errors.Is(err, fs.ErrNotExist) {
-		return invalid("%v: %s", err, fmt.Sprintf(format, args...))
+		return fault.Invalid("%v: %s", err, fmt.Sprintf(format, args...))
 	}
 	return err
 }

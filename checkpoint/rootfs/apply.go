@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // Apply puts an OCI layer, uncompressed, onto the root filesystem in the folder
@@ -262,13 +264,13 @@ func (a *applier) link(d *folder, base string, e item) error {
 	if dir != "" {
 		var err error
 		if target, err = a.resolve(dir); err != nil {
-			return invalid("entry %q: a hard link to %q: %v", e.path, e.Linkname, err)
+			return fault.Invalid("entry %q: a hard link to %q: %v", e.path, e.Linkname, err)
 		}
 		defer target.close()
 	}
 	// Without AT_SYMLINK_FOLLOW: a link's other name is a link.
 	if err := unix.Linkat(target.fd, name, d.fd, base, 0); err != nil {
-		return invalid("entry %q: a hard link to %q: %v", e.path, e.Linkname, err)
+		return fault.Invalid("entry %q: a hard link to %q: %v", e.path, e.Linkname, err)
 	}
 	return nil
 }

@@ -14,6 +14,8 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // Copy makes an exact copy of the tree src as dst, and returns how many bytes of
@@ -37,7 +39,7 @@ func Copy(ctx context.Context, dst, src string, done func(bytes int64)) (_ int64
 	}
 	if err := os.Mkdir(dst, 0o700); errors.Is(err, os.ErrExist) {
 		from.close()
-		return 0, &fault{errdefs.ErrAlreadyExists, "there is something of this name; give a new one, or remove it"}
+		return 0, fault.New(errdefs.ErrAlreadyExists, "there is something of this name; give a new one, or remove it")
 	} else if err != nil {
 		from.close()
 		return 0, err
@@ -184,7 +186,7 @@ func (c *copier) entry(ctx context.Context, from, to *folder, name string) (isFo
 	}
 	if kind(&st) == unix.S_IFDIR {
 		if inodeOf(&st) == c.self {
-			return false, invalid("the copy would be within what is copied; give a folder elsewhere")
+			return false, fault.Invalid("the copy would be within what is copied; give a folder elsewhere")
 		}
 		return true, to.fail("mkdir", name, unix.Mkdirat(to.fd, name, 0o700))
 	}

@@ -12,6 +12,8 @@ import (
 	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // SplitDeleted makes of a layer what is in a checkpoint of Podman, CRI-O and the
@@ -39,11 +41,11 @@ func SplitDeleted(layer io.Reader, files io.Writer) (deleted []string, err error
 			return nil, err
 		}
 		if folder, ok := entry.opaque(); ok {
-			return nil, unusable("/%s: an opaque folder; without the image that it hides nobody can tell which files are deleted", folder)
+			return nil, fault.Unusable("/%s: an opaque folder; without the image that it hides nobody can tell which files are deleted", folder)
 		}
 		if name, ok := entry.whiteout(); ok {
 			if !utf8.ValidString(name) {
-				return nil, unusable("%q: deleted, and not UTF-8, which a list of deleted files cannot say", "/"+name)
+				return nil, fault.Unusable("%q: deleted, and not UTF-8, which a list of deleted files cannot say", "/"+name)
 			}
 			deleted = append(deleted, name)
 			continue
@@ -56,7 +58,7 @@ func SplitDeleted(layer io.Reader, files io.Writer) (deleted []string, err error
 	for _, name := range deleted {
 		isFolder, replaced := g.seen[name]
 		if replaced && isFolder {
-			return nil, unusable("/%s: a folder deleted and made anew, which a list of deleted files cannot say", name)
+			return nil, fault.Unusable("/%s: a folder deleted and made anew, which a list of deleted files cannot say", name)
 		}
 		if !replaced { // else the file in the tar does it
 			list = append(list, "/"+name)
@@ -70,7 +72,7 @@ func SplitDeleted(layer io.Reader, files io.Writer) (deleted []string, err error
 func copyEntry(tw *tar.Writer, g *guard, e item) error {
 	e.Format = tar.FormatPAX // which can say all that the others can
 	if err := tw.WriteHeader(e.Header); err != nil {
-		return invalid("entry %q: write it anew: %v", e.Name, err)
+		return fault.Invalid("entry %q: write it anew: %v", e.Name, err)
 	}
 	if e.Typeflag != tar.TypeReg {
 		return nil
@@ -95,7 +97,7 @@ func JoinDeleted(files io.Reader, deleted []string, layer io.Writer) error {
 
 func joinDeleted(files io.Reader, deleted []string, layer io.Writer) error {
 	if len(deleted) > defaultLimits.entries {
-		return invalid("more than %d deleted files", defaultLimits.entries)
+		return fault.Invalid("more than %d deleted files", defaultLimits.entries)
 	}
 	j := joiner{tw: tar.NewWriter(layer), pending: map[string]bool{}, in: map[string][]string{}}
 	for _, name := range deleted {
@@ -104,7 +106,7 @@ func joinDeleted(files io.Reader, deleted []string, layer io.Writer) error {
 			return err
 		}
 		if strings.HasPrefix(path.Base(p), whiteoutPrefix) {
-			return invalid("deleted file %q: a whiteout of a whiteout", name)
+			return fault.Invalid("deleted file %q: a whiteout of a whiteout", name)
 		}
 		if j.pending[p] {
 			continue
@@ -123,7 +125,7 @@ func joinDeleted(files io.Reader, deleted []string, layer io.Writer) error {
 			return err
 		}
 		if strings.HasPrefix(path.Base(entry.path), whiteoutPrefix) {
-			return invalid("entry %q: a whiteout beside a list of deleted files", entry.Name)
+			return fault.Invalid("entry %q: a whiteout beside a list of deleted files", entry.Name)
 		}
 		if err := j.above(entry.path); err != nil {
 			return err
@@ -196,7 +198,7 @@ func deletedPath(name string) (string, error) {
 		err = errors.New("the root")
 	}
 	if err != nil {
-		return "", invalid("deleted file %q: %v", name, err)
+		return "", fault.Invalid("deleted file %q: %v", name, err)
 	}
 	return p, nil
 }
@@ -238,7 +240,7 @@ func removeDeleted(root string, deleted []string) error {
 		case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENOTDIR):
 			continue
 		case errors.Is(err, unix.ELOOP):
-			return invalid("deleted file %q: there is a symbolic link in its path", "/"+p)
+			return fault.Invalid("deleted file %q: there is a symbolic link in its path", "/"+p)
 		case err != nil:
 			return r.fail("open", dir, err)
 		}

@@ -11,6 +11,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // limits bound what a layer may ask for.
@@ -76,7 +78,7 @@ func (g *guard) next() (item, error) {
 			return item{}, readError("", err)
 		}
 		if g.left.entries--; g.left.entries < 0 {
-			return item{}, invalid("the tar has more than %d entries", defaultLimits.entries)
+			return item{}, fault.Invalid("the tar has more than %d entries", defaultLimits.entries)
 		}
 		if hdr.Typeflag == tar.TypeXGlobalHeader {
 			continue // a comment
@@ -95,9 +97,9 @@ func readError(name string, err error) error {
 		return err
 	}
 	if name != "" {
-		return invalid("%q: read the tar: %v", name, err)
+		return fault.Invalid("%q: read the tar: %v", name, err)
 	}
-	return invalid("read the tar: %v", err)
+	return fault.Invalid("read the tar: %v", err)
 }
 
 func (g *guard) check(hdr *tar.Header) (item, error) {
@@ -111,10 +113,10 @@ func (g *guard) check(hdr *tar.Header) (item, error) {
 	}
 	p, err := cleanPath(name)
 	if err != nil {
-		return item{}, invalid("entry %q: %v", hdr.Name, err)
+		return item{}, fault.Invalid("entry %q: %v", hdr.Name, err)
 	}
 	refused := func(format string, args ...any) (item, error) {
-		return item{}, invalid("entry %q: %s", hdr.Name, fmt.Sprintf(format, args...))
+		return item{}, fault.Invalid("entry %q: %s", hdr.Name, fmt.Sprintf(format, args...))
 	}
 	if p == "" && !isFolder {
 		return refused("the root can only be a folder")

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 const (
@@ -41,7 +43,7 @@ func (c *change) path() string { return c.in.at(c.name) }
 // checkName refuses what a layer has another meaning for.
 func (c *change) checkName() error {
 	if strings.HasPrefix(c.name, whiteoutPrefix) {
-		return unusable("/%s: no layer can hold a file whose name begins with %q; rename or remove it", c.path(), whiteoutPrefix)
+		return fault.Unusable("/%s: no layer can hold a file whose name begins with %q; rename or remove it", c.path(), whiteoutPrefix)
 	}
 	return nil
 }
@@ -135,7 +137,7 @@ func addXattrs(c *change, hdr *tar.Header) error {
 	}
 	for name, value := range maps.All(all) {
 		if strings.Contains(name, "=") {
-			return unusable("/%s: no tar can hold an extended attribute with %q in its name: %q", c.path(), "=", name)
+			return fault.Unusable("/%s: no tar can hold an extended attribute with %q in its name: %q", c.path(), "=", name)
 		}
 		hdr.PAXRecords[xattrRecord+name] = value
 	}

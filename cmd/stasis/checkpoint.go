@@ -282,7 +282,7 @@ func (a *app) checkpointOne(ctx context.Context, c *client.Client, container cli
 	keep := false
 	defer func() {
 		if keep && err != nil {
-			err = fmt.Errorf("%w; the container has ended, and its images are in %s: restore from them, or remove them with `stasis prune`", err, work.dir)
+			err = fmt.Errorf("%w; the container has ended, and its images are in %s: its files are in its snapshot still, so a new task of the same container (`criu_image_path` in its runtime options) brings it back; `stasis prune` removes them", err, work.dir)
 			work.release()
 			return
 		}
@@ -302,11 +302,15 @@ func (a *app) checkpointOne(ctx context.Context, c *client.Client, container cli
 	if err := d.checkBase(ctx, f.format.value); err != nil {
 		return nil, err
 	}
+	if err := checkRef(ctx, c, ref); err != nil {
+		return nil, err
+	}
 	got, err := d.dump(ctx, work.dir, f, bar)
+	// Also if it was interrupted too late.
+	keep = f.exit && (err == nil || isWhole(filepath.Join(work.dir, "checkpoint")))
 	if err != nil {
 		return nil, err
 	}
-	keep = f.exit
 	result := &checkpointResult{
 		Container: container.ID(), Frozen: got.Info.Stats.Frozen, Note: d.note,
 		ImageBytes: got.Info.Stats.ImageBytes, LayerBytes: got.Info.Stats.LayerBytes,
@@ -332,6 +336,24 @@ func (a *app) checkpointOne(ctx context.Context, c *client.Client, container cli
 	}
 	result.Took = time.Since(started)
 	return result, nil
+}
+
+// checkRef refuses early to replace an image that is no checkpoint.
+func checkRef(ctx context.Context, c *client.Client, ref string) error {
+	if ref == "" {
+		return nil
+	}
+	record, err := c.ImageService().Get(ctx, ref)
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if form, err := image.Detect(ctx, c.ContentStore(), record.Target); err == nil && form == image.None {
+		return fmt.Errorf("there is an image %s that is no checkpoint; choose another REF: %w", ref, errdefs.ErrAlreadyExists)
+	}
+	return nil
 }
 
 // writeArchive writes a new archive; a file that is there is replaced when the

@@ -191,7 +191,9 @@ func (d *dumper) checkpointByTask(ctx context.Context, r *api.CheckpointRequest)
 			}
 		}()
 	}
-	_, err = d.task.Checkpoint(ctx, func(info *client.CheckpointTaskInfo) error {
+	// Another shim does not give a dump up: who went away would remove the folder
+	// that it writes to, and with Exit the container would be lost.
+	_, err = d.task.Checkpoint(context.WithoutCancel(ctx), func(info *client.CheckpointTaskInfo) error {
 		info.Options = &options.CheckpointOptions{
 			Exit: r.Exit, OpenTcp: r.Options.OpenTcp, ExternalUnixSockets: r.Options.ExternalUnixSockets,
 			Terminal: r.Options.Terminal, FileLocks: r.Options.FileLocks, ImagePath: r.ImagePath,

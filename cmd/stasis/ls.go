@@ -52,6 +52,9 @@ func checkpoints(ctx context.Context, c *client.Client) ([]listed, error) {
 	}
 	found := []listed{}
 	for _, img := range all {
+		if ofCRI(img) {
+			continue // it has another name
+		}
 		l := listed{Ref: img.Name, Digest: img.Target.Digest.String(), Created: img.CreatedAt}
 		l.Summary, err = image.ReadInfo(ctx, c.ContentStore(), img.Target)
 		switch {

@@ -57,7 +57,8 @@ func run(ctx context.Context, args []string, in io.Reader, out, errs io.Writer) 
 	case errors.As(err, &code):
 		return int(code)
 	case ctx.Err() != nil:
-		fmt.Fprintln(errs, "stasis: interrupted")
+		// The error may tell what was left, and where.
+		fmt.Fprintf(errs, "stasis: interrupted: %v\n", err)
 		return exitInterrupted
 	}
 	fmt.Fprintf(errs, "stasis: %v\n", err)

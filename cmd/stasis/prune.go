@@ -9,7 +9,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
-	"github.com/containerd/containerd/v2/core/images"
+	"github.com/opencontainers/go-digest"
 	"github.com/spf13/cobra"
 )
 
@@ -75,7 +75,7 @@ func (a *app) prune(ctx context.Context, f pruneFlags) error {
 			return err
 		}
 		for _, l := range f.choose(all, time.Now()) {
-			if err := f.remove(ctx, c, l.Ref); err != nil {
+			if err := f.remove(ctx, c, l); err != nil {
 				failed = append(failed, fmt.Errorf("remove %s: %w", l.Ref, err))
 				continue
 			}
@@ -102,11 +102,11 @@ func (a *app) prune(ctx context.Context, f pruneFlags) error {
 	return errors.Join(failed...)
 }
 
-func (f pruneFlags) remove(ctx context.Context, c *client.Client, ref string) error {
+func (f pruneFlags) remove(ctx context.Context, c *client.Client, l listed) error {
 	if f.dryRun {
 		return nil
 	}
-	return c.ImageService().Delete(ctx, ref, images.SynchronousDelete())
+	return removeImage(ctx, c, l.Ref, digest.Digest(l.Digest))
 }
 
 // choose returns those of a list, sorted with the newest first, that go.

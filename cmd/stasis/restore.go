@@ -113,6 +113,7 @@ func (a *app) restore(ctx context.Context, f *restoreFlags, arg, id string) (err
 	if err != nil {
 		return fmt.Errorf("restore %s: %w", arg, err)
 	}
+	defer func() { err = errors.Join(err, record.remove()) }()
 	summary, err := image.ReadInfo(ctx, c.ContentStore(), record.Target)
 	if err != nil {
 		return fmt.Errorf("restore %s: %w", arg, err)
@@ -129,11 +130,11 @@ func (a *app) restore(ctx context.Context, f *restoreFlags, arg, id string) (err
 		return fmt.Errorf("restore %s: there is a container %s: give another NAME, or remove it: %w", arg, id, errdefs.ErrAlreadyExists)
 	}
 	bar.Stage("unpack")
-	img := client.NewImage(c, record)
+	img := client.NewImage(c, record.Image)
 	if err := img.Unpack(ctx, f.snapshotter); err != nil {
 		return fmt.Errorf("restore %s: unpack it: %w", arg, err)
 	}
-	container, spec, err := a.newRestored(ctx, c, img, id, f)
+	container, spec, err := a.newRestored(ctx, c, img, id, record.devShm, f)
 	if err != nil {
 		return fmt.Errorf("restore %s: %w", arg, err)
 	}
@@ -166,8 +167,9 @@ func (a *app) restore(ctx context.Context, f *restoreFlags, arg, id string) (err
 	return nil
 }
 
-// newRestored makes the container, whose image has its checkpoint.
-func (a *app) newRestored(ctx context.Context, c *client.Client, img client.Image, id string, f *restoreFlags) (client.Container, *specs.Spec, error) {
+// newRestored makes the container, whose image has its checkpoint. devShm is that
+// of a restorable.
+func (a *app) newRestored(ctx context.Context, c *client.Client, img client.Image, id, devShm string, f *restoreFlags) (client.Container, *specs.Spec, error) {
 	var spec *specs.Spec
 	opts := []client.NewContainerOpts{
 		client.WithImage(img),
@@ -179,7 +181,7 @@ func (a *app) newRestored(ctx context.Context, c *client.Client, img client.Imag
 			if spec, err = embeddedSpec(ctx, c, container); err != nil {
 				return err
 			}
-			if err := amend(ctx, c, spec, id, f); err != nil {
+			if err := amend(ctx, c, container, spec, devShm, f); err != nil {
 				return err
 			}
 			return client.WithSpec(spec)(ctx, c, container)

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/containerd/containerd/v2/client"
@@ -84,21 +85,15 @@ func readSpec(dir string) (*specs.Spec, error) {
 }
 
 // amend makes of the spec of the container that was checkpointed that of the one
-// that is restored.
-func amend(ctx context.Context, c *client.Client, spec *specs.Spec, id string, f *restoreFlags) error {
+// that is restored, perhaps on another host and from another engine's. devShm is
+// that of a restorable.
+func amend(ctx context.Context, c *client.Client, container *containers.Container, spec *specs.Spec, devShm string, f *restoreFlags) error {
 	spec.Root.Path = "rootfs"
 	namespace, err := namespaces.NamespaceRequired(ctx)
 	if err != nil {
 		return err
 	}
-	// systemd's form is slice:prefix:name.
-	if parts := strings.Split(spec.Linux.CgroupsPath, ":"); len(parts) == 3 {
-		spec.Linux.CgroupsPath = parts[0] + ":" + parts[1] + ":" + id
-	} else if spec.Linux.CgroupsPath != "" && !strings.Contains(spec.Linux.CgroupsPath, "/kubepods") {
-		spec.Linux.CgroupsPath = filepath.Join(filepath.Dir(spec.Linux.CgroupsPath), id)
-	} else {
-		spec.Linux.CgroupsPath = filepath.Join("/", namespace, id)
-	}
+	spec.Linux.CgroupsPath = cgroupsPath(spec.Linux.CgroupsPath, namespace, container.ID)
 	// It is in no pod any more: by these the shim would look for its sandbox.
 	for key := range spec.Annotations {
 		if strings.HasPrefix(key, "io.kubernetes.") || strings.HasPrefix(key, "io.containerd.runc.v2.group") || strings.HasPrefix(key, "cdi.k8s.io") {
@@ -111,35 +106,95 @@ func amend(ctx context.Context, c *client.Client, spec *specs.Spec, id string, f
 		}
 		spec.Annotations[checkpoint.AnnotationTCP] = "close"
 	}
-	if err := amendNetwork(ctx, c, spec, f.network); err != nil {
+	if err := amendNetwork(ctx, c, spec, container.ID, f.network); err != nil {
 		return err
 	}
-	var missing []string
 	for i, ns := range spec.Linux.Namespaces {
-		if ns.Path == "" || ns.Type == specs.NetworkNamespace {
-			continue
-		}
-		if _, err := os.Stat(ns.Path); errors.Is(err, fs.ErrNotExist) {
+		switch {
+		case ns.Path == "" || ns.Type == specs.NetworkNamespace || !ofProcess(ns.Path) && exists(ns.Path):
+		case ns.Type == specs.PIDNamespace:
+			// CRIU would have to know it from outside, like a network's.
+			return fmt.Errorf("the container shared the process IDs of its pod (namespace %s), which cannot be had outside of that: %w", ns.Path, errdefs.ErrFailedPrecondition)
+		default:
 			spec.Linux.Namespaces[i].Path = "" // that of a sandbox which is gone
 		}
 	}
-	for _, m := range spec.Mounts {
-		if m.Type != "bind" && !slices.Contains(m.Options, "bind") && !slices.Contains(m.Options, "rbind") {
-			continue
-		}
-		if _, err := os.Stat(m.Source); errors.Is(err, fs.ErrNotExist) {
-			missing = append(missing, fmt.Sprintf("%s (for %s)", m.Source, m.Destination))
+	return amendMounts(ctx, c, container, spec, devShm)
+}
+
+// cgroupsPath is where a container goes whose old one was at a path: below the
+// same parent, unless that was of another engine, or of systemd's form
+// (slice:prefix:name), as the new one's cgroup is not made by systemd.
+func cgroupsPath(old, namespace, id string) string {
+	if old == "" || strings.Contains(old, ":") || strings.Contains(old, "/kubepods") || strings.Contains(old, "/libpod") {
+		return filepath.Join("/", namespace, id)
+	}
+	return filepath.Join(filepath.Dir(old), id)
+}
+
+// ofProcess tells whether a namespace is named by the number of a process in it,
+// which is somebody else's by now, or will be.
+func ofProcess(path string) bool {
+	rest, ok := strings.CutPrefix(filepath.Clean(path), "/proc/")
+	pid, _, _ := strings.Cut(rest, "/")
+	_, err := strconv.Atoi(pid)
+	return ok && err == nil && pid != "1"
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
+// isBind tells whether a mount has a source on the host.
+func isBind(m specs.Mount) bool {
+	return m.Type == "bind" || slices.Contains(m.Options, "bind") || slices.Contains(m.Options, "rbind")
+}
+
+// amendMounts gives the container files of its own for those that its engine made
+// for it and that are not here, and refuses to do without anything else.
+func amendMounts(ctx context.Context, c *client.Client, container *containers.Container, spec *specs.Spec, devShm string) error {
+	var made, missing []int
+	for i, m := range spec.Mounts {
+		switch {
+		case !isBind(m):
+		case devShm != "" && m.Destination == devShmMount:
+			made = append(made, i) // else it would share that of another container
+		case exists(m.Source):
+		case engineFile(m.Destination):
+			made = append(made, i)
+		default:
+			missing = append(missing, i)
 		}
 	}
 	if len(missing) > 0 {
-		return fmt.Errorf("the container had mounts whose sources are not on this host: %s: %w", strings.Join(missing, ", "), errdefs.ErrFailedPrecondition)
+		var names []string
+		for _, i := range missing {
+			names = append(names, fmt.Sprintf("%s (for %s)", spec.Mounts[i].Source, spec.Mounts[i].Destination))
+		}
+		return fmt.Errorf("the container had mounts whose sources are not on this host: %s: %w", strings.Join(names, ", "), errdefs.ErrFailedPrecondition)
+	}
+	if len(made) == 0 {
+		return nil
+	}
+	dir, err := filesFolder(ctx, c, container)
+	if err != nil {
+		return err
+	}
+	for _, i := range made {
+		m := &spec.Mounts[i]
+		if m.Source, err = makeFile(ctx, dir, m.Destination, spec.Hostname, devShm); err != nil {
+			return fmt.Errorf("make %s for the container: %w", m.Destination, err)
+		}
 	}
 	return nil
 }
 
-// amendNetwork sets the network namespace. CRIU brings processes that had one
-// back into another, but none that had the host's.
-func amendNetwork(ctx context.Context, c *client.Client, spec *specs.Spec, network string) error {
+// amendNetwork sets the network namespace. CRIU brings processes that were in one
+// which was made for them (the spec names it) back into any that is there. One
+// that was the container's own it makes anew, and empty: the runtimes know no
+// other way. Those that were in the host's cannot leave it.
+func amendNetwork(ctx context.Context, c *client.Client, spec *specs.Spec, id, network string) error {
 	at := -1
 	for i, ns := range spec.Linux.Namespaces {
 		if ns.Type == specs.NetworkNamespace {
@@ -157,12 +212,18 @@ func amendNetwork(ctx context.Context, c *client.Client, spec *specs.Spec, netwo
 		if path == "" {
 			return nil
 		}
-		if _, err := os.Stat(path); err != nil {
+		if ofProcess(path) || !exists(path) {
 			return fmt.Errorf("the container was in network namespace %s, which is gone: say which it gets with --network: %w", path, errdefs.ErrFailedPrecondition)
 		}
 	case network == "none":
+		if spec.Linux.Namespaces[at].Path != "" {
+			return fmt.Errorf("--network none: the container was in a network namespace that was made for it (%s), and CRIU brings it back only into one that is there: `ip netns add %s`, then --network join=/run/netns/%[2]s: %w",
+				spec.Linux.Namespaces[at].Path, id, errdefs.ErrFailedPrecondition)
+		}
+	case spec.Linux.Namespaces[at].Path == "" && (network == "host" || strings.HasPrefix(network, "join=")):
+		return fmt.Errorf("--network %s: the container had a network namespace of its own, and its processes cannot come back in another: %w", network, errdefs.ErrFailedPrecondition)
 	case network == "host":
-		path = "/proc/1/ns/net"
+		path = "/proc/self/ns/net" // of the runtime, which is where containerd is
 	case strings.HasPrefix(network, "join=/"):
 		path = strings.TrimPrefix(network, "join=")
 	case strings.HasPrefix(network, "join="):

@@ -112,14 +112,21 @@ func (s *shim) checkpoint(ctx context.Context, r *api.CheckpointRequest, bar *pr
 }
 
 // abort has the shim give a checkpoint up, which it does when we go away, and
-// waits until the container runs again and nothing is left.
+// waits until the container runs again and nothing is left; or until the
+// checkpoint is whole, if it is too late to give it up.
 func (s *shim) abort(r *api.CheckpointRequest) {
 	s.Client.Close()
 	for end := time.Now().Add(time.Minute); time.Now().Before(end); {
 		_, err := os.Lstat(r.ImagePath)
-		if errors.Is(err, fs.ErrNotExist) {
+		if errors.Is(err, fs.ErrNotExist) || isWhole(r.ImagePath) {
 			return
 		}
 		time.Sleep(20 * time.Millisecond)
 	}
+}
+
+// isWhole tells whether a folder holds a checkpoint, whose last file comes last.
+func isWhole(dir string) bool {
+	_, err := os.Lstat(filepath.Join(dir, "inventory.img"))
+	return err == nil
 }

@@ -29,8 +29,8 @@ func findBinaries(opts Options) (binaries, error) {
 	switch opts.Version {
 	case "2.4":
 		release = dir
-	case "1.7":
-		release = filepath.Join(cacheDir(), "containerd-1.7", "bin")
+	case "1.7", "2.1":
+		release = filepath.Join(cacheDir(), "containerd-"+opts.Version, "bin")
 	default:
 		return binaries{}, fmt.Errorf("no containerd %q", opts.Version)
 	}

@@ -26,6 +26,7 @@ const (
 	Busybox = "stasis.test/busybox:latest"
 	Redis   = "stasis.test/redis:latest"
 	Python  = "stasis.test/python:latest"
+	Nginx   = "stasis.test/nginx:latest"
 	// Probe is Busybox with the program of integration/probe as /probe.
 	Probe = "stasis.test/probe:latest"
 	// Pause is what the sandboxes of pods run: Busybox, asleep.
@@ -50,6 +51,8 @@ func (s *Stack) Image(ctx context.Context, name string) client.Image {
 		return s.ImportRootfs(ctx, name, rootfs("redis"))
 	case Python:
 		return s.ImportRootfs(ctx, name, rootfs("python"))
+	case Nginx:
+		return s.ImportRootfs(ctx, name, rootfs("nginx"))
 	case Probe:
 		probe, err := TestProgram("probe")
 		if err != nil {

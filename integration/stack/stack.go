@@ -23,7 +23,7 @@ import (
 // Options choose what a Stack runs. The zero value is containerd 2.4 with
 // Stasis under its own name and runc below it.
 type Options struct {
-	// Version is that of containerd: "2.4" or "1.7".
+	// Version is that of containerd: "2.4", "2.1" or "1.7".
 	Version string
 	// DropIn installs Stasis as containerd-shim-runc-v2, so that it runs
 	// under the name io.containerd.runc.v2.
