@@ -18,6 +18,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/checkpoint/image"
 )
@@ -52,8 +53,8 @@ more: their arguments, their environment, host name and user. What can: the ID,
 the cgroup, the network (--network), where output goes. TCP connections go on if
 the container has their addresses, and are closed if not.
 
-With --attach, an interrupt leaves the container running; the exit code is the
-container's. Else the exit codes are those of every command.`,
+With --attach, signals go to the container, and the exit code is the container's.
+Else the exit codes are those of every command.`,
 		Example: `  stasis restore localhost/db:20261122-071900
   stasis restore registry.example.com/backup/db:monday db2
   stasis restore db.tar.zst db2 --wait-healthy 'redis-cli ping'
@@ -229,7 +230,7 @@ func (a *app) startRestored(ctx context.Context, container client.Container, spe
 	if f.attach && terminal {
 		restoreTerminal = rawTerminal(ctx, task)
 	}
-	if err := task.Start(ctx); err != nil {
+	if err := startTask(ctx, task); err != nil {
 		if restoreTerminal != nil {
 			restoreTerminal()
 		}
@@ -242,20 +243,31 @@ func (a *app) startRestored(ctx context.Context, container client.Container, spe
 		if restoreTerminal != nil {
 			defer restoreTerminal()
 		}
-		select {
-		case <-ctx.Done():
-			return nil // detached
-		case status := <-exited:
-			if err := status.Error(); err != nil {
-				return fmt.Errorf("wait for %s: %w", container.ID(), err)
-			}
-			_, err := task.Delete(context.WithoutCancel(ctx))
-			if err == nil && status.ExitCode() != 0 {
-				err = exitCode(status.ExitCode())
-			}
-			return err
+		ctx = context.WithoutCancel(ctx)
+		defer forwardSignals(ctx, task)()
+		status := <-exited
+		if err := status.Error(); err != nil {
+			return fmt.Errorf("wait for %s: %w", container.ID(), err)
 		}
+		_, err := task.Delete(ctx)
+		if err == nil && status.ExitCode() != 0 {
+			err = exitCode(status.ExitCode())
+		}
+		return err
 	}, nil
+}
+
+// startTask starts a task, or kills it if we are interrupted. A call that was only
+// given up would go on, and the container run after it was removed.
+func startTask(ctx context.Context, task client.Task) error {
+	whole := context.WithoutCancel(ctx)
+	stop := context.AfterFunc(ctx, func() { _ = task.Kill(whole, unix.SIGKILL) })
+	defer stop()
+	err := task.Start(whole)
+	if ctx.Err() != nil {
+		return errors.Join(context.Cause(ctx), err)
+	}
+	return err
 }
 
 // removeContainer undoes newRestored.

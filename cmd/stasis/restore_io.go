@@ -39,6 +39,21 @@ func unattachedIO(uri string, terminal bool) cio.Creator {
 	}
 }
 
+// forwardSignals sends on to a container the signals that would end us.
+func forwardSignals(ctx context.Context, task client.Task) (stop func()) {
+	signals := make(chan os.Signal, 16)
+	signal.Notify(signals, unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT)
+	go func() {
+		for s := range signals {
+			_ = task.Kill(ctx, s.(unix.Signal)) // it may have ended
+		}
+	}()
+	return func() {
+		signal.Stop(signals)
+		close(signals)
+	}
+}
+
 // followSize keeps a container's terminal as large as ours.
 func followSize(ctx context.Context, task client.Task, con console.Console) (stop func()) {
 	resize := func() {
