@@ -69,7 +69,7 @@ test-fuzz: ## run every fuzz target for ten seconds
 
 .PHONY: test-integration
 test-integration: setup build ## run the tests on real containerd, runc, crun and CRIU (root)
-	@$(with_env) go test -count=1 -timeout 25m $(run_flag) ./integration/...
+	@$(with_env) go test -count=1 -timeout 35m $(run_flag) ./integration/...
 
 .PHONY: lint
 lint: ## check formatting, go vet, staticcheck

@@ -3,6 +3,7 @@ package checkpoint
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -39,6 +40,24 @@ func (i *Image) Manifest() *Manifest { return i.manifest }
 
 // Options are those that a restore has to use.
 func (i *Image) Options() Options { return i.options }
+
+// Pipes tells which of stdin, stdout and stderr were pipes to outside of the
+// container, in whose place a restore puts what the runtime has.
+func (i *Image) Pipes() (pipes [3]bool) {
+	data, err := readPart(filepath.Join(i.dir, descriptorsName), 64<<10, false)
+	if err != nil {
+		return pipes // then the runtime replaces none
+	}
+	// What each was: a path, or pipe:[inode].
+	var descriptors []string
+	if json.Unmarshal(data, &descriptors) != nil {
+		return pipes // it will say so
+	}
+	for n, d := range descriptors[:min(len(descriptors), len(pipes))] {
+		pipes[n] = strings.Contains(d, "pipe:")
+	}
+	return pipes
+}
 
 // EstablishedTCP returns the distinct local addresses of the TCP sockets that
 // are connected, being connected, or being closed. IPv4 addresses of IPv6

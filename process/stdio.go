@@ -56,11 +56,11 @@ type IOConfig struct {
 	ID, Namespace string // for the environment of a logging binary
 	UID, GID      int    // owner of the pipes
 	Reaper        *Reaper
-	// PipesOnly connects streams that are not asked for to pipes which lead
-	// nowhere. A restored process gets what the runtime has, and would have a
-	// file of the host's open in /dev/null, with which CRIU cannot dump it
-	// again; one that is created opens the container's.
-	PipesOnly bool
+	// Pipes are streams (stdin, stdout, stderr) that get a pipe, which leads
+	// nowhere, even if they are not asked for. A restored process gets what
+	// the runtime has in place of a pipe that it had, and would have a file of
+	// the host's open in /dev/null, with which CRIU cannot dump it again.
+	Pipes [3]bool
 }
 
 // OpenIO makes what the runtime has to be given: pipes, a logging binary's
@@ -105,13 +105,13 @@ func OpenIO(ctx context.Context, stdio Stdio, cfg IOConfig) (_ *IO, err error) {
 	if stdio.Terminal {
 		return p, nil
 	}
-	if stdio.Stdin == "" && stdio.Stdout == "" && stdio.Stderr == "" && !cfg.PipesOnly {
+	if stdio.Stdin == "" && stdio.Stdout == "" && stdio.Stderr == "" && cfg.Pipes == [3]bool{} {
 		p.pipes, err = runc.NewNullIO()
 	} else {
 		p.pipes, err = runc.NewPipeIO(cfg.UID, cfg.GID, func(o *runc.IOOption) {
-			o.OpenStdin = cfg.PipesOnly || stdio.Stdin != ""
-			o.OpenStdout = cfg.PipesOnly || p.stdio.Stdout != ""
-			o.OpenStderr = cfg.PipesOnly || p.stdio.Stderr != ""
+			o.OpenStdin = cfg.Pipes[0] || stdio.Stdin != ""
+			o.OpenStdout = cfg.Pipes[1] || p.stdio.Stdout != ""
+			o.OpenStderr = cfg.Pipes[2] || p.stdio.Stderr != ""
 		})
 	}
 	if err != nil {

@@ -85,7 +85,7 @@ func (c *container) startExec(ctx context.Context, p *proc) (int, error) {
 // launchExec has the runtime start the process. If it fails, there may be a
 // process all the same, which is about to end.
 func (c *container) launchExec(ctx context.Context, p *proc) error {
-	pio, err := p.openIO(ctx, false)
+	pio, err := p.openIO(ctx, [3]bool{})
 	if err != nil {
 		return err
 	}

@@ -31,7 +31,7 @@ type launcher interface {
 type coldStart struct{ c *container }
 
 func (l coldStart) create(ctx context.Context, init *proc) error {
-	pio, err := init.openIO(ctx, false)
+	pio, err := init.openIO(ctx, [3]bool{})
 	if err != nil {
 		return err
 	}
@@ -78,7 +78,7 @@ func (l *restore) create(ctx context.Context, init *proc) error { return nil }
 
 func (l *restore) start(ctx context.Context, init *proc) error {
 	c := l.c
-	pio, err := init.openIO(ctx, true)
+	pio, err := init.openIO(ctx, l.image.Pipes())
 	if err != nil {
 		return err
 	}

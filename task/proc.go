@@ -74,15 +74,15 @@ func (p *proc) abandon(exit process.Exit) {
 	close(p.exited)
 }
 
-// openIO makes the process's streams; see process.IOConfig for pipesOnly.
-func (p *proc) openIO(ctx context.Context, pipesOnly bool) (*process.IO, error) {
+// openIO makes the process's streams; see process.IOConfig for pipes.
+func (p *proc) openIO(ctx context.Context, pipes [3]bool) (*process.IO, error) {
 	pio, err := process.OpenIO(ctx, p.stdio, process.IOConfig{
 		ID:        p.id(),
 		Namespace: p.c.namespace,
 		UID:       int(p.c.options.IoUid),
 		GID:       int(p.c.options.IoGid),
 		Reaper:    p.c.service.reaper,
-		PipesOnly: pipesOnly,
+		Pipes:     pipes,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("connect the streams of %s %s: %w", p.kind(), p.id(), err)
