@@ -3,6 +3,7 @@ package integration
 import (
 	"bytes"
 	"errors"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -11,7 +12,9 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/containerd/console"
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/pkg/oci"
 
 	"github.com/stasis-run/stasis/integration/stack"
 )
@@ -161,4 +164,56 @@ func TestCLIRestore(t *testing.T) {
 		t.Errorf("%d containers, want the first one only", len(containers))
 	}
 	c.Delete(ctx)
+}
+
+// TestCLIAttachTerminal restores a shell at a terminal, and types.
+func TestCLIAttachTerminal(t *testing.T) {
+	s := stack.Start(t, stack.Options{})
+	ctx := s.Ctx()
+	c := s.NewContainer(ctx, "c", stack.Busybox, oci.WithTTY, stack.Args("sh"))
+	c.Start(ctx)
+	ref := strings.TrimSpace(s.Stasis("checkpoint", "c", "--exit"))
+	c.Wait(ctx)
+	c.Delete(ctx)
+
+	pty, slave, err := console.NewPty()
+	must(t, err)
+	defer pty.Close()
+	must(t, pty.Resize(console.WinSize{Width: 77, Height: 33}))
+	tty, err := os.OpenFile(slave, os.O_RDWR, 0)
+	must(t, err)
+	defer tty.Close()
+	cmd := s.StasisCommand("restore", ref, "--attach")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = tty, tty, tty
+	must(t, cmd.Start())
+	var out syncBuffer
+	read := make(chan struct{})
+	go func() {
+		defer close(read)
+		_, _ = io.Copy(&out, pty) // ends with the terminal
+	}()
+	typed := func(line, want string) {
+		t.Helper()
+		_, err := pty.Write([]byte(line + "\n"))
+		must(t, err)
+		s.Poll(ctx, "the answer to "+line, func() bool { return strings.Contains(out.String(), want) })
+	}
+	typed("echo $((6*7))", "42")
+	s.Poll(ctx, "the terminal's size", func() bool {
+		_, err := pty.Write([]byte("stty size\n"))
+		must(t, err)
+		return strings.Contains(out.String(), "33 77")
+	})
+	_, err = pty.Write([]byte("exit 5\n"))
+	must(t, err)
+	err = cmd.Wait()
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.ExitCode() != 5 {
+		t.Errorf("%v, want exit code 5; %q", err, out.String())
+	}
+	tty.Close()
+	<-read
+	container, err := s.Client().LoadContainer(ctx, "c")
+	must(t, err)
+	must(t, container.Delete(ctx, client.WithSnapshotCleanup))
 }

@@ -140,6 +140,11 @@ func (a *app) restore(ctx context.Context, f *restoreFlags, arg, id string) (err
 		return fmt.Errorf("restore %s: %w", arg, err)
 	}
 	bar.Stage("restore")
+	if f.attach {
+		// The terminal is the container's now.
+		bar.Done()
+		a.endProgress()
+	}
 	restoring := time.Now()
 	task, attached, err := a.startRestored(ctx, container, spec, f)
 	if err != nil {
@@ -226,13 +231,13 @@ func (a *app) startRestored(ctx context.Context, container client.Container, spe
 	if err != nil {
 		return nil, nil, remove(err)
 	}
-	var restoreTerminal func()
+	var con console.Console
 	if f.attach && terminal {
-		restoreTerminal = rawTerminal(ctx, task)
+		con = rawTerminal()
 	}
 	if err := startTask(ctx, task); err != nil {
-		if restoreTerminal != nil {
-			restoreTerminal()
+		if con != nil {
+			con.Reset()
 		}
 		return nil, nil, remove(err)
 	}
@@ -240,10 +245,11 @@ func (a *app) startRestored(ctx context.Context, container client.Container, spe
 		return task, nil, nil
 	}
 	return task, func(ctx context.Context) error {
-		if restoreTerminal != nil {
-			defer restoreTerminal()
-		}
 		ctx = context.WithoutCancel(ctx)
+		if con != nil {
+			defer con.Reset()
+			defer followSize(ctx, task, con)()
+		}
 		defer forwardSignals(ctx, task)()
 		status := <-exited
 		if err := status.Error(); err != nil {
@@ -279,20 +285,17 @@ func removeContainer(ctx context.Context, container client.Container) error {
 	return nil
 }
 
-// rawTerminal hands this terminal to the container, with its size from now on.
-func rawTerminal(ctx context.Context, task client.Task) (restore func()) {
+// rawTerminal hands what is typed at this terminal to the container as it is. It
+// returns nil if this is no terminal; Reset undoes it.
+func rawTerminal() console.Console {
 	con, err := console.ConsoleFromFile(os.Stdin)
 	if err != nil {
-		return func() {} // not a terminal: as with `… </dev/null`
+		return nil // not a terminal: as with `… </dev/null`
 	}
 	if err := con.SetRaw(); err != nil {
-		return func() {}
+		return nil
 	}
-	stop := followSize(ctx, task, con)
-	return func() {
-		stop()
-		con.Reset()
-	}
+	return con
 }
 
 // waitHealthy runs a command in the container until it succeeds.

@@ -166,11 +166,24 @@ func connectError(address string, err error) error {
 func (a *app) close() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.bars != nil {
-		a.bars.stop()
-	}
+	a.stopBars()
 	if a.client != nil {
 		a.client.Close()
+	}
+}
+
+// endProgress draws no bars any more.
+func (a *app) endProgress() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.stopBars()
+}
+
+// stopBars is endProgress with mu held.
+func (a *app) stopBars() {
+	if a.bars != nil {
+		a.bars.stop()
+		a.bars = nil
 	}
 }
 
