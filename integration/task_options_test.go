@@ -8,6 +8,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/containerd/cgroups/v3"
 	"github.com/containerd/cgroups/v3/cgroup1"
@@ -166,16 +167,25 @@ func makeCgroup(t *testing.T, path string) (_ string, remove func()) {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			t.Fatal(err)
 		}
-		return path, func() { os.Remove(dir) }
+		return path, func() { emptied(t, func() error { return os.Remove(dir) }) }
 	}
 	cg, err := cgroup1.New(cgroup1.StaticPath(path), &specs.LinuxResources{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return path, func() {
-		if err := cg.Delete(); err != nil {
-			t.Error(err)
-		}
+	return path, func() { emptied(t, cg.Delete) }
+}
+
+// emptied removes a cgroup once the last process has left it, which a dead one
+// has when it is reaped.
+func emptied(t *testing.T, remove func() error) {
+	t.Helper()
+	err := remove()
+	for end := time.Now().Add(10 * time.Second); err != nil && time.Now().Before(end); err = remove() {
+		time.Sleep(10 * time.Millisecond)
+	}
+	if err != nil {
+		t.Error(err)
 	}
 }
 
