@@ -107,7 +107,7 @@ func (b *bench) measure(part string) {
 		b.files(512, 3)
 		b.image(size{1024, 4})
 	case "checkpoint":
-		sizes := []size{{64, 12}, {512, 6}, {2048, 5}}
+		sizes := []size{{64, 12}, {512, 6}, {2048, 3}}
 		if b.quick {
 			sizes = []size{{64, 3}, {512, 3}}
 		}
