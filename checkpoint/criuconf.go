@@ -17,8 +17,9 @@ import (
 const criuConfigEnv = "CRIU_CONFIG_FILE"
 
 // withCRIUConfig returns a context in which the runtime has CRIU read lines as
-// its configuration. Call remove when the runtime has ended.
-func withCRIUConfig(ctx context.Context, workDir, lines string) (_ context.Context, remove func(), _ error) {
+// its configuration, from a file in dir, which is the container's own: a work
+// folder may serve several. Call remove when the runtime has ended.
+func withCRIUConfig(ctx context.Context, dir, lines string) (_ context.Context, remove func(), _ error) {
 	if lines == "" {
 		return ctx, func() {}, nil
 	}
@@ -32,7 +33,7 @@ func withCRIUConfig(ctx context.Context, workDir, lines string) (_ context.Conte
 		config.WriteByte('\n')
 	}
 	config.WriteString(lines)
-	path := filepath.Join(workDir, "criu.conf")
+	path := filepath.Join(dir, "criu.conf")
 	if err := os.WriteFile(path, config.Bytes(), 0o600); err != nil {
 		return nil, nil, fmt.Errorf("write CRIU's configuration: %w", err)
 	}

@@ -34,6 +34,7 @@ type DumpRequest struct {
 
 	// While, if not nil, is what else has to see the container stand still; it
 	// runs beside CRIU, and the container is not thawed before both have ended.
+	// Not with Exit: CRIU could have ended the container when this fails.
 	While func(ctx context.Context) error
 
 	Container  Container // for the manifest
@@ -161,7 +162,7 @@ func (r *DumpRequest) beside(ctx context.Context, dump func() error) error {
 		return &whileError{fmt.Errorf("its cgroup could not be loaded, so it cannot be frozen: %w", errdefs.ErrFailedPrecondition)}
 	}
 	if !r.Paused {
-		if err := r.Cgroup.Freeze(); err != nil {
+		if err := r.freeze(ctx); err != nil {
 			return &whileError{fmt.Errorf("freeze it: %w", err)}
 		}
 	}
@@ -177,6 +178,21 @@ func (r *DumpRequest) beside(ctx context.Context, dump func() error) error {
 		return &whileError{werr}
 	}
 	return err
+}
+
+// freezeTimeout is CRIU's own (--timeout).
+const freezeTimeout = 10 * time.Second
+
+// freeze stops the container and waits until it stands still: what is done beside
+// CRIU must not begin before.
+func (r *DumpRequest) freeze(ctx context.Context) error {
+	if err := r.Cgroup.Freeze(); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, freezeTimeout,
+		fmt.Errorf("some of its processes did not stop within %v; one may hang in a system call", freezeTimeout))
+	defer cancel()
+	return r.Cgroup.WaitFrozen(ctx)
 }
 
 // checkStopped refuses a container with a process that a signal has stopped, where

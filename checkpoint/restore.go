@@ -51,7 +51,7 @@ func Restore(ctx context.Context, r RestoreRequest) (int, error) {
 	if err := r.amendRoot(); err != nil {
 		return 0, err
 	}
-	callCtx, removeConfig, err := withCRIUConfig(ctx, r.WorkDir, criuConfig)
+	callCtx, removeConfig, err := withCRIUConfig(ctx, r.Bundle, criuConfig)
 	if err != nil {
 		return 0, err
 	}

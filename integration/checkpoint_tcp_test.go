@@ -93,8 +93,10 @@ func TestRestoreTCP(t *testing.T) {
 			t.Errorf("the connection is not closed: %s", r.Failed["out"])
 		}
 		// Further checkpoints decide for themselves.
-		if left, _ := filepath.Glob(filepath.Join(c.Bundle(), "work", "criu.conf")); len(left) > 0 {
-			t.Errorf("CRIU's configuration is left after the restore: %v", left)
+		for _, dir := range []string{"", "work"} {
+			if left, _ := filepath.Glob(filepath.Join(c.Bundle(), dir, "criu.conf")); len(left) > 0 {
+				t.Errorf("CRIU's configuration is left after the restore: %v", left)
+			}
 		}
 		noLocks(t)
 	}

@@ -167,6 +167,7 @@ func TestFreezeFails(t *testing.T) {
 		"no images":             {func(r *api.CheckpointRequest) { r.ImagePath = "" }, errdefs.IsInvalidArgument, "image_path"},
 		"relative rootfs":       {func(r *api.CheckpointRequest) { r.RootfsPath = "upper" }, errdefs.IsInvalidArgument, "rootfs_path"},
 		"remap without exit":    {func(r *api.CheckpointRequest) { r.Options.LinkRemap = true }, errdefs.IsInvalidArgument, "link_remap"},
+		"a copy with exit":      {func(r *api.CheckpointRequest) { r.Exit = true }, errdefs.IsInvalidArgument, "rootfs_path with exit"},
 		"rootfs exists already": {func(r *api.CheckpointRequest) { r.RootfsPath = s.TempDir() }, errdefs.IsAlreadyExists, "rootfs_path"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -216,4 +217,54 @@ func TestFreezeFails(t *testing.T) {
 	}
 	c.Kill(ctx, syscall.SIGKILL)
 	c.Delete(ctx)
+}
+
+// TestFreezeKilled kills the shim, and containerd, while the container is frozen
+// for a checkpoint. Without its shim it ends, as at any other time, and nothing is
+// left; containerd's death it does not notice.
+func TestFreezeKilled(t *testing.T) {
+	s := stack.Start(t, stack.Options{KnownLeaks: []string{"runc-process"}})
+	ctx := s.Ctx()
+	f := s.Faults()
+	dir, upper := filepath.Join(s.Dir, "images"), filepath.Join(s.Dir, "upper")
+	start := func(id string) (*stack.Container, chan error) {
+		c := s.NewContainer(ctx, id, stack.Busybox, stack.Args("sleep", "1000"))
+		c.Start(ctx)
+		f.Hold("checkpoint", stack.Before)
+		failed := make(chan error, 1)
+		conn := dialShim(t, c)
+		go func() {
+			_, err := freeze(ctx, conn, &api.CheckpointRequest{Id: id, ImagePath: dir, RootfsPath: upper})
+			failed <- err
+		}()
+		f.WaitReached(ctx, "checkpoint", stack.Before)
+		return c, failed
+	}
+
+	c, failed := start("containerd")
+	s.Kill9()
+	f.Release("checkpoint", stack.Before)
+	must(t, <-failed)
+	s.Restart()
+	c.Load(ctx)
+	c.Exec(ctx, "true") // which a frozen one cannot
+	must(t, os.RemoveAll(dir))
+	must(t, os.RemoveAll(upper))
+	c.Kill(ctx, syscall.SIGKILL)
+	c.Delete(ctx)
+	f.Clear("checkpoint")
+
+	c, failed = start("shim")
+	exited, err := c.Task.Wait(ctx)
+	must(t, err)
+	must(t, syscall.Kill(shimPid(t, c), syscall.SIGKILL))
+	if err := <-failed; err == nil {
+		t.Error("a result without a shim")
+	}
+	<-exited
+	f.Clear("checkpoint")
+	c.Task = nil // containerd has deleted it
+	c.Delete(ctx)
+	must(t, os.RemoveAll(dir))
+	must(t, os.RemoveAll(upper))
 }

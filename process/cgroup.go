@@ -2,12 +2,15 @@ package process
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/containerd/cgroups/v3"
 	"github.com/containerd/cgroups/v3/cgroup1"
@@ -120,6 +123,28 @@ func (c *Cgroup) Freeze() error {
 		name, value = "cgroup.freeze", "1"
 	}
 	return os.WriteFile(filepath.Join(c.freezer, name), []byte(value), 0)
+}
+
+// WaitFrozen waits until all of the group's processes stand still after Freeze.
+func (c *Cgroup) WaitFrozen(ctx context.Context) error {
+	name, want := "freezer.state", "FROZEN"
+	if c.v2 != nil {
+		name, want = "cgroup.events", "frozen 1"
+	}
+	for {
+		state, err := os.ReadFile(filepath.Join(c.freezer, name))
+		if err != nil {
+			return err
+		}
+		if slices.Contains(strings.Split(string(state), "\n"), want) {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(time.Millisecond):
+		}
+	}
 }
 
 // Thaw lets the group's processes run.

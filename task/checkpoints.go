@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -15,6 +14,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/log"
 
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/api"
@@ -53,6 +53,9 @@ func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, s
 	}
 	if r.RootfsPath != "" && !filepath.IsAbs(r.RootfsPath) {
 		return nil, invalid("rootfs_path %q is not absolute", r.RootfsPath)
+	}
+	if r.RootfsPath != "" && r.Exit {
+		return nil, invalid("rootfs_path with exit: nothing writes to the writable layer any more, and a copy that fails would come too late")
 	}
 	o := r.Options
 	if o == nil {
@@ -114,14 +117,15 @@ func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, s
 	}
 	started := time.Now()
 	dumped, err := c.checkpoint(ctx, d)
-	if err == nil {
-		err = copyLogs(r.ImagePath, c.bundle.dumpDir())
-	}
 	if err != nil {
 		if r.RootfsPath != "" {
 			err = errors.Join(err, os.RemoveAll(r.RootfsPath))
 		}
 		return nil, err
+	}
+	if err := copyLogs(r.ImagePath, c.bundle.dumpDir()); err != nil {
+		// The checkpoint is whole, and with exit all there is of the container.
+		log.G(ctx).WithError(err).WithField("container", c.id).Warn("a checkpoint is without CRIU's log and figures")
 	}
 	result.FrozenNs = uint64(dumped.Frozen)
 	result.ImageBytes = uint64(sizeOf(r.ImagePath))
@@ -218,12 +222,10 @@ func (c *container) anonymous() (size int64) {
 	}
 	pids, _ := cg.Pids()
 	for _, pid := range pids {
-		f, err := os.Open(fmt.Sprintf("/proc/%d/statm", pid))
+		data, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", pid))
 		if err != nil {
 			continue
 		}
-		data, _ := io.ReadAll(f)
-		f.Close()
 		// size resident shared …, in pages
 		fields := strings.Fields(string(data))
 		if len(fields) > 2 {

@@ -33,7 +33,8 @@ type CheckpointRequest struct {
 	ImagePath string `protobuf:"bytes,2,opt,name=image_path,json=imagePath,proto3" json:"image_path,omitempty"`
 	// Absolute path of a folder, not existing yet, for a copy of the writable
 	// layer, whiteouts and all; or, where the root filesystem is not an overlay,
-	// of all of it. Empty: no copy, as with exit, where nothing writes any more.
+	// of all of it. Empty: no copy. Refused with exit, where nothing writes any
+	// more.
 	RootfsPath string `protobuf:"bytes,3,opt,name=rootfs_path,json=rootfsPath,proto3" json:"rootfs_path,omitempty"`
 	// The container ends with the checkpoint.
 	Exit          bool         `protobuf:"varint,4,opt,name=exit,proto3" json:"exit,omitempty"`
@@ -301,7 +302,7 @@ func (*CheckpointUpdate_Result) isCheckpointUpdate_Update() {}
 
 type Progress struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// "dump", "rootfs" or "finish".
+	// "dump" or "rootfs", which go on side by side.
 	Stage     string `protobuf:"bytes,1,opt,name=stage,proto3" json:"stage,omitempty"`
 	DoneBytes uint64 `protobuf:"varint,2,opt,name=done_bytes,json=doneBytes,proto3" json:"done_bytes,omitempty"`
 	// An estimate; 0: unknown.
