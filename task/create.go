@@ -70,7 +70,7 @@ func (s *Service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 		return nil, err
 	}
 	if found := c.findMounted(); found != nil {
-		if c.launcher, err = newRestore(ctx, c, found.dir, "", found); err != nil {
+		if c.launcher, err = embeddedOrCold(ctx, c, found); err != nil {
 			return nil, err
 		}
 	}

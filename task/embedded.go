@@ -1,6 +1,7 @@
 package task
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -23,11 +24,58 @@ const (
 // embedded is a checkpoint in the image that a container is made from.
 type embedded struct {
 	dir string // with CRIU's images
-	// used: a process was restored from it with this very root filesystem,
-	// which has changed since. What comes after is a start like any other.
-	used bool
-	// use notes that a process was restored from it.
-	use func() error
+	// noted is the folder whose extended attribute says what became of it: one
+	// of this container's only, which it does not see.
+	noted string
+	// folder is what the container shall not see, or empty if it cannot.
+	folder string
+}
+
+// restoreMark is the attribute. Its absence means that there was no restore yet,
+// markBegun that one began, and markDone that the processes came back: then the
+// root filesystem has changed since, and what follows is a start like any other.
+// After a restore that only began nobody knows, and memory of then must not meet
+// files of later: a database would write nonsense into them.
+const (
+	restoreMark = "trusted.stasis.restored"
+	markBegun   = "begun"
+	markDone    = "done"
+)
+
+// used tells whether processes were restored from it, with this very root
+// filesystem.
+func (e *embedded) used() (bool, error) {
+	mark := make([]byte, 16)
+	n, err := unix.Lgetxattr(e.noted, restoreMark, mark)
+	if err != nil {
+		return false, nil // there is none
+	}
+	if string(mark[:n]) == markBegun {
+		return false, fmt.Errorf("a restore of this container was cut short, and its processes may have changed its files since; make a new container from the image: %w",
+			errdefs.ErrFailedPrecondition)
+	}
+	return true, nil
+}
+
+// begin notes that a restore begins, and failed that it left no process.
+func (e *embedded) begin(c *container) {
+	if err := unix.Lsetxattr(e.noted, restoreMark, []byte(markBegun), 0); err != nil {
+		log.L.WithError(err).WithField("container", c.id).Warn("note that the checkpoint in the image is being restored")
+	}
+}
+
+func (e *embedded) failed() { _ = unix.Lremovexattr(e.noted, restoreMark) }
+
+// restored notes that the processes are back. A container that runs is not ended
+// for a note: without it, the container cannot be started again.
+func (e *embedded) restored(c *container) {
+	err := unix.Lsetxattr(e.noted, restoreMark, []byte(markDone), 0)
+	if e.folder != "" {
+		err = errors.Join(err, os.RemoveAll(e.folder))
+	}
+	if err != nil {
+		log.L.WithError(err).WithField("container", c.id).Warn("note that the checkpoint in the image was restored")
+	}
 }
 
 // findEmbedded looks for a checkpoint in the container's root filesystem, which is
@@ -70,15 +118,9 @@ func (c *container) findMounted() *embedded {
 // inFolder is the checkpoint in a root filesystem that is a folder of the
 // container's own.
 func inFolder(root string) *embedded {
-	return &embedded{
-		dir: filepath.Join(root, embeddedCheckpoint),
-		use: func() error { return os.RemoveAll(filepath.Join(root, embeddedFolder)) },
-	}
+	folder := filepath.Join(root, embeddedFolder)
+	return &embedded{dir: filepath.Join(root, embeddedCheckpoint), noted: folder, folder: folder}
 }
-
-// restoredMark is set on an overlay's work folder, which belongs to one container
-// and which it does not see.
-const restoredMark = "trusted.stasis.restored"
 
 // findLayer looks for a checkpoint in the layers of an overlay and takes its layer
 // out of the mount.
@@ -106,13 +148,7 @@ func findLayer(m *mount.Mount) (*embedded, error) {
 		// The options may be shared with the request.
 		m.Options = append([]string{}, m.Options...)
 		m.Options[option] = "lowerdir=" + strings.Join(rest, ":")
-		work := overlayOption(*m, "workdir")
-		_, err = unix.Lgetxattr(work, restoredMark, nil)
-		return &embedded{
-			dir:  filepath.Join(layer, embeddedCheckpoint),
-			used: err == nil,
-			use:  func() error { return unix.Lsetxattr(work, restoredMark, nil, 0) },
-		}, nil
+		return &embedded{dir: filepath.Join(layer, embeddedCheckpoint), noted: overlayOption(*m, "workdir")}, nil
 	}
 	return nil, nil
 }
@@ -129,13 +165,4 @@ func isEmbedded(layer string) bool {
 	}
 	info, err := os.Lstat(filepath.Join(layer, embeddedInfo))
 	return err == nil && info.Mode().IsRegular()
-}
-
-// restored notes that the checkpoint has been used. A container that runs is not
-// ended for a note; if it is missing, a second start is refused by CRIU, as the
-// files have changed.
-func (e *embedded) restored(c *container) {
-	if err := e.use(); err != nil {
-		log.L.WithError(err).WithField("container", c.id).Warn("note that the checkpoint in the image was restored")
-	}
 }

@@ -86,6 +86,9 @@ func (l *restore) start(ctx context.Context, init *proc) error {
 	if workDir == "" {
 		workDir = c.bundle.workDir()
 	}
+	if l.embedded != nil {
+		l.embedded.begin(c)
+	}
 	child, err := c.service.reaper.Launch(func() (int, error) {
 		return checkpoint.Restore(ctx, checkpoint.RestoreRequest{
 			Runtime: c.runtime,
@@ -102,6 +105,9 @@ func (l *restore) start(ctx context.Context, init *proc) error {
 		})
 	})
 	if err != nil {
+		if l.embedded != nil {
+			l.embedded.failed()
+		}
 		pio.Close()
 		return err
 	}
@@ -169,12 +175,8 @@ func newLauncher(ctx context.Context, c *container, path string) (launcher, erro
 	if path == "" {
 		path = c.options.CriuImagePath
 	}
-	switch {
-	case path != "":
-	case found != nil && !found.used:
-		return newRestore(ctx, c, found.dir, "", found)
-	default:
-		return coldStart{c}, nil
+	if path == "" {
+		return embeddedOrCold(ctx, c, found)
 	}
 	if !filepath.IsAbs(path) {
 		return nil, invalid("checkpoint path %q is not absolute", path)
@@ -184,6 +186,22 @@ func newLauncher(ctx context.Context, c *container, path string) (launcher, erro
 		temp = path
 	}
 	return newRestore(ctx, c, path, temp, nil)
+}
+
+// embeddedOrCold is a restore of the checkpoint in the container's image, if there
+// is one that was not used yet.
+func embeddedOrCold(ctx context.Context, c *container, found *embedded) (launcher, error) {
+	if found == nil {
+		return coldStart{c}, nil
+	}
+	used, err := found.used()
+	if err != nil {
+		return nil, fmt.Errorf("create container %s: %w", c.id, err)
+	}
+	if used {
+		return coldStart{c}, nil
+	}
+	return newRestore(ctx, c, found.dir, "", found)
 }
 
 // newRestore opens the checkpoint in the folder path.
