@@ -11,7 +11,6 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/pkg/archive/compression"
 	"github.com/containerd/containerd/v2/pkg/labels"
-	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -58,8 +57,14 @@ func writeLayer(ctx context.Context, store content.Store, o Options,
 	if err != nil {
 		return layer{}, err
 	}
-	defer func() { in.close(ctx, err != nil) }()
-	sink := newPump(in)
+	defer in.close(ctx)
+	var sent digest.Digester // of what is sent, where that is not the tar itself
+	var w io.Writer = in
+	if in.file != nil && o.Compression != compression.Uncompressed {
+		sent = digest.Canonical.Digester()
+		w = io.MultiWriter(in, sent.Hash())
+	}
+	sink := newPump(w)
 	z, err := compressor(sink, o.Compression)
 	if err != nil {
 		sink.Close()
@@ -78,20 +83,16 @@ func writeLayer(ctx context.Context, store content.Store, o Options,
 		return layer{}, err
 	}
 	progress(count.n)
-	w, err := in.finish(ctx)
-	if err != nil {
-		return layer{}, err
-	}
 	l.MediaType, l.Size, l.diffID = layerTypes[o.Compression], in.n, digester.Digest()
-	// Without an expected digest, or a store behind gRPC would not add a blob to
-	// the lease that it has already.
-	uncompressed := map[string]string{labels.LabelUncompressed: l.diffID.String()}
-	if err := w.Commit(ctx, l.Size, "", content.WithLabels(uncompressed)); err != nil && !errdefs.IsAlreadyExists(err) {
-		return layer{}, fmt.Errorf("commit to the content store: %w", err)
+	sum := digest.Digest("")
+	switch {
+	case sent != nil:
+		sum = sent.Digest()
+	case z == nil:
+		sum = l.diffID
 	}
-	l.Digest = w.Digest()
-	if z == nil && l.Digest != l.diffID {
-		return layer{}, fmt.Errorf("the content store has %s of what was %s", l.Digest, l.diffID)
+	if l.Digest, err = in.commit(ctx, sum, map[string]string{labels.LabelUncompressed: l.diffID.String()}); err != nil {
+		return layer{}, err
 	}
 	l.Annotations = map[string]string{AnnotationUncompressed: strconv.FormatInt(count.n, 10)}
 	return l, nil

@@ -3,28 +3,36 @@ package image
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 
 	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 )
 
 // A gigabyte costs containerd four seconds of CPU when it comes through its
 // socket, in messages of HTTP/2 frames of 16 KiB. Where the store's folder is
 // ours to write in, the bytes go there, into the file of an upload that was begun
-// by the API, and then the upload is resumed by the API: containerd takes what is
-// there for what was uploaded so far, and hashes it, as after a restart.
+// by the API. The file then gets a second name, that of a blob, and the blob is
+// committed by the API: containerd has it already, as if another namespace had
+// uploaded it, and does not read it once more. A store whose namespaces do not
+// share is told to go on with the upload instead: it takes what is there for what
+// was uploaded so far, and hashes it, as after a restart.
 //
 // The folder's layout is that of containerd's local content store
-// (plugins/content/local/store.go: ingest/*/{ref,data}) since 1.0. If anything
-// in it is not as it was expected, all goes through the socket.
+// (plugins/content/local/store.go: ingest/*/{ref,data}, blobs/sha256/*) since 1.0.
+// If anything in it is not as it was expected, all goes through the socket.
 
-// ingest is the upload of one blob. Whoever writes to it closes it, and then asks
-// for the writer that commits it.
+// ingest is the upload of one blob.
 type ingest struct {
 	store content.Store
+	root  string
 	ref   string
 	w     content.Writer
 	file  *os.File // nil: through w
@@ -38,7 +46,7 @@ func newIngest(ctx context.Context, store content.Store, ref, root string) (*ing
 	if err != nil {
 		return nil, fmt.Errorf("write to the content store: %w", err)
 	}
-	in := &ingest{store: store, ref: ref, w: w}
+	in := &ingest{store: store, root: root, ref: ref, w: w}
 	if root != "" {
 		in.file = openIngest(root, ref)
 	}
@@ -84,39 +92,117 @@ func (in *ingest) Write(p []byte) (n int, err error) {
 	return n, err
 }
 
-// finish returns the writer that has all that was written.
-func (in *ingest) finish(ctx context.Context) (content.Writer, error) {
-	if in.file == nil {
-		return in.w, nil
+// commit makes a blob of all that was written, with its labels, and returns its
+// digest. sum is the digest if the caller knows it, which it must if the bytes
+// went past containerd. A blob that is there already is no error, and in the
+// lease.
+func (in *ingest) commit(ctx context.Context, sum digest.Digest, labels map[string]string) (digest.Digest, error) {
+	opt := content.WithLabels(labels)
+	if in.file != nil {
+		placed, err := in.place(ctx, sum, opt)
+		if err == nil && !placed {
+			err = in.resume(ctx)
+		}
+		if err != nil || placed {
+			return sum, err
+		}
 	}
+	// Without an expected digest, or a store behind gRPC would not add a blob to
+	// the lease that it has already.
+	if err := in.w.Commit(ctx, in.n, "", opt); err != nil && !errdefs.IsAlreadyExists(err) {
+		return "", fmt.Errorf("commit to the content store: %w", err)
+	}
+	if d := in.w.Digest(); sum == "" || d == sum {
+		return d, nil
+	}
+	return "", fmt.Errorf("the content store has %s of what was %s", in.w.Digest(), sum)
+}
+
+// place commits the file as a blob, and tells whether the store had that.
+func (in *ingest) place(ctx context.Context, sum digest.Digest, opt content.Opt) (bool, error) {
+	info, err := in.file.Stat()
+	if err == nil && info.Size() != in.n {
+		err = fmt.Errorf("the upload has %d bytes of %d", info.Size(), in.n)
+	}
+	if err != nil {
+		return false, fmt.Errorf("write to the content store: %w", err)
+	}
+	blob := filepath.Join(in.root, "blobs", sum.Algorithm().String(), sum.Encoded())
+	// As containerd does: the bytes are on the disk before the name is.
+	if err := firstError(in.file.Chmod(0o444), in.file.Sync()); err != nil {
+		return false, fmt.Errorf("write to the content store: %w", err)
+	}
+	if err := os.MkdirAll(filepath.Dir(blob), 0o755); err != nil {
+		return false, fmt.Errorf("write to the content store: %w", err)
+	}
+	switch err := os.Link(in.file.Name(), blob); {
+	case errors.Is(err, fs.ErrExist): // from another namespace
+	case err != nil:
+		return false, nil
+	default:
+		if err := syncFolder(filepath.Dir(blob)); err != nil {
+			return false, fmt.Errorf("write to the content store: %w", err)
+		}
+	}
+	// If containerd collects its garbage just now, it takes the name away again,
+	// and has nothing of the upload that begins.
+	ref := newRef()
+	w, err := content.OpenWriter(ctx, in.store, content.WithRef(ref),
+		content.WithDescriptor(ocispec.Descriptor{Digest: sum, Size: in.n}))
+	if errdefs.IsAlreadyExists(err) {
+		return true, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("write to the content store: %w", err)
+	}
+	defer w.Close()
+	if st, err := w.Status(); err != nil || st.Offset != in.n {
+		w.Close()
+		return false, in.store.Abort(context.WithoutCancel(ctx), ref)
+	}
+	if err := w.Commit(ctx, in.n, sum, opt); err != nil && !errdefs.IsAlreadyExists(err) {
+		_ = in.store.Abort(context.WithoutCancel(ctx), ref)
+		return false, fmt.Errorf("commit to the content store: %w", err)
+	}
+	return true, nil
+}
+
+func syncFolder(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return f.Sync()
+}
+
+// resume opens the writer that has all that was written to the file.
+func (in *ingest) resume(ctx context.Context) error {
 	// The writer has its place in the file at the beginning, and the next one
 	// at the end.
-	if err := firstError(in.file.Close(), in.w.Close()); err != nil {
-		return nil, fmt.Errorf("write to the content store: %w", err)
+	err := in.w.Close()
+	if err == nil {
+		in.w, err = content.OpenWriter(ctx, in.store, content.WithRef(in.ref))
 	}
-	w, err := content.OpenWriter(ctx, in.store, content.WithRef(in.ref))
 	if err != nil {
-		return nil, fmt.Errorf("resume the upload to the content store: %w", err)
+		return fmt.Errorf("resume the upload to the content store: %w", err)
 	}
-	in.w = w
-	st, err := w.Status()
+	st, err := in.w.Status()
 	if err == nil && st.Offset != in.n {
 		err = fmt.Errorf("it has %d bytes of %d", st.Offset, in.n)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("resume the upload to the content store: %w", err)
+		return fmt.Errorf("resume the upload to the content store: %w", err)
 	}
-	return w, nil
+	return nil
 }
 
-// close ends an upload, and if it failed removes it.
-func (in *ingest) close(ctx context.Context, failed bool) {
+// close ends an upload. What is left of one that failed, or was placed, would else
+// be there until the lease ends.
+func (in *ingest) close(ctx context.Context) {
 	if in.file != nil {
 		in.file.Close()
 	}
 	in.w.Close()
-	if failed {
-		// Else it would take its space until the lease ends.
-		_ = in.store.Abort(context.WithoutCancel(ctx), in.ref)
-	}
+	_ = in.store.Abort(context.WithoutCancel(ctx), in.ref)
 }

@@ -6,7 +6,10 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/metadata"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // TestIngest uploads through the store's folder and through its API, and by the
@@ -37,19 +40,67 @@ func TestIngest(t *testing.T) {
 			if n, err := in.Write(data); err != nil || n != len(data) {
 				t.Fatal(n, err)
 			}
-			w, err := in.finish(ctx)
-			if err != nil {
-				t.Fatal(err)
+			got, err := in.commit(ctx, digest.FromBytes(data), map[string]string{"stasis.run/x": "y"})
+			if err != nil || got != digest.FromBytes(data) {
+				t.Fatal(got, err)
 			}
-			if err := w.Commit(ctx, int64(len(data)), digest.FromBytes(data)); err != nil {
-				t.Fatal(err)
+			in.close(ctx)
+			info, err := s.Info(ctx, got)
+			if err != nil || info.Size != int64(len(data)) || info.Labels["stasis.run/x"] != "y" {
+				t.Errorf("in the store: %+v, %v", info, err)
 			}
-			in.close(ctx, false)
-			if _, err := s.Info(ctx, digest.FromBytes(data)); err != nil {
-				t.Error(err)
+			blob := filepath.Join(s.dir, "blobs", "sha256", got.Encoded())
+			if info, err := os.Stat(blob); err != nil || info.Mode() != 0o444 {
+				t.Errorf("the blob's file: %v, %v", info, err)
 			}
 			left, err := s.ListStatuses(ctx)
 			if err != nil || len(left) > 0 {
+				t.Errorf("uploads left: %v, %v", left, err)
+			}
+		})
+	}
+}
+
+// TestIngestPlaced gives a store a blob that it need not read once more, unless its
+// namespaces do not share.
+func TestIngestPlaced(t *testing.T) {
+	for name, tc := range map[string]struct {
+		opts   []metadata.DBOpt
+		placed bool
+	}{
+		"shared":   {nil, true},
+		"isolated": {[]metadata.DBOpt{metadata.WithPolicyIsolated}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newStore(t, tc.opts...)
+			ctx, done := s.leased()
+			defer done()
+			for range 2 { // the second time it is there
+				in, err := newIngest(ctx, s, newRef(), s.dir)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if _, err := in.Write([]byte("data")); err != nil {
+					t.Fatal(err)
+				}
+				if !tc.placed {
+					placed, err := in.place(ctx, digest.FromString("data"), content.WithLabels(nil))
+					if placed || err != nil {
+						t.Fatalf("placed: %v, %v", placed, err)
+					}
+				}
+				if _, err := in.commit(ctx, digest.FromString("data"), nil); err != nil {
+					t.Fatal(err)
+				}
+				in.close(ctx)
+				if !tc.placed {
+					break
+				}
+			}
+			if data, err := content.ReadBlob(ctx, s, ocispec.Descriptor{Digest: digest.FromString("data")}); err != nil || string(data) != "data" {
+				t.Errorf("%q, %v", data, err)
+			}
+			if left, err := s.ListStatuses(ctx); err != nil || len(left) > 0 {
 				t.Errorf("uploads left: %v, %v", left, err)
 			}
 		})
@@ -71,10 +122,10 @@ func TestIngestFails(t *testing.T) {
 	if err := os.Truncate(in.file.Name(), 4); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := in.finish(ctx); err == nil {
+	if _, err := in.commit(ctx, digest.FromString("what was sent"), nil); err == nil {
 		t.Error("no error, though there is less than was written")
 	}
-	in.close(ctx, true)
+	in.close(ctx)
 	if left, err := s.ListStatuses(ctx); err != nil || len(left) > 0 {
 		t.Errorf("uploads left: %v, %v", left, err)
 	}

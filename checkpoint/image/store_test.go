@@ -43,7 +43,7 @@ type store struct {
 	ctx context.Context
 }
 
-func newStore(t *testing.T) *store {
+func newStore(t *testing.T, opts ...metadata.DBOpt) *store {
 	t.Helper()
 	dir := t.TempDir()
 	blobs, err := local.NewStore(dir)
@@ -57,7 +57,7 @@ func newStore(t *testing.T) *store {
 	}
 	t.Cleanup(func() { file.Close() })
 	ctx := namespaces.WithNamespace(t.Context(), "test")
-	db := metadata.NewDB(file, blobs, nil)
+	db := metadata.NewDB(file, blobs, nil, opts...)
 	if err := db.Init(ctx); err != nil {
 		t.Fatal(err)
 	}
