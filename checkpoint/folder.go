@@ -34,7 +34,6 @@ type Folder struct {
 	old       []string // files of the checkpoint to be replaced
 	moved     []string // files of the new one that are in dir already
 	lock      *os.File // .partial, locked while it is being written
-	follow    *follower
 }
 
 // NewFolder prepares the folder dir for a checkpoint, and makes it if need be.
@@ -57,7 +56,6 @@ func NewFolder(dir string) (*Folder, error) {
 		}
 		return nil, wrap(dir, err)
 	}
-	f.follow = follow(f.Path())
 	return f, nil
 }
 
@@ -170,7 +168,6 @@ func (f *Folder) Discard() error {
 	if f.committed {
 		return nil // .partial may be somebody else's by now
 	}
-	closeSums(f.follow.finish())
 	err := os.RemoveAll(f.Path())
 	for _, name := range f.moved {
 		err = errors.Join(err, os.Remove(filepath.Join(f.dir, name)))
@@ -207,8 +204,6 @@ func (f *Folder) Commit(m Manifest, durable bool) error {
 }
 
 func (f *Folder) commit(m Manifest, durable bool) error {
-	sums := f.follow.finish()
-	defer closeSums(sums)
 	if err := os.Remove(filepath.Join(f.Path(), reserveName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -222,7 +217,7 @@ func (f *Folder) commit(m Manifest, durable bool) error {
 	m.Version = manifestVersion
 	m.Created = time.Now().UTC().Truncate(time.Millisecond)
 	m.Kernel, m.Architecture, m.CPUFeatures = KernelRelease(), runtime.GOARCH, HostCPUFeatures()
-	if m.Files, err = f.digest(files, sums, durable); err != nil {
+	if m.Files, err = f.digest(files, durable); err != nil {
 		return err
 	}
 	if err := m.check(); err != nil {
@@ -292,7 +287,7 @@ func (f *Folder) written() ([]entry, error) {
 
 // digest closes the files to others and returns their sums, sorted by name. It
 // leaves out files that no restore reads.
-func (f *Folder) digest(files []entry, sums map[string]*partialSum, durable bool) ([]File, error) {
+func (f *Folder) digest(files []entry, durable bool) ([]File, error) {
 	listed := make([]File, len(files))
 	err := inParallel(context.Background(), len(files), func(ctx context.Context, i int) error {
 		name := files[i].name
@@ -307,12 +302,8 @@ func (f *Folder) digest(files []entry, sums map[string]*partialSum, durable bool
 		if incidental(name) {
 			return nil
 		}
-		sum := sums[name]
-		if sum != nil && !sum.stillTrue(filepath.Join(f.Path(), name)) {
-			sum = nil
-		}
 		listed[i].Name = name
-		listed[i].Sum, listed[i].Size, err = hashFile(ctx, file, name, sum)
+		listed[i].Sum, listed[i].Size, err = hashFile(ctx, file, name)
 		if err == nil && durable {
 			err = file.Sync()
 		}

@@ -1,14 +1,10 @@
 package checkpoint
 
 import (
-	"bytes"
-	"crypto/rand"
 	"crypto/sha256"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -245,84 +241,6 @@ func TestTwoWriters(t *testing.T) {
 	must(t, g.Discard())
 }
 
-// Page images are hashed while they grow. Whatever is done to them meanwhile,
-// the sum is that of what is there in the end.
-func TestFollow(t *testing.T) {
-	random := make([]byte, 9<<20+123)
-	rand.Read(random)
-	for _, tc := range []struct {
-		name   string
-		first  []byte // hashed by the follower, before
-		then   func(path string) error
-		reused bool // Commit goes on from there
-	}{
-		{"appended", random[:3<<20+5], func(path string) error {
-			return writeAt(path, random[3<<20+5:], 3<<20+5)
-		}, true},
-		{"complete", random, func(string) error { return nil }, true},
-		{"replaced", bytes.Repeat([]byte{7}, 5<<20), func(path string) error {
-			return errors.Join(os.WriteFile(path+".new", random, 0o600), os.Rename(path+".new", path))
-		}, false},
-		{"shrunk", random, func(path string) error { return os.Truncate(path, 5<<20) }, false},
-		{"shrunk and grown", random, func(path string) error {
-			return errors.Join(os.Truncate(path, 5<<20), os.Truncate(path, 10<<20))
-		}, false},
-		{"allocated ahead", make([]byte, len(random)), func(path string) error { return writeAt(path, random, 0) }, false},
-		{"changed in place", random, func(path string) error {
-			return writeAt(path, bytes.Repeat([]byte{7}, 4<<20), 0)
-		}, false},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			f, err := NewFolder(filepath.Join(t.TempDir(), "c"))
-			must(t, err)
-			fill(t, f.Path())
-			path := filepath.Join(f.Path(), "pages-5.img")
-			sums := f.follow.finish() // this test is the follower now
-			write(t, path, tc.first)
-			file, err := openIn(f.Path(), "pages-5.img")
-			must(t, err)
-			sum := newPartialSum(file, "pages-1.img")
-			sums["pages-5.img"] = sum
-			must(t, sum.advance(make([]byte, hashBuffer), func() bool { return false }))
-			must(t, tc.then(path))
-
-			if got := sum.stillTrue(path); got != tc.reused {
-				t.Errorf("stillTrue: %v", got)
-			}
-			must(t, f.Commit(Manifest{}, false))
-			checkSum(t, f.dir, "pages-5.img")
-		})
-	}
-}
-
-// The same with a file that grows while the real follower runs.
-func TestFollower(t *testing.T) {
-	f, err := NewFolder(filepath.Join(t.TempDir(), "[x]*"))
-	must(t, err)
-	fill(t, f.Path())
-	file, err := os.Create(filepath.Join(f.Path(), "pages-5.img"))
-	must(t, err)
-	block := make([]byte, 256<<10)
-	for range 100 {
-		rand.Read(block)
-		_, err := file.Write(block)
-		must(t, err)
-		time.Sleep(time.Millisecond)
-	}
-	must(t, file.Close())
-	must(t, f.Commit(Manifest{}, false))
-	checkSum(t, f.dir, "pages-5.img")
-}
-
-func writeAt(path string, data []byte, off int64) error {
-	f, err := os.OpenFile(path, os.O_WRONLY, 0)
-	if err != nil {
-		return err
-	}
-	_, err = f.WriteAt(data, off)
-	return errors.Join(err, f.Close())
-}
-
 // checkSum compares a file of a checkpoint with the manifest.
 func checkSum(t *testing.T, dir, name string) {
 	t.Helper()
@@ -337,32 +255,5 @@ func checkSum(t *testing.T, dir, name string) {
 	i := slices.IndexFunc(m.Files, func(f File) bool { return f.Name == name })
 	if i < 0 || m.Files[i].Sum != want || m.Files[i].Size != int64(len(data)) {
 		t.Errorf("%s: wrong sum or size", name)
-	}
-}
-
-// Discard ends the follower at once and leaves neither goroutine nor descriptor.
-func TestFollowerStops(t *testing.T) {
-	goroutines := runtime.NumGoroutine()
-	descriptors := len(names(t, "/proc/self/fd"))
-	f, err := NewFolder(filepath.Join(t.TempDir(), "c"))
-	must(t, err)
-	fill(t, f.Path())
-	big := filepath.Join(f.Path(), "pages-5.img")
-	write(t, big, nil)
-	must(t, os.Truncate(big, 1<<36)) // takes a minute to hash
-	time.Sleep(5 * followEvery)
-	start := time.Now()
-	must(t, f.Discard())
-	if took := time.Since(start); took > time.Second {
-		t.Errorf("Discard took %v", took)
-	}
-	// It tells that it is done just before it is.
-	for end := time.Now().Add(10 * time.Second); runtime.NumGoroutine() > goroutines; runtime.Gosched() {
-		if time.Now().After(end) {
-			t.Fatalf("%d goroutines, were %d", runtime.NumGoroutine(), goroutines)
-		}
-	}
-	if n := len(names(t, "/proc/self/fd")); n > descriptors {
-		t.Errorf("%d descriptors, were %d", n, descriptors)
 	}
 }

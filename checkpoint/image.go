@@ -310,7 +310,7 @@ func verify(ctx context.Context, dir string, files map[string]entry, m *Manifest
 			return err
 		}
 		defer f.Close()
-		sum, _, err := hashFile(ctx, f, want.Name, nil)
+		sum, _, err := hashFile(ctx, f, want.Name)
 		if err != nil {
 			return fmt.Errorf("%s: %w", want.Name, err)
 		}
