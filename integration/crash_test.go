@@ -60,7 +60,6 @@ var stages = []stage{
 	}},
 	{"pause", "pause", started, func(s *scene, c *stack.Container) error { return c.Task.Pause(s.ctx) }},
 	{"paused", "", paused, nil},
-	{"resume", "resume", paused, func(s *scene, c *stack.Container) error { return c.Task.Resume(s.ctx) }},
 	{"kill", "kill", started, func(s *scene, c *stack.Container) error { return c.Task.Kill(s.ctx, syscall.SIGKILL) }},
 	{"delete", "delete", killed, func(s *scene, c *stack.Container) error {
 		_, err := c.Task.Delete(s.ctx)

@@ -46,7 +46,7 @@ func TestQueriesAnswerAtOnce(t *testing.T) {
 	p := s.exec(c, "e", "sleep", "1000")
 	held("exec", stack.Before, "c", true, func() error { return p.Start(s.ctx) })
 	held("pause", stack.Before, "c", true, func() error { return c.Task.Pause(s.ctx) })
-	held("resume", stack.Before, "c", true, func() error { return c.Task.Resume(s.ctx) })
+	s.must("resume", c.Task.Resume(s.ctx))
 	held("checkpoint", stack.During("Dumping task"), "c", true, func() error { return c.CheckpointErr(s.ctx, dir, nil) })
 	held("kill", stack.Before, "c", true, func() error { return c.Task.Kill(s.ctx, 9) })
 	c.Wait(s.ctx)

@@ -117,12 +117,16 @@ func (c *Cgroup) Frozen() (bool, error) {
 }
 
 // Freeze has the kernel stop the group's processes. It does not wait for them.
-func (c *Cgroup) Freeze() error {
-	name, value := "freezer.state", "FROZEN"
+func (c *Cgroup) Freeze() error { return c.setFrozen("FROZEN", "1") }
+
+// Thaw lets the group's processes run.
+func (c *Cgroup) Thaw() error { return c.setFrozen("THAWED", "0") }
+
+func (c *Cgroup) setFrozen(v1, v2 string) error {
 	if c.v2 != nil {
-		name, value = "cgroup.freeze", "1"
+		return os.WriteFile(filepath.Join(c.freezer, "cgroup.freeze"), []byte(v2), 0)
 	}
-	return os.WriteFile(filepath.Join(c.freezer, name), []byte(value), 0)
+	return os.WriteFile(filepath.Join(c.freezer, "freezer.state"), []byte(v1), 0)
 }
 
 // WaitFrozen waits until all of the group's processes stand still after Freeze.
@@ -145,14 +149,6 @@ func (c *Cgroup) WaitFrozen(ctx context.Context) error {
 		case <-time.After(time.Millisecond):
 		}
 	}
-}
-
-// Thaw lets the group's processes run.
-func (c *Cgroup) Thaw() error {
-	if c.v2 != nil {
-		return c.v2.Thaw()
-	}
-	return c.v1.Thaw()
 }
 
 // RemoveCgroup kills what is left in the control group that a container's spec

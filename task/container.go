@@ -349,9 +349,10 @@ func (c *container) pause(ctx context.Context) error {
 	return nil
 }
 
-// resume thaws the container.
+// resume thaws the container. It takes no more than a write to its cgroup, and
+// whoever talks to the container waits for it: starting the runtime takes longer.
 func (c *container) resume(ctx context.Context) error {
-	ctx, release, err := c.exclusive(ctx)
+	_, release, err := c.exclusive(ctx)
 	if err != nil {
 		return err
 	}
@@ -359,11 +360,7 @@ func (c *container) resume(ctx context.Context) error {
 	if err := c.move(opResume, Paused); err != nil {
 		return err
 	}
-	if err := c.runtime.Resume(ctx); err != nil {
-		// Cut short, it may have thawed it all the same.
-		if frozen, ferr := c.isFrozen(); ferr == nil && !frozen {
-			c.settle(Paused, Running, &events.TaskResumed{ContainerID: c.id})
-		}
+	if err := c.thaw(); err != nil {
 		return fmt.Errorf("resume container %s: %w", c.id, err)
 	}
 	c.settle(Paused, Running, &events.TaskResumed{ContainerID: c.id})
@@ -431,6 +428,9 @@ func (c *container) thaw() error {
 	c.mu.Lock()
 	cg := c.cgroup
 	c.mu.Unlock()
+	if cg == nil {
+		return fmt.Errorf("its cgroup could not be loaded: %w", errdefs.ErrNotFound)
+	}
 	return cg.Thaw()
 }
 
