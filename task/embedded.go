@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/stasis-run/stasis/checkpoint/rootfs"
+
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -148,7 +150,7 @@ func findLayer(m *mount.Mount) (*embedded, error) {
 		// The options may be shared with the request.
 		m.Options = append([]string{}, m.Options...)
 		m.Options[option] = "lowerdir=" + strings.Join(rest, ":")
-		return &embedded{dir: filepath.Join(layer, embeddedCheckpoint), noted: overlayOption(*m, "workdir")}, nil
+		return &embedded{dir: filepath.Join(layer, embeddedCheckpoint), noted: rootfs.MountOption(*m, "workdir")}, nil
 	}
 	return nil, nil
 }

@@ -45,8 +45,8 @@ type overlay struct {
 	lower         []string // topmost first
 }
 
-// mount makes an overlayfs over lower.
-func mount(t testing.TB, options string, lower ...string) overlay {
+// overlayOn makes an overlayfs over lower.
+func overlayOn(t testing.TB, options string, lower ...string) overlay {
 	t.Helper()
 	o := overlay{upper: t.TempDir(), merged: t.TempDir(), lower: lower}
 	data := fmt.Sprintf("index=off%s,lowerdir=%s,upperdir=%s,workdir=%s", options, strings.Join(lower, ":"), o.upper, t.TempDir())

@@ -132,7 +132,7 @@ func TestLayerOf(t *testing.T) {
 			lower := tree{t, t.TempDir()}
 			test.base(lower)
 			base := copyTree(t, lower.root)
-			o := mount(t, test.options, lower.root)
+			o := overlayOn(t, test.options, lower.root)
 			test.change(tree{t, o.merged})
 			want := describe(t, o.merged, quiet)
 			layer := layerOf(t, OverlayLayer{Upper: copyTree(t, o.upper), Lower: o.lower})

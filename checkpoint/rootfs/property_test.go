@@ -203,7 +203,7 @@ func TestLayersRestoreAnyTree(t *testing.T) {
 			}
 			// The middle is the upper of a mount, so it has whiteouts and
 			// opaque folders of its own. (No redirects: image layers have none.)
-			middle := mount(t, "", bottom)
+			middle := overlayOn(t, "", bottom)
 			c = newChaos(t, rng, middle.merged)
 			for range 100 {
 				c.step()
@@ -212,7 +212,7 @@ func TestLayersRestoreAnyTree(t *testing.T) {
 			round(t, middle.merged)
 			base := copyTree(t, middle.merged)
 
-			o := mount(t, options, middle.upper, bottom)
+			o := overlayOn(t, options, middle.upper, bottom)
 			c = newChaos(t, rng, o.merged)
 			for range 150 {
 				c.step()

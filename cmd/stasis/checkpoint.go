@@ -299,7 +299,7 @@ func (a *app) checkpointOne(ctx context.Context, c *client.Client, container cli
 		return nil, err
 	}
 	// Before the container is frozen, and maybe ended.
-	if err := d.checkBase(ctx, f.format.value); err != nil {
+	if err := d.checkBase(f.format.value); err != nil {
 		return nil, err
 	}
 	if err := checkRef(ctx, c, ref); err != nil {

@@ -2,14 +2,12 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"time"
 
 	"github.com/containerd/containerd/api/types/runc/options"
@@ -69,7 +67,7 @@ func newDumper(ctx context.Context, c *client.Client, container client.Container
 }
 
 // checkBase tells early what would make storing the checkpoint fail late.
-func (d *dumper) checkBase(ctx context.Context, format string) error {
+func (d *dumper) checkBase(format string) error {
 	if d.image != nil || format == "archive" || format == "podman" {
 		return nil
 	}
@@ -85,13 +83,10 @@ func (d *dumper) dump(ctx context.Context, dir string, f *checkpointFlags, bar *
 	if err != nil {
 		return nil, err
 	}
-	c := &capture.Capture{Info: info, Images: filepath.Join(dir, "checkpoint")}
-	if c.Spec, err = json.Marshal(d.info.Spec); err != nil {
-		return nil, err
+	if d.info.Spec == nil {
+		return nil, fmt.Errorf("containerd has no spec of it, which a restore needs: %w", errdefs.ErrFailedPrecondition)
 	}
-	if d.info.Spec != nil {
-		c.Spec = d.info.Spec.GetValue()
-	}
+	c := &capture.Capture{Info: info, Images: filepath.Join(dir, "checkpoint"), Spec: d.info.Spec.GetValue()}
 	r := &api.CheckpointRequest{Id: d.container.ID(), ImagePath: c.Images, Exit: f.exit, Options: &f.criu}
 	if len(d.mounts) > 0 && !f.exit {
 		r.RootfsPath = filepath.Join(dir, "rootfs")
@@ -116,27 +111,23 @@ func (d *dumper) dump(ctx context.Context, dir string, f *checkpointFlags, bar *
 		ImageBytes: int64(result.ImageBytes),
 		LayerBytes: int64(result.RootfsBytes),
 	}
-	c.Layer, err = d.layer(ctx, r.RootfsPath, result.RootfsIsUpper)
-	return c, err
+	c.Layer = d.layer(r.RootfsPath, result.RootfsIsUpper)
+	return c, nil
 }
 
 // layer is what the container changed in its root filesystem: in the copy, or,
 // with an empty path, in the snapshot of a container that has ended.
-func (d *dumper) layer(ctx context.Context, copied string, isUpper bool) (capture.Layer, error) {
+func (d *dumper) layer(copied string, isUpper bool) capture.Layer {
 	if len(d.mounts) == 0 {
-		return nil, nil
+		return nil
 	}
-	upper, lower := overlayFolders(d.mounts)
 	if copied == "" {
-		copied, isUpper = upper, upper != ""
+		copied, isUpper = rootfs.Writable(d.mounts)
 	}
 	if isUpper {
-		return &rootfs.OverlayLayer{Upper: copied, Lower: lower}, nil
+		return &rootfs.OverlayLayer{Upper: copied, Lower: rootfs.Lower(d.mounts)}
 	}
-	if copied == "" && len(d.mounts) == 1 && d.mounts[0].Type == "bind" {
-		copied = d.mounts[0].Source
-	}
-	return &wholeTree{dumper: d, copied: copied}, nil
+	return &wholeTree{dumper: d, copied: copied}
 }
 
 // wholeTree is the layer of a snapshotter that knows no upper folder: all of the
@@ -205,11 +196,7 @@ func (d *dumper) checkpointByTask(ctx context.Context, r *api.CheckpointRequest)
 	}
 	result := &api.CheckpointResult{}
 	if r.RootfsPath != "" {
-		upper, _ := overlayFolders(d.mounts)
-		from := upper
-		if from == "" && len(d.mounts) == 1 && d.mounts[0].Type == "bind" {
-			from = d.mounts[0].Source
-		}
+		from, upper := rootfs.Writable(d.mounts)
 		if from == "" {
 			return nil, fmt.Errorf("snapshotter %s keeps no folder that could be copied: %w", d.info.Snapshotter, errdefs.ErrNotImplemented)
 		}
@@ -217,7 +204,7 @@ func (d *dumper) checkpointByTask(ctx context.Context, r *api.CheckpointRequest)
 		if err != nil {
 			return nil, fmt.Errorf("copy its writable layer: %w", err)
 		}
-		result.RootfsBytes, result.RootfsIsUpper = uint64(n), upper != ""
+		result.RootfsBytes, result.RootfsIsUpper = uint64(n), upper
 	}
 	result.FrozenNs = uint64(time.Since(started))
 	result.CriuVersion = checkpoint.LogVersion(filepath.Join(r.ImagePath, "dump.log"))
@@ -266,24 +253,6 @@ func (d *dumper) describe(ctx context.Context) (capture.Info, error) {
 		i.Base.Config = config.Digest.String()
 	}
 	return i, nil
-}
-
-// overlayFolders are those of an overlay mount, none if it is another.
-func overlayFolders(mounts []mount.Mount) (upper string, lower []string) {
-	if len(mounts) != 1 || mounts[0].Type != "overlay" {
-		return "", nil
-	}
-	upper, _ = overlayOption(mounts[0], "upperdir")
-	lowers, _ := overlayOption(mounts[0], "lowerdir")
-	return upper, filepath.SplitList(lowers)
-}
-
-func overlayOption(m mount.Mount, name string) (string, bool) {
-	i := slices.IndexFunc(m.Options, func(o string) bool { return len(o) > len(name) && o[:len(name)+1] == name+"=" })
-	if i < 0 {
-		return "", false
-	}
-	return m.Options[i][len(name)+1:], true
 }
 
 // thisHost describes where we run.

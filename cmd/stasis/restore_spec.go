@@ -20,6 +20,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/rootfs"
 )
 
 // maxSpec bounds spec.json, as containerd's messages bound a spec, in bytes.
@@ -31,11 +32,9 @@ func embeddedSpec(ctx context.Context, c *client.Client, container *containers.C
 	if err != nil {
 		return nil, fmt.Errorf("look at snapshot %s: %w", container.SnapshotKey, err)
 	}
-	var folders []string
-	if _, lower := overlayFolders(mounts); len(lower) > 0 {
-		folders = lower
-	} else if len(mounts) == 1 && mounts[0].Type == "bind" {
-		folders = []string{mounts[0].Source}
+	folders := rootfs.Lower(mounts)
+	if dir, upper := rootfs.Writable(mounts); dir != "" && !upper {
+		folders = []string{dir}
 	}
 	for _, dir := range folders {
 		spec, err := readSpec(dir)

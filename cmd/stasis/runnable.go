@@ -160,25 +160,15 @@ func (a *app) findBase(ctx context.Context, c *client.Client, base capture.Base,
 	return record.Target, nil
 }
 
-// findImage returns an image by its name as it is, or as Docker would complete
-// it, and pulls it if it is not here.
+// findImage is localImage for an image that is pulled if it is not here.
 func (a *app) findImage(ctx context.Context, c *client.Client, name string, plain bool, bar *progress) (images.Image, error) {
-	record, err := c.ImageService().Get(ctx, name)
+	record, err := localImage(ctx, c, name)
 	if err == nil || !errdefs.IsNotFound(err) {
 		return record, err
 	}
 	named, perr := reference.ParseDockerRef(name)
-	if perr != nil {
-		return images.Image{}, fmt.Errorf("there is no file and no image %s: %w", name, errdefs.ErrNotFound)
+	if perr != nil || reference.Domain(named) == "localhost" {
+		return images.Image{}, err
 	}
-	full := named.String()
-	if full != name {
-		if record, err = c.ImageService().Get(ctx, full); err == nil || !errdefs.IsNotFound(err) {
-			return record, err
-		}
-	}
-	if reference.Domain(named) == "localhost" {
-		return images.Image{}, fmt.Errorf("there is no image %s: `stasis ls` lists the checkpoints: %w", name, errdefs.ErrNotFound)
-	}
-	return a.pull(ctx, c, full, plain, bar)
+	return a.pull(ctx, c, named.String(), plain, bar)
 }
