@@ -220,7 +220,10 @@ func TestRestoreImageOfPodman(t *testing.T) {
 	if out := s.Stasis("import", file, imported); out != imported+"\n" {
 		t.Errorf("import printed %q", out)
 	}
-	for id, from := range map[string]string{"from-file": imported, "from-registry": ref} {
+	const converted, again = "stasis.test/converted:1", "again.tar"
+	s.Stasis("convert", imported, filepath.Join(s.Dir, again), "--format", "archive", "--compress", "none")
+	s.Stasis("convert", filepath.Join(s.Dir, again), converted)
+	for id, from := range map[string]string{"from-file": imported, "from-registry": ref, "converted": converted} {
 		c := restoreForeign(ctx, t, s, from, id)
 		checkSame(t, before, c.Probe(ctx))
 		if out := c.Exec(ctx, "sh", "-c", podmanFiles); out != podmanFilesAre {

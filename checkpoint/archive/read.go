@@ -28,9 +28,7 @@ import (
 //
 //	dir/checkpoint/            CRIU's images, the capture's Images
 //	dir/layer.tar              the capture's Layer, unless it is nil
-//	dir/devshm-checkpoint.tar  Podman's: a tar of what the container had in
-//	                           /dev/shm, which Podman mounts from outside; it is
-//	                           there only if the archive has it
+//	dir/devshm-checkpoint.tar  the capture's DevShm, unless it is empty
 //
 // Files are 0600, folders 0700. Logs of the container, volumes and whatever else
 // stands in an archive are passed over; so is the network, which a restore makes
@@ -98,6 +96,9 @@ func read(ctx context.Context, r io.Reader, dir string, limits Limits) (*capture
 	}
 	if err := out.join(meta.deleted, mode); err != nil {
 		return nil, err
+	}
+	if in.seen[devShmName] {
+		c.DevShm = filepath.Join(dir, devShmName)
 	}
 	if out.layer {
 		c.Layer = capture.FileLayer(filepath.Join(dir, layerName))

@@ -73,6 +73,11 @@ func (a *writer) write(ctx context.Context, c *capture.Capture) error {
 	if err := a.layer(ctx, c.Layer, c.Images); err != nil {
 		return err
 	}
+	if c.DevShm != "" {
+		if err := a.copy(ctx, devShmName, c.DevShm); err != nil {
+			return err
+		}
+	}
 	return a.images(ctx, c.Images)
 }
 

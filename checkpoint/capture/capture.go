@@ -23,6 +23,9 @@ type Capture struct {
 	// Layer is what the container changed in its root filesystem. It is nil if
 	// the checkpoint does not tell.
 	Layer Layer
+	// DevShm is a file: a tar of what was in /dev/shm, if that was mounted from
+	// outside, as Podman does. It is empty if there was none.
+	DevShm string
 }
 
 // Layer is a writable layer: an uncompressed OCI layer (a tar with whiteouts).

@@ -10,6 +10,8 @@ import (
 	"github.com/containerd/containerd/v2/pkg/archive/compression"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/stasis-run/stasis/checkpoint/capture"
 )
 
 // checkFolder fails if there is anything in dir but plain files of 0600 with
@@ -40,6 +42,7 @@ const fuzzLimit = 1 << 20
 // FuzzStasisLayer reads anything as the last layer of a runnable image.
 func FuzzStasisLayer(f *testing.F) {
 	f.Add(makeTar(f, good()...))
+	f.Add(makeTar(f, append(good(), entry{name: devShmPath, data: "x"})...))
 	for name, c := range hostileLayers {
 		if name != "large info" {
 			f.Add(makeTar(f, c.entries...))
@@ -51,11 +54,15 @@ func FuzzStasisLayer(f *testing.F) {
 		if err := os.Mkdir(dir, 0o700); err != nil {
 			t.Fatal(err)
 		}
-		info, spec, err := unpackStasis(t.Context(), bytes.NewReader(data), dir, fuzzLimit)
-		if err == nil && (info.Version != formatVersion || checkSpec(spec) != nil) {
-			t.Errorf("accepted %+v, %s", info, spec)
+		c := &capture.Capture{Images: dir}
+		err := unpackStasis(t.Context(), bytes.NewReader(data), c, fuzzLimit)
+		if err == nil && (c.Info.Version != formatVersion || checkSpec(c.Spec) != nil) {
+			t.Errorf("accepted %+v, %s", c.Info, c.Spec)
 		}
 		checkFolder(t, dir, fuzzLimit)
+		if c.DevShm != "" {
+			_ = os.Remove(filepath.Join(parent, "devshm-checkpoint.tar"))
+		}
 		if left, err := os.ReadDir(parent); err != nil || len(left) != 1 {
 			t.Errorf("wrote outside: %v, %v", left, err)
 		}
@@ -123,8 +130,11 @@ func FuzzCompressed(f *testing.F) {
 			if err != nil {
 				continue
 			}
-			dir := t.TempDir()
-			_, _, _ = unpackStasis(t.Context(), r, dir, fuzzLimit)
+			dir := filepath.Join(t.TempDir(), "dir")
+			if err := os.Mkdir(dir, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			_ = unpackStasis(t.Context(), r, &capture.Capture{Images: dir}, fuzzLimit)
 			checkFolder(t, dir, fuzzLimit)
 			r.Close()
 		}

@@ -158,10 +158,7 @@ func readRunnable(ctx context.Context, store content.Provider, f found, dir stri
 		return nil, err
 	}
 	c := &capture.Capture{Images: filepath.Join(dir, "checkpoint")}
-	err = unpack(ctx, store, desc, size, c.Images, func(r io.Reader) (err error) {
-		c.Info, c.Spec, err = unpackStasis(ctx, r, c.Images, size)
-		return err
-	})
+	err = unpack(ctx, store, desc, size, c.Images, func(r io.Reader) error { return unpackStasis(ctx, r, c, size) })
 	if err != nil {
 		return nil, fmt.Errorf("layer %s: %w", desc.Digest, err)
 	}

@@ -24,6 +24,7 @@ const (
 	stasisDir     = ".stasis"
 	infoPath      = stasisDir + "/info.json"
 	specPath      = stasisDir + "/spec.json"
+	devShmPath    = stasisDir + "/devshm-checkpoint.tar" // if there is one
 	checkpointDir = stasisDir + "/checkpoint"
 )
 
@@ -70,6 +71,9 @@ func writeRunnable(ctx context.Context, store content.Store, baseDesc ocispec.De
 			t.folder(stasisDir)
 			t.file(infoPath, info)
 			t.file(specPath, c.Spec)
+			if c.DevShm != "" {
+				t.copy(ctx, devShmPath, c.DevShm, make([]byte, chunkSize))
+			}
 			t.folder(checkpointDir)
 			t.images(ctx, checkpointDir+"/", c.Images, files)
 			return t.close()

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -50,18 +51,22 @@ func (t *tree) header(name string, size int64) {
 func (t *tree) images(ctx context.Context, prefix, dir string, files []string) {
 	buf := make([]byte, chunkSize)
 	for _, name := range files {
-		if t.err == nil {
-			t.err = t.image(ctx, prefix, dir, name, buf)
-		}
+		t.copy(ctx, prefix+name, filepath.Join(dir, name), buf)
 	}
 }
 
-func (t *tree) image(ctx context.Context, prefix, dir, name string, buf []byte) error {
-	fd, err := unix.Open(dir+"/"+name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return &os.PathError{Op: "open", Path: dir + "/" + name, Err: err}
+// copy writes the file at path under a name.
+func (t *tree) copy(ctx context.Context, name, path string, buf []byte) {
+	if t.err == nil {
+		t.err = t.copyFile(ctx, name, path, buf)
 	}
-	f := os.NewFile(uintptr(fd), dir+"/"+name)
+}
+
+func (t *tree) copyFile(ctx context.Context, name, path string, buf []byte) error {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return err
+	}
 	defer f.Close()
 	st, err := f.Stat()
 	if err != nil {
@@ -70,7 +75,7 @@ func (t *tree) image(ctx context.Context, prefix, dir, name string, buf []byte) 
 	if !st.Mode().IsRegular() {
 		return fault.Invalid("%s: not a regular file", f.Name())
 	}
-	t.header(prefix+name, st.Size())
+	t.header(name, st.Size())
 	if t.err != nil {
 		return t.err
 	}

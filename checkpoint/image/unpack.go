@@ -4,7 +4,6 @@ import (
 	"archive/tar"
 	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -79,15 +78,19 @@ func (u *unpacker) image(ctx context.Context, name string, h *tar.Header, r io.R
 	if len(u.names) >= maxFiles {
 		return fault.Invalid("more than %d files", maxFiles)
 	}
+	return named(name, u.write(ctx, filepath.Join(u.dir, name), h, r))
+}
+
+// write writes a plain file to a path where there is none.
+func (u *unpacker) write(ctx context.Context, path string, h *tar.Header, r io.Reader) error {
 	if err := u.plain(h); err != nil {
 		return err
 	}
-	f, err := os.OpenFile(filepath.Join(u.dir, name), os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return err
 	}
-	err = badTar(copyContext(ctx, f, r, u.buf))
-	return named(name, errors.Join(err, f.Close()))
+	return errors.Join(badTar(copyContext(ctx, f, r, u.buf)), f.Close())
 }
 
 // metadata returns the content of a small file.
@@ -112,9 +115,10 @@ func badTar(err error) error {
 	return err
 }
 
-// unpackStasis reads the last layer of a runnable image.
-func unpackStasis(ctx context.Context, r io.Reader, dir string, limit int64) (info capture.Info, spec json.RawMessage, err error) {
-	u := newUnpacker(dir, limit)
+// unpackStasis reads the last layer of a runnable image into a capture, whose
+// images go to a folder that exists, and whose /dev/shm goes beside it.
+func unpackStasis(ctx context.Context, r io.Reader, c *capture.Capture, limit int64) error {
+	u := newUnpacker(c.Images, limit)
 	tr := tar.NewReader(r)
 	for {
 		h, err := tr.Next()
@@ -122,10 +126,10 @@ func unpackStasis(ctx context.Context, r io.Reader, dir string, limit int64) (in
 			break
 		}
 		if err != nil {
-			return info, nil, badTar(err)
+			return badTar(err)
 		}
 		if err := u.once(h.Name); err != nil {
-			return info, nil, err
+			return err
 		}
 		name, inside := strings.CutPrefix(h.Name, checkpointDir+"/")
 		switch {
@@ -136,28 +140,31 @@ func unpackStasis(ctx context.Context, r io.Reader, dir string, limit int64) (in
 		case h.Name == infoPath:
 			var data []byte
 			if data, err = u.metadata(h, tr); err == nil {
-				info, err = decodeInfo(data)
+				c.Info, err = decodeInfo(data)
 				err = named(infoPath, err)
 			}
 		case h.Name == specPath:
-			if spec, err = u.metadata(h, tr); err == nil {
-				err = named(specPath, checkSpec(spec))
+			if c.Spec, err = u.metadata(h, tr); err == nil {
+				err = named(specPath, checkSpec(c.Spec))
 			}
+		case h.Name == devShmPath:
+			c.DevShm = filepath.Join(filepath.Dir(c.Images), filepath.Base(devShmPath))
+			err = u.write(ctx, c.DevShm, h, tr)
 		case inside:
 			err = u.image(ctx, name, h, tr)
 		default:
 			err = fault.Invalid("%q: the layer may hold nothing but /%s", h.Name, stasisDir)
 		}
 		if err != nil {
-			return info, nil, err
+			return err
 		}
 	}
 	for _, name := range []string{infoPath, specPath, checkpointDir + "/"} {
 		if !u.names[name] {
-			return info, nil, fault.Invalid("%s: missing", name)
+			return fault.Invalid("%s: missing", name)
 		}
 	}
-	return info, spec, nil
+	return nil
 }
 
 // unpackFlat reads the tar of containerd's form: CRIU's images, and no folder.

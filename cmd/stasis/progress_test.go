@@ -7,6 +7,8 @@ import (
 	"testing"
 
 	"github.com/containerd/console"
+
+	"github.com/stasis-run/stasis/checkpoint/api"
 )
 
 // On a terminal there is a bar while the work goes on, and none after it.
@@ -55,6 +57,28 @@ func TestNoProgress(t *testing.T) {
 		a.close()
 		if !bar.silent() || out.Len() != 0 {
 			t.Errorf("%q", out.String())
+		}
+	}
+}
+
+// What the dump and the copy of the writable layer have done is one sum, and no
+// stage takes the other's place.
+func TestDumpProgress(t *testing.T) {
+	var sum dumpProgress
+	for _, step := range []struct {
+		stage                   string
+		done, total             uint64
+		wantedDone, wantedTotal int64
+	}{
+		{"dump", 10, 100, 10, 100},
+		{"rootfs", 5, 0, 15, 105},
+		{"dump", 90, 100, 95, 105},
+		{"rootfs", 20, 0, 110, 120},
+		{"dump", 130, 100, 150, 150}, // the total was an estimate
+	} {
+		done, total := sum.add(&api.Progress{Stage: step.stage, DoneBytes: step.done, TotalBytes: step.total})
+		if done != step.wantedDone || total != step.wantedTotal {
+			t.Errorf("%+v: %d of %d", step, done, total)
 		}
 	}
 }

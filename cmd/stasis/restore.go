@@ -114,7 +114,6 @@ func (a *app) restore(ctx context.Context, f *restoreFlags, arg, id string) (err
 	if err != nil {
 		return fmt.Errorf("restore %s: %w", arg, err)
 	}
-	defer func() { err = errors.Join(err, record.remove()) }()
 	summary, err := image.ReadInfo(ctx, c.ContentStore(), record.Target)
 	if err != nil {
 		return fmt.Errorf("restore %s: %w", arg, err)
@@ -131,11 +130,11 @@ func (a *app) restore(ctx context.Context, f *restoreFlags, arg, id string) (err
 		return fmt.Errorf("restore %s: there is a container %s: give another NAME, or remove it: %w", arg, id, errdefs.ErrAlreadyExists)
 	}
 	bar.Stage("unpack")
-	img := client.NewImage(c, record.Image)
+	img := client.NewImage(c, record)
 	if err := img.Unpack(ctx, f.snapshotter); err != nil {
 		return fmt.Errorf("restore %s: unpack it: %w", arg, err)
 	}
-	container, spec, err := a.newRestored(ctx, c, img, id, record.devShm, f)
+	container, spec, err := a.newRestored(ctx, c, img, id, f)
 	if err != nil {
 		return fmt.Errorf("restore %s: %w", arg, err)
 	}
@@ -173,9 +172,8 @@ func (a *app) restore(ctx context.Context, f *restoreFlags, arg, id string) (err
 	return nil
 }
 
-// newRestored makes the container, whose image has its checkpoint. devShm is that
-// of a restorable.
-func (a *app) newRestored(ctx context.Context, c *client.Client, img client.Image, id, devShm string, f *restoreFlags) (client.Container, *specs.Spec, error) {
+// newRestored makes the container, whose image has its checkpoint.
+func (a *app) newRestored(ctx context.Context, c *client.Client, img client.Image, id string, f *restoreFlags) (client.Container, *specs.Spec, error) {
 	var spec *specs.Spec
 	opts := []client.NewContainerOpts{
 		client.WithImage(img),
@@ -183,11 +181,14 @@ func (a *app) newRestored(ctx context.Context, c *client.Client, img client.Imag
 		client.WithNewSnapshot(id, img),
 		client.WithRuntime(f.runtime, &options.Options{BinaryName: f.runcBinary}),
 		client.WithAdditionalContainerLabels(map[string]string{"stasis.run/restored-from": img.Name()}),
-		func(ctx context.Context, c *client.Client, container *containers.Container) (err error) {
-			if spec, err = embeddedSpec(ctx, c, container); err != nil {
-				return err
-			}
-			if err := amend(ctx, c, container, spec, devShm, f); err != nil {
+		func(ctx context.Context, c *client.Client, container *containers.Container) error {
+			err := withEmbedded(ctx, c, container, func(root *os.Root) (err error) {
+				if spec, err = readSpec(root); err != nil {
+					return err
+				}
+				return amend(ctx, c, container, spec, root, f)
+			})
+			if err != nil {
 				return err
 			}
 			return client.WithSpec(spec)(ctx, c, container)

@@ -20,11 +20,7 @@ import (
 // Podman, CRI-O and the kubelet make some files for every container and bind them
 // into it. A checkpoint does not have them, and CRIU brings a container back only
 // with a mount in each of their places.
-const (
-	devShmMount = "/dev/shm" // a folder, of Podman's
-	// devShmArchive is a tar of it, in what package archive reads.
-	devShmArchive = "devshm-checkpoint.tar"
-)
+const devShmMount = "/dev/shm" // a folder, of Podman's
 
 // engineFile tells whether what is mounted there is one of those.
 func engineFile(destination string) bool {
@@ -57,14 +53,14 @@ func filesFolder(ctx context.Context, c *client.Client, container *containers.Co
 }
 
 // makeFile makes what is mounted at a destination, as engines do, and returns its
-// path in dir. devShm is that of a restorable.
-func makeFile(ctx context.Context, dir, destination, hostname, devShm string) (string, error) {
+// path in dir. root is that of withEmbedded.
+func makeFile(ctx context.Context, dir, destination, hostname string, root *os.Root) (string, error) {
 	path := filepath.Join(dir, strings.ReplaceAll(strings.TrimPrefix(destination, "/"), "/", "-"))
 	mode := fs.FileMode(0o644)
 	var text []byte
 	switch destination {
 	case devShmMount:
-		return path, makeDevShm(ctx, path, devShm)
+		return path, makeDevShm(ctx, path, root)
 	case "/etc/hosts":
 		text = []byte(strings.TrimSpace("127.0.0.1 localhost "+hostname) + "\n::1 localhost ip6-localhost ip6-loopback\n")
 	case "/etc/hostname":
@@ -85,12 +81,12 @@ func makeFile(ctx context.Context, dir, destination, hostname, devShm string) (s
 
 // makeDevShm makes a folder for /dev/shm. It is on a disk: a tmpfs would have to
 // be unmounted by whoever deletes the container.
-func makeDevShm(ctx context.Context, path, archive string) error {
+func makeDevShm(ctx context.Context, path string, root *os.Root) error {
 	if err := os.Mkdir(path, 0o777); err != nil {
 		return err
 	}
-	if archive != "" {
-		f, err := os.Open(archive)
+	if hasDevShm(root) {
+		f, err := root.Open(embeddedDevShm)
 		if err != nil {
 			return err
 		}
@@ -100,4 +96,10 @@ func makeDevShm(ctx context.Context, path, archive string) error {
 		}
 	}
 	return os.Chmod(path, 0o777|fs.ModeSticky)
+}
+
+// hasDevShm tells whether the checkpoint tells what was in /dev/shm.
+func hasDevShm(root *os.Root) bool {
+	info, err := root.Lstat(embeddedDevShm)
+	return err == nil && info.Mode().IsRegular()
 }

@@ -3,9 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -26,50 +24,53 @@ import (
 // maxSpec bounds spec.json, as containerd's messages bound a spec, in bytes.
 const maxSpec = 16 << 20
 
-// embeddedSpec reads /.stasis/spec.json out of a container's new snapshot.
-func embeddedSpec(ctx context.Context, c *client.Client, container *containers.Container) (*specs.Spec, error) {
+// withEmbedded calls fn with the folder of a container's new snapshot that has
+// /.stasis. It is somebody else's, so fn gets it as a root that no link leads out
+// of.
+func withEmbedded(ctx context.Context, c *client.Client, container *containers.Container, fn func(root *os.Root) error) error {
 	mounts, err := c.SnapshotService(container.Snapshotter).Mounts(ctx, container.SnapshotKey)
 	if err != nil {
-		return nil, fmt.Errorf("look at snapshot %s: %w", container.SnapshotKey, err)
+		return fmt.Errorf("look at snapshot %s: %w", container.SnapshotKey, err)
+	}
+	in := func(dir string) error {
+		root, err := os.OpenRoot(dir)
+		if err != nil {
+			return err
+		}
+		defer root.Close()
+		return fn(root)
 	}
 	folders := rootfs.Lower(mounts)
 	if dir, upper := rootfs.Writable(mounts); dir != "" && !upper {
 		folders = []string{dir}
 	}
 	for _, dir := range folders {
-		spec, err := readSpec(dir)
-		if !errors.Is(err, fs.ErrNotExist) {
-			return spec, err
+		if _, err := os.Lstat(filepath.Join(dir, embeddedSpec)); err == nil {
+			return in(dir)
 		}
 	}
 	if folders != nil {
-		return nil, fmt.Errorf("the image has no /.stasis/spec.json: %w", errdefs.ErrInvalidArgument)
+		return fmt.Errorf("the image has no /%s: %w", embeddedSpec, errdefs.ErrInvalidArgument)
 	}
-	var spec *specs.Spec
-	err = mount.WithReadonlyTempMount(ctx, mounts, func(root string) (err error) {
-		spec, err = readSpec(root)
-		return err
-	})
-	return spec, err
+	return mount.WithReadonlyTempMount(ctx, mounts, in)
 }
 
-// readSpec reads the spec from a folder that is somebody else's: no link in it is
-// followed.
-func readSpec(dir string) (*specs.Spec, error) {
-	root, err := os.OpenRoot(dir)
-	if err != nil {
-		return nil, err
-	}
-	defer root.Close()
-	name := filepath.Join(".stasis", "spec.json")
-	info, err := root.Lstat(name)
+// What a runnable image has besides CRIU's images.
+const (
+	embeddedSpec   = ".stasis/spec.json"
+	embeddedDevShm = ".stasis/devshm-checkpoint.tar"
+)
+
+// readSpec reads the spec of the container that was checkpointed.
+func readSpec(root *os.Root) (*specs.Spec, error) {
+	info, err := root.Lstat(embeddedSpec)
 	if err != nil {
 		return nil, err
 	}
 	if !info.Mode().IsRegular() || info.Size() > maxSpec {
 		return nil, fmt.Errorf("/.stasis/spec.json is no file, or larger than %d bytes: %w", maxSpec, errdefs.ErrInvalidArgument)
 	}
-	data, err := root.ReadFile(name)
+	data, err := root.ReadFile(embeddedSpec)
 	if err != nil {
 		return nil, err
 	}
@@ -84,9 +85,9 @@ func readSpec(dir string) (*specs.Spec, error) {
 }
 
 // amend makes of the spec of the container that was checkpointed that of the one
-// that is restored, perhaps on another host and from another engine's. devShm is
-// that of a restorable.
-func amend(ctx context.Context, c *client.Client, container *containers.Container, spec *specs.Spec, devShm string, f *restoreFlags) error {
+// that is restored, perhaps on another host and from another engine's. root is that
+// of withEmbedded.
+func amend(ctx context.Context, c *client.Client, container *containers.Container, spec *specs.Spec, root *os.Root, f *restoreFlags) error {
 	spec.Root.Path = "rootfs"
 	namespace, err := namespaces.NamespaceRequired(ctx)
 	if err != nil {
@@ -118,7 +119,7 @@ func amend(ctx context.Context, c *client.Client, container *containers.Containe
 			spec.Linux.Namespaces[i].Path = "" // that of a sandbox which is gone
 		}
 	}
-	return amendMounts(ctx, c, container, spec, devShm)
+	return amendMounts(ctx, c, container, spec, root)
 }
 
 // cgroupsPath is where a container goes whose old one was at a path: below the
@@ -152,12 +153,12 @@ func isBind(m specs.Mount) bool {
 
 // amendMounts gives the container files of its own for those that its engine made
 // for it and that are not here, and refuses to do without anything else.
-func amendMounts(ctx context.Context, c *client.Client, container *containers.Container, spec *specs.Spec, devShm string) error {
+func amendMounts(ctx context.Context, c *client.Client, container *containers.Container, spec *specs.Spec, root *os.Root) error {
 	var made, missing []int
 	for i, m := range spec.Mounts {
 		switch {
 		case !isBind(m):
-		case devShm != "" && m.Destination == devShmMount:
+		case m.Destination == devShmMount && hasDevShm(root):
 			made = append(made, i) // else it would share that of another container
 		case exists(m.Source):
 		case engineFile(m.Destination):
@@ -182,7 +183,7 @@ func amendMounts(ctx context.Context, c *client.Client, container *containers.Co
 	}
 	for _, i := range made {
 		m := &spec.Mounts[i]
-		if m.Source, err = makeFile(ctx, dir, m.Destination, spec.Hostname, devShm); err != nil {
+		if m.Source, err = makeFile(ctx, dir, m.Destination, spec.Hostname, root); err != nil {
 			return fmt.Errorf("make %s for the container: %w", m.Destination, err)
 		}
 	}

@@ -41,6 +41,9 @@ func TestOfProcess(t *testing.T) {
 // Files are as engines make them, whatever the umask.
 func TestMakeFile(t *testing.T) {
 	dir := t.TempDir()
+	root, err := os.OpenRoot(t.TempDir()) // with no /.stasis
+	must0(t, err)
+	defer root.Close()
 	for destination, want := range map[string]struct {
 		mode os.FileMode
 		text string // which it begins with
@@ -55,7 +58,7 @@ func TestMakeFile(t *testing.T) {
 		if !engineFile(destination) {
 			t.Errorf("%s is not made", destination)
 		}
-		path, err := makeFile(t.Context(), dir, destination, "db", "")
+		path, err := makeFile(t.Context(), dir, destination, "db", root)
 		if err != nil {
 			t.Error(err)
 			continue

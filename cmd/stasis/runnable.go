@@ -22,43 +22,33 @@ import (
 	"github.com/stasis-run/stasis/checkpoint/image"
 )
 
-// restorable is a checkpoint to restore from.
-type restorable struct {
-	images.Image // runnable
-	// devShm is a file with what the container had in /dev/shm, as a tar, if its
-	// engine mounted that from outside, and else empty.
-	devShm string
-	remove func() error // what is not needed after the restore
-}
-
 // runnable returns the runnable image of a checkpoint that is in any form: an
 // image, which is pulled if need be, or an archive in a file. One of another form
-// is made runnable first, under a name of its own. Unless there is an error,
-// remove is to be called.
-func (a *app) runnable(ctx context.Context, c *client.Client, arg string, plain bool, bar *progress) (restorable, error) {
+// is made runnable first, under a name of its own.
+func (a *app) runnable(ctx context.Context, c *client.Client, arg string, plain bool, bar *progress) (images.Image, error) {
 	info, err := os.Stat(arg)
 	switch {
 	case err == nil && info.IsDir():
-		return restorable{}, fmt.Errorf("it is a folder, which lacks what a container needs besides its processes; `ctr run --runtime %s` with a criu_image_path restores one: %w",
+		return images.Image{}, fmt.Errorf("it is a folder, which lacks what a container needs besides its processes; `ctr run --runtime %s` with a criu_image_path restores one: %w",
 			runtimeName, errdefs.ErrInvalidArgument)
 	case err == nil:
 		return a.runnableArchive(ctx, c, arg, plain, bar)
 	case !errors.Is(err, fs.ErrNotExist) || strings.HasPrefix(arg, "/") || strings.HasPrefix(arg, "."):
-		return restorable{}, err
+		return images.Image{}, err
 	}
 	record, err := a.findImage(ctx, c, arg, plain, bar)
 	if err != nil {
-		return restorable{}, err
+		return images.Image{}, err
 	}
 	form, err := image.Detect(ctx, c.ContentStore(), record.Target)
 	if err != nil {
-		return restorable{}, err
+		return images.Image{}, err
 	}
 	switch form {
 	case image.Runnable:
-		return restorable{Image: record, remove: func() error { return nil }}, nil
+		return record, nil
 	case image.None:
-		return restorable{}, fmt.Errorf("it is an image, but no checkpoint of a container's processes; of `ctr containers checkpoint`, it needs --task: %w", errdefs.ErrInvalidArgument)
+		return images.Image{}, fmt.Errorf("it is an image, but no checkpoint of a container's processes; of `ctr containers checkpoint`, it needs --task: %w", errdefs.ErrInvalidArgument)
 	}
 	return a.madeRunnable(ctx, c, plain, bar, func(dir string) (*capture.Capture, string, error) {
 		got, err := image.Read(ctx, c.ContentStore(), record.Target, dir)
@@ -69,10 +59,10 @@ func (a *app) runnable(ctx context.Context, c *client.Client, arg string, plain 
 	})
 }
 
-func (a *app) runnableArchive(ctx context.Context, c *client.Client, path string, plain bool, bar *progress) (restorable, error) {
+func (a *app) runnableArchive(ctx context.Context, c *client.Client, path string, plain bool, bar *progress) (images.Image, error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return restorable{}, err
+		return images.Image{}, err
 	}
 	defer f.Close()
 	return a.madeRunnable(ctx, c, plain, bar, func(dir string) (*capture.Capture, string, error) {
@@ -86,39 +76,25 @@ func (a *app) runnableArchive(ctx context.Context, c *client.Client, path string
 
 // madeRunnable makes a runnable image of what read puts into a folder; it returns
 // the image's name, too.
-func (a *app) madeRunnable(ctx context.Context, c *client.Client, plain bool, bar *progress, read func(dir string) (*capture.Capture, string, error)) (_ restorable, err error) {
+func (a *app) madeRunnable(ctx context.Context, c *client.Client, plain bool, bar *progress, read func(dir string) (*capture.Capture, string, error)) (_ images.Image, err error) {
 	work, err := a.newWork()
 	if err != nil {
-		return restorable{}, err
+		return images.Image{}, err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, work.remove())
-		}
-	}()
+	defer func() { err = errors.Join(err, work.remove()) }()
 	bar.Stage("read")
-	dir := filepath.Join(work.dir, "capture")
-	got, name, err := read(dir)
+	got, name, err := read(filepath.Join(work.dir, "capture"))
 	if err != nil {
-		return restorable{}, err
+		return images.Image{}, err
 	}
 	record, err := a.makeRunnable(ctx, c, name, got, plain, bar)
 	if err != nil {
-		return restorable{}, err
+		return images.Image{}, err
 	}
 	if got.Layer == nil && !a.quiet {
 		fmt.Fprintln(a.err, "stasis: the checkpoint does not have the files that the container changed (`ctr containers checkpoint` takes them with --rw); it gets those of its image")
 	}
-	// Of all that was read, only this is not in the image: CRIU's folder takes
-	// nothing but CRIU's files.
-	r := restorable{Image: record, remove: work.remove}
-	if shm := filepath.Join(dir, devShmArchive); exists(shm) {
-		r.devShm = filepath.Join(work.dir, devShmArchive)
-		if err := os.Rename(shm, r.devShm); err != nil {
-			return restorable{}, err
-		}
-	}
-	return r, os.RemoveAll(dir)
+	return record, nil
 }
 
 // makeRunnable stores a capture as a runnable image. It is not compressed, as it

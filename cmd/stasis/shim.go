@@ -89,6 +89,7 @@ func (s *shim) checkpoint(ctx context.Context, r *api.CheckpointRequest, bar *pr
 	if err != nil {
 		return nil, errgrpc.ToNative(err)
 	}
+	var sum dumpProgress
 	for {
 		update, err := stream.Recv()
 		if errors.Is(err, io.EOF) {
@@ -102,13 +103,30 @@ func (s *shim) checkpoint(ctx context.Context, r *api.CheckpointRequest, bar *pr
 			return nil, errgrpc.ToNative(err)
 		}
 		if p := update.GetProgress(); p != nil {
-			bar.Stage(p.Stage)
-			bar.Set(int64(p.DoneBytes), int64(p.TotalBytes))
+			bar.Stage("dump")
+			bar.Set(sum.add(p))
 		}
 		if result := update.GetResult(); result != nil {
 			return result, nil
 		}
 	}
+}
+
+// dumpProgress adds up what CRIU and the copy of the writable layer have done, which
+// they do at the same time.
+type dumpProgress map[string]*api.Progress
+
+// add returns how many bytes are done, and of how many at least.
+func (s *dumpProgress) add(p *api.Progress) (done, total int64) {
+	if *s == nil {
+		*s = dumpProgress{}
+	}
+	(*s)[p.Stage] = p
+	for _, p := range *s {
+		done += int64(p.DoneBytes)
+		total += int64(max(p.TotalBytes, p.DoneBytes))
+	}
+	return done, total
 }
 
 // abort has the shim give a checkpoint up, which it does when we go away, and
