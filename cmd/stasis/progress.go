@@ -93,10 +93,8 @@ func (p *progress) Set(done, total int64) {
 	if p.bar == nil {
 		return
 	}
-	if total <= 0 {
-		total = done + 1 // a bar that has all its total ends
-	}
-	p.bar.SetTotal(total, false)
+	// A bar that has all its total ends, and nobody knows yet.
+	p.bar.SetTotal(max(total, done+1), false)
 	p.bar.SetCurrent(done)
 }
 
