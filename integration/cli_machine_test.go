@@ -37,7 +37,7 @@ func (r *registry) uploads(of ...ocispec.Descriptor) int {
 // another repository, or those of the checkpoint before.
 func TestCLIMachine(t *testing.T) {
 	here := stack.Start(t, stack.Options{})
-	r := startRegistry(t, here, false)
+	r := startRegistry(t, here, registryConfig{})
 	ctx := here.Ctx()
 	base := r.host + "/lib/busybox:1"
 	here.Image(ctx, stack.Busybox)

@@ -2,15 +2,28 @@ package integration
 
 import (
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
 	"fmt"
+	"io"
+	"math/big"
 	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/stasis-run/stasis/integration/stack"
 )
@@ -42,22 +55,34 @@ func (r *registry) requests(method, part string) (n int) {
 	return n
 }
 
-// startRegistry starts a registry, which lets only those in who have the
-// password if there is one: user "stasis", password "secret".
-func startRegistry(t *testing.T, s *stack.Stack, password bool) *registry {
+// registryConfig is what a registry asks of its users.
+type registryConfig struct {
+	address  string // default: loopback, from which containerd's client takes any certificate
+	password bool   // user "stasis", password "secret"
+	// certificate and key are files, for TLS.
+	certificate, key string
+}
+
+func startRegistry(t *testing.T, s *stack.Stack, o registryConfig) *registry {
 	t.Helper()
 	program, err := exec.LookPath("docker-registry")
 	if err != nil {
 		t.Fatal("no docker-registry in PATH: run contrib/setup.sh, then eval \"$(contrib/setup.sh --env)\"")
 	}
 	// The registry cannot choose a port by itself.
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if o.address == "" {
+		o.address = "127.0.0.1"
+	}
+	l, err := net.Listen("tcp", net.JoinHostPort(o.address, "0"))
 	must(t, err)
 	r := &registry{host: l.Addr().String()}
 	must(t, l.Close())
 	dir := t.TempDir()
-	config := fmt.Sprintf("version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: %s\nhttp:\n  addr: %s\nlog:\n  level: warn\n", dir, r.host)
-	if password {
+	config := fmt.Sprintf("version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: %s\nlog:\n  level: warn\nhttp:\n  addr: %s\n", dir, r.host)
+	if o.certificate != "" {
+		config += fmt.Sprintf("  tls:\n    certificate: %s\n    key: %s\n", o.certificate, o.key)
+	}
+	if o.password {
 		file := filepath.Join(dir, "htpasswd")
 		// bcrypt of "secret".
 		must(t, os.WriteFile(file, []byte("stasis:$2y$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n"), 0o600))
@@ -90,7 +115,7 @@ func startRegistry(t *testing.T, s *stack.Stack, password bool) *registry {
 func TestCLIRegistry(t *testing.T) {
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
-	r := startRegistry(t, s, false)
+	r := startRegistry(t, s, registryConfig{})
 	c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sh", "-c", "echo one > /file; echo ready; exec sleep 1000"))
 	c.Start(ctx)
 	c.Stdout.WaitFor(ctx, "ready")
@@ -147,7 +172,7 @@ func TestCLIRegistry(t *testing.T) {
 func TestCLICredentials(t *testing.T) {
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
-	r := startRegistry(t, s, true)
+	r := startRegistry(t, s, registryConfig{password: true})
 	c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sleep", "1000"))
 	c.Start(ctx)
 	ref := r.host + "/backup/c:1"
@@ -177,6 +202,136 @@ func TestCLICredentials(t *testing.T) {
 	if err := push("REGISTRY_AUTH_FILE=" + filepath.Join(home, "config.json")); err != nil {
 		t.Error(err)
 	}
+	s.Stasis("rm", ref)
+	checkTidy(t, s)
+}
+
+// TestCLITLS pushes to a registry with TLS, whose certificate has to be known.
+func TestCLITLS(t *testing.T) {
+	s := stack.Start(t, stack.Options{})
+	ctx := s.Ctx()
+	dir := t.TempDir()
+	o := registryConfig{address: ownAddress(t), certificate: filepath.Join(dir, "cert.pem"), key: filepath.Join(dir, "key.pem")}
+	selfSigned(t, o)
+	r := startRegistry(t, s, o)
+	c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sleep", "1000"))
+	c.Start(ctx)
+	ref := r.host + "/backup/c:1"
+	s.Stasis("checkpoint", "c", ref, "--exit")
+	c.Wait(ctx)
+	c.Delete(ctx)
+	known := "SSL_CERT_FILE=" + o.certificate
+	run := func(env string, args ...string) (string, error) {
+		cmd := s.StasisCommand(args...)
+		cmd.Env = append(cmd.Env, env, "NO_PROXY="+o.address, "no_proxy="+o.address)
+		out, err := cmd.CombinedOutput()
+		return string(out), err
+	}
+	if out, err := run("SSL_CERT_FILE=/dev/null", "push", ref); err == nil || !strings.Contains(out, "certificate") {
+		t.Errorf("push to a registry with an unknown certificate: %v, %s", err, out)
+	}
+	if out, err := run(known, "push", ref); err != nil {
+		t.Errorf("push: %v: %s", err, out)
+	}
+	s.Stasis("rm", ref)
+	if out, err := run(known, "pull", ref); err != nil {
+		t.Errorf("pull: %v: %s", err, out)
+	}
+	s.Stasis("rm", ref)
+	checkTidy(t, s)
+}
+
+// ownAddress is one of the host's that is not loopback's.
+func ownAddress(t *testing.T) string {
+	t.Helper()
+	addresses, err := net.InterfaceAddrs()
+	must(t, err)
+	for _, a := range addresses {
+		if n, ok := a.(*net.IPNet); ok && n.IP.To4() != nil && !n.IP.IsLoopback() && !n.IP.IsLinkLocalUnicast() {
+			return n.IP.String()
+		}
+	}
+	t.Fatal("the host has no IPv4 address but loopback's: `ip link add stasis0 type dummy && ip addr add 192.0.2.1/32 dev stasis0 && ip link set stasis0 up` makes one")
+	return ""
+}
+
+// selfSigned writes a certificate for a registry, and its key.
+func selfSigned(t *testing.T, o registryConfig) {
+	t.Helper()
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	must(t, err)
+	template := x509.Certificate{
+		SerialNumber: big.NewInt(1),
+		NotBefore:    time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		IPAddresses: []net.IP{net.ParseIP(o.address)},
+		IsCA:        true, BasicConstraintsValid: true,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, &template, &template, &private.PublicKey, private)
+	must(t, err)
+	must(t, os.WriteFile(o.certificate, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600))
+	der, err = x509.MarshalPKCS8PrivateKey(private)
+	must(t, err)
+	must(t, os.WriteFile(o.key, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600))
+}
+
+// TestCLITransferAborted presses Ctrl-C in the middle of a push and of a pull, and
+// does them again.
+func TestCLITransferAborted(t *testing.T) {
+	s := stack.Start(t, stack.Options{})
+	ctx := s.Ctx()
+	r := startRegistry(t, s, registryConfig{})
+	// What is asked of the registry comes through here, and some of it waits.
+	var hold atomic.Pointer[func(*http.Request) bool]
+	reached := make(chan struct{}, 16)
+	target := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: r.host})
+	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+		if match := hold.Load(); match != nil && (*match)(q) {
+			reached <- struct{}{}
+			// Until the client goes away, of which nobody hears before its
+			// request was read.
+			_, _ = io.Copy(io.Discard, q.Body)
+			<-q.Context().Done()
+			return
+		}
+		target.ServeHTTP(w, q)
+	}))
+	defer proxy.Close()
+	c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sleep", "1000"))
+	c.Start(ctx)
+	ref := strings.TrimPrefix(proxy.URL, "http://") + "/backup/c:1"
+	s.Stasis("checkpoint", "c", ref, "--exit")
+	c.Wait(ctx)
+	c.Delete(ctx)
+
+	aborted := func(command string, match func(*http.Request) bool) {
+		t.Helper()
+		hold.Store(&match)
+		cmd := s.StasisCommand(command, ref)
+		out := &strings.Builder{}
+		cmd.Stdout, cmd.Stderr = out, out
+		must(t, cmd.Start())
+		select {
+		case <-reached:
+		case <-ctx.Done():
+			t.Fatalf("%s: nothing was asked of the registry: %s", command, out)
+		}
+		interrupt(t, cmd, out)
+		hold.Store(nil)
+		for len(reached) > 0 {
+			<-reached
+		}
+		checkTidy(t, s)
+	}
+	aborted("push", func(q *http.Request) bool {
+		return q.Method == http.MethodPut && strings.Contains(q.URL.Path, "/blobs/")
+	})
+	s.Stasis("push", ref)
+	s.Stasis("rm", ref)
+	aborted("pull", func(q *http.Request) bool {
+		return q.Method == http.MethodGet && strings.Contains(q.URL.Path, "/blobs/")
+	})
+	checkNone(t, s, ref)
+	s.Stasis("pull", ref)
 	s.Stasis("rm", ref)
 	checkTidy(t, s)
 }

@@ -209,7 +209,7 @@ func TestRestoreImageOfPodman(t *testing.T) {
 	s.Poll(ctx, "the probe in Podman", func() bool { return strings.Contains(p.run("logs", "probe"), "ready\n") })
 	p.run("exec", "probe", "sh", "-c", "mkdir /new && echo new >/new/file && rm /etc/group && rm -r /var/tmp && echo shared >/dev/shm/file")
 	before := p.probe("probe")
-	reg := startRegistry(t, s, false)
+	reg := startRegistry(t, s, registryConfig{})
 	ref := reg.host + "/of-podman:1"
 	withPolicy(t, p).run("container", "checkpoint", "--file-locks", "--create-image", ref, "probe")
 	file := filepath.Join(s.Dir, "of-podman.tar")
@@ -247,7 +247,7 @@ func TestPodmanRestores(t *testing.T) {
 	c.Exec(ctx, "sh", "-c", "echo new >/new && rm /etc/group")
 	before := c.Probe(ctx)
 	const ref = "stasis.test/for-podman:1"
-	pushed := startRegistry(t, s, false).host + "/for-podman:1"
+	pushed := startRegistry(t, s, registryConfig{}).host + "/for-podman:1"
 	file, layout := filepath.Join(s.Dir, "for-podman.tar"), filepath.Join(s.Dir, "layout.tar")
 	s.Stasis("checkpoint", "probe", "--output", file, "--format", "archive", "--file-locks")
 	s.Stasis("checkpoint", "probe", ref, "--format", "podman", "--file-locks", "--exit")

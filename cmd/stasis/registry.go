@@ -141,6 +141,12 @@ func (a *app) push(ctx context.Context, c *client.Client, ref, target string, pl
 
 // pull fetches an image from a registry, and names it. ctx may have a lease.
 func (a *app) pull(ctx context.Context, c *client.Client, ref string, plainHTTP bool, bar *progress) (images.Image, error) {
+	// containerd's client would make one, and not remove it if it is interrupted.
+	ctx, done, err := image.WithLease(ctx, c.LeasesService())
+	if err != nil {
+		return images.Image{}, err
+	}
+	defer done()
 	bar.Stage("pull")
 	d := &downloads{store: c.ContentStore(), bar: bar}
 	stop := d.watch(ctx)

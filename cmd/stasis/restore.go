@@ -51,7 +51,9 @@ and runs under Stasis.
 The processes come back as they were, so what they once read cannot change any
 more: their arguments, their environment, host name and user. What can: the ID,
 the cgroup, the network (--network), where output goes. TCP connections go on if
-the container has their addresses, and are closed if not.
+the container has their addresses, and are closed if not. --network is for a
+container whose network namespace was made for it, as in a pod; one that had its
+own gets a new one again, and one that had the host's keeps that.
 
 With --attach, signals go to the container, and the exit code is the container's.
 Else the exit codes are those of every command.`,
