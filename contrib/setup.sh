@@ -11,7 +11,7 @@
 #
 # The cache ($STASIS_CACHE, else ~/.cache/stasis):
 #   bin/               containerd, ctr, containerd-shim-runc-v2, runc, crun, criu,
-#                      podman, checkpointctl, docker-registry
+#                      podman, checkpointctl, docker-registry, mkfs.btrfs
 #   containerd-1.7/, containerd-2.1/
 #                      the same containerd programs of older releases
 #   private/           Debian trees behind what is in bin/
@@ -428,17 +428,17 @@ debian_containerd() {
 
 want_tools() { want_containerd17; }
 ok_tools() {
-	"$cache/bin/checkpointctl" --help >/dev/null 2>&1 && "$cache/bin/docker-registry" --version >/dev/null 2>&1
+	"$cache/bin/checkpointctl" --help >/dev/null 2>&1 && "$cache/bin/docker-registry" --version >/dev/null 2>&1 &&
+		"$cache/bin/mkfs.btrfs" --version >/dev/null 2>&1
 }
 make_tools() {
-	local program
-	say "checkpointctl, docker-registry: fetching Debian $newer's privately"
-	unpack "$newer" "$tmp/tree" "$skip_in_rootfs" checkpointctl docker-registry
-	for program in checkpointctl docker-registry; do
-		wrap "$cache/private/tools" "usr/bin/$program" "$tmp/$program"
-	done
+	local path
+	local -a programs=(usr/bin/checkpointctl usr/bin/docker-registry usr/sbin/mkfs.btrfs)
+	say "checkpointctl, docker-registry, mkfs.btrfs: fetching Debian $newer's privately"
+	unpack "$newer" "$tmp/tree" "$skip_in_rootfs" checkpointctl docker-registry btrfs-progs
+	for path in "${programs[@]}"; do wrap "$cache/private/tools" "$path" "$tmp/${path##*/}"; done
 	place "$tmp/tree" "$cache/private/tools"
-	for program in checkpointctl docker-registry; do place "$tmp/$program" "$cache/bin/$program"; done
+	for path in "${programs[@]}"; do place "$tmp/${path##*/}" "$cache/bin/${path##*/}"; done
 }
 
 want_podman() { printf 'Debian %s, on %s/bin/runc\n' "$newer" "$cache"; }
