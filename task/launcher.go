@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/process"
 )
 
 // launcher is how a container's init comes to be. Nothing else knows which way
@@ -118,11 +119,27 @@ func (l *restore) start(ctx context.Context, init *proc) error {
 		return err
 	}
 	init.adopt(child, pio)
+	l.setOOMScore(child.Pid)
 	if l.embedded != nil {
 		l.embedded.restored(c)
 	}
 	l.discard()
 	return nil
+}
+
+// setOOMScore gives the processes the spec's score. Not to be able to lower it is
+// no reason to end them: then they are the first to go when memory is short.
+func (l *restore) setOOMScore(init int) {
+	if l.spec.Process == nil || l.spec.Process.OOMScoreAdj == nil {
+		return
+	}
+	cg, err := process.LoadCgroup(init)
+	if err == nil {
+		err = cg.SetOOMScore(init, *l.spec.Process.OOMScoreAdj)
+	}
+	if err != nil {
+		log.L.WithError(err).WithField("container", l.c.id).Warn("give the restored processes the OOM score of the spec")
+	}
 }
 
 func (l *restore) discard() {
