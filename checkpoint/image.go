@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -58,6 +59,20 @@ func (i *Image) Pipes() (pipes [3]bool) {
 	}
 	return pipes
 }
+
+// Names returns the names of the files of the checkpoint, sorted.
+func (i *Image) Names() []string { return slices.Sorted(maps.Keys(i.images.files)) }
+
+// Each calls fn with each message of one of CRIU's images, which has to be of
+// the given kind, such as "PSTREE". A message is valid until fn returns; io.EOF
+// ends it without an error. An image that is not there is an error of
+// fs.ErrNotExist.
+func (i *Image) Each(name, kind string, fn func(msg []byte) error) error {
+	return i.images.each(name, kind, fn)
+}
+
+// OpenFile opens one of the checkpoint's files for reading.
+func (i *Image) OpenFile(name string) (*os.File, error) { return openIn(i.dir, name) }
 
 // EstablishedTCP returns the distinct local addresses of the TCP sockets that
 // are connected, being connected, or being closed. IPv4 addresses of IPv6

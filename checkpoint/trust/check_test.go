@@ -1,0 +1,174 @@
+package trust
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/pagemap"
+	"github.com/checkpoint-restore/go-criu/v8/magic"
+	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/stasis-run/stasis/checkpoint"
+)
+
+// forgery is a copy of a checkpoint that containerd's CRI has made of a pod's
+// container (testdata/pod), to be altered, and the container's config.json.
+type forgery struct {
+	t    testing.TB
+	dir  string
+	spec *specs.Spec
+	root string // a root filesystem
+}
+
+func newForgery(t testing.TB) *forgery {
+	t.Helper()
+	if runtime.GOARCH != "amd64" {
+		t.Skip("testdata was made on amd64")
+	}
+	f := &forgery{t: t, dir: filepath.Join(t.TempDir(), "checkpoint"), spec: &specs.Spec{}, root: t.TempDir()}
+	must(t, os.CopyFS(f.dir, os.DirFS(filepath.Join("testdata", "pod"))))
+	data, err := os.ReadFile(filepath.Join("testdata", "pod.config.json"))
+	must(t, err)
+	must(t, json.Unmarshal(data, f.spec))
+	// Of the memory there is only the length.
+	pages := int64(0)
+	alter(f, "pagemap-6.img", "PAGEMAP", func(all []*pagemap.PagemapEntry) []*pagemap.PagemapEntry {
+		for _, e := range all[1:] {
+			if e.GetFlags()&pagesPresent != 0 {
+				pages += int64(e.GetNrPages())
+			}
+		}
+		return nil
+	})
+	must(t, os.WriteFile(filepath.Join(f.dir, "pages-1.img"), nil, 0o600))
+	must(t, os.Truncate(filepath.Join(f.dir, "pages-1.img"), pages*int64(os.Getpagesize())))
+	// What this host masks depends on its kernel.
+	f.spec.Linux.MaskedPaths = []string{"/proc/keys"}
+	f.spec.Linux.ReadonlyPaths = []string{"/proc/sys"}
+	return f
+}
+
+// alter lets fn change the messages of an image; nil leaves it as it is.
+func alter[M any, P interface {
+	*M
+	proto.Message
+}](f *forgery, name, kind string, fn func([]P) []P) {
+	f.t.Helper()
+	path := filepath.Join(f.dir, name)
+	var all []P
+	if in, err := os.Open(path); err == nil {
+		defer in.Close()
+		info, err := in.Stat()
+		must(f.t, err)
+		must(f.t, checkpoint.EachMessage(in, info.Size(), kind, func(msg []byte) error {
+			m := P(new(M))
+			all = append(all, m)
+			return checkpoint.DecodeMessage(msg, m)
+		}))
+	} else if !os.IsNotExist(err) {
+		f.t.Fatal(err)
+	}
+	if all = fn(all); all == nil {
+		return
+	}
+	msgs := make([]proto.Message, len(all))
+	for i, m := range all {
+		msgs[i] = m
+	}
+	f.write(name, kind, msgs...)
+}
+
+// one is alter for the first message of an image.
+func one[M any, P interface {
+	*M
+	proto.Message
+}](f *forgery, name, kind string, fn func(P)) {
+	f.t.Helper()
+	alter(f, name, kind, func(all []P) []P { fn(all[0]); return all })
+}
+
+// write makes an image of messages.
+func (f *forgery) write(name, kind string, msgs ...proto.Message) {
+	f.t.Helper()
+	m := magic.LoadMagic()
+	var out []byte
+	if kind != "INVENTORY" {
+		out = binary.LittleEndian.AppendUint32(out, uint32(m.ByName["IMG_COMMON"]))
+	}
+	out = binary.LittleEndian.AppendUint32(out, uint32(m.ByName[kind]))
+	for _, msg := range msgs {
+		data, err := proto.MarshalOptions{AllowPartial: true}.Marshal(msg)
+		must(f.t, err)
+		out = binary.LittleEndian.AppendUint32(out, uint32(len(data)))
+		out = append(out, data...)
+	}
+	f.raw(name, out)
+}
+
+func (f *forgery) raw(name string, data []byte) {
+	f.t.Helper()
+	must(f.t, os.WriteFile(filepath.Join(f.dir, name), data, 0o600))
+}
+
+func (f *forgery) check() error {
+	img, err := checkpoint.Open(f.t.Context(), f.dir)
+	if err != nil {
+		return err
+	}
+	if err := Check(f.t.Context(), img, f.spec); err != nil {
+		return err
+	}
+	return CheckMounts(f.t.Context(), img, f.spec, f.root)
+}
+
+// refused checks that a forgery is refused, in one line with all the parts.
+func (f *forgery) refused(parts ...string) {
+	f.t.Helper()
+	err := f.check()
+	if err == nil {
+		f.t.Fatal("it was not refused")
+	}
+	if !errdefs.IsPermissionDenied(err) && !errdefs.IsInvalidArgument(err) {
+		f.t.Errorf("%v: of no class", err)
+	}
+	if strings.Contains(err.Error(), "\n") {
+		f.t.Errorf("%q: more than a line", err)
+	}
+	for _, part := range parts {
+		if !strings.Contains(err.Error(), part) {
+			f.t.Errorf("%v\nlacks %q", err, part)
+		}
+	}
+}
+
+func (f *forgery) accepted() {
+	f.t.Helper()
+	if err := f.check(); err != nil {
+		f.t.Error(err)
+	}
+}
+
+// The checkpoint of a container passes with the container's own spec.
+func TestOwnSpec(t *testing.T) { newForgery(t).accepted() }
+
+// grantAll gives the spec a capability.
+func (f *forgery) grantCap(names ...string) {
+	c := f.spec.Process.Capabilities
+	for _, set := range []*[]string{&c.Bounding, &c.Effective, &c.Permitted} {
+		*set = append(*set, names...)
+	}
+}
+
+// confine makes the spec that of a container without privileges.
+func (f *forgery) confine() {
+	f.spec.Process.NoNewPrivileges = true
+	f.spec.Process.Capabilities = &specs.LinuxCapabilities{}
+	f.spec.Process.User = specs.User{UID: 1000, GID: 1000, AdditionalGids: []uint32{2000}}
+}

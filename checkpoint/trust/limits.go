@@ -1,0 +1,105 @@
+package trust
+
+import (
+	"os"
+	"strings"
+
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/pagemap"
+
+	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/fault"
+)
+
+// limits are a spec's; 0 is none.
+type limits struct {
+	memory, withSwap uint64 // bytes
+	tasks            uint64
+}
+
+func (c *checker) limits() (l limits) {
+	if c.spec.Linux == nil || c.spec.Linux.Resources == nil {
+		return l
+	}
+	r := c.spec.Linux.Resources
+	if r.Pids != nil && r.Pids.Limit != nil && *r.Pids.Limit > 0 {
+		l.tasks = uint64(*r.Pids.Limit)
+	}
+	if r.Memory == nil || r.Memory.Limit == nil || *r.Memory.Limit <= 0 {
+		return l
+	}
+	l.memory = uint64(*r.Memory.Limit)
+	l.withSwap = l.memory + swapTotal()
+	if s := r.Memory.Swap; s != nil && *s > 0 {
+		l.withSwap = min(l.withSwap, uint64(*s))
+	}
+	return l
+}
+
+// checkLimits refuses a restore that cannot fit. The kernel enforces the limits
+// while CRIU restores; this is to say so before, and why.
+func (c *checker) checkLimits() error {
+	if err := c.checkMode(); err != nil {
+		return err
+	}
+	l := c.limits()
+	tasks := 0
+	for _, t := range c.tasks {
+		tasks += max(len(t.threads), 1)
+	}
+	if l.tasks > 0 && uint64(tasks) > l.tasks {
+		c.refuse("%d processes and threads, the container may have %d", tasks, l.tasks)
+	}
+	if l.memory == 0 {
+		return nil
+	}
+	// Processes share pages with those that they were forked from, and the
+	// images do not tell which: the largest needs its own at least.
+	var largest, shared uint64
+	for _, name := range c.img.Names() {
+		if !strings.HasPrefix(name, "pagemap-") {
+			continue
+		}
+		pages, err := c.pages(name)
+		switch {
+		case err != nil:
+			return err
+		case strings.HasPrefix(name, "pagemap-shmem-"):
+			shared += pages
+		default:
+			largest = max(largest, pages)
+		}
+	}
+	if need := (largest + shared) * uint64(os.Getpagesize()); need > l.withSwap {
+		c.refuse("%d MiB of memory, the container may have %d MiB", (need+1<<20-1)>>20, l.withSwap>>20)
+	}
+	return nil
+}
+
+// pagesPresent marks pages that are in pages-*.img, CRIU's include/pagemap.h.
+const pagesPresent = 1 << 2
+
+func (c *checker) pages(name string) (pages uint64, err error) {
+	first := true
+	err = c.each(name, "PAGEMAP", func(msg []byte) error {
+		if first {
+			first = false
+			return nil
+		}
+		var e pagemap.PagemapEntry
+		if err := checkpoint.DecodeMessage(msg, &e); err != nil {
+			return err
+		}
+		n := e.GetNrPages()
+		if e.NrPages == nil {
+			n = uint64(e.GetCompatNrPages())
+		}
+		if e.Flags != nil && e.GetFlags()&pagesPresent == 0 {
+			return nil
+		}
+		if pages += n; n > 1<<40 || pages > 1<<40 {
+			return fault.Invalid("lists more memory than there can be")
+		}
+		return nil
+	})
+	return pages, err
+}

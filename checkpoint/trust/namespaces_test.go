@@ -1,0 +1,150 @@
+package trust
+
+import (
+	"testing"
+
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/cgroup"
+	core "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/netdev"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/pidns"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/userns"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/protobuf/proto"
+)
+
+func TestNamespaces(t *testing.T) {
+	ids := func(f *forgery, fn func(ids, host *core.TaskKobjIdsEntry)) {
+		one(f, "inventory.img", "INVENTORY", func(inv *inventory.InventoryEntry) {
+			one(f, "ids-6.img", "IDS", func(ids *core.TaskKobjIdsEntry) { fn(ids, inv.RootIds) })
+		})
+	}
+	without := func(f *forgery, kind specs.LinuxNamespaceType) {
+		var rest []specs.LinuxNamespace
+		for _, ns := range f.spec.Linux.Namespaces {
+			if ns.Type != kind {
+				rest = append(rest, ns)
+			}
+		}
+		f.spec.Linux.Namespaces = rest
+	}
+	for _, tc := range []struct {
+		name string
+		fn   func(*forgery)
+		want string
+	}{
+		{"host's network", func(f *forgery) {
+			ids(f, func(ids, host *core.TaskKobjIdsEntry) { ids.NetNsId = host.NetNsId })
+		}, who + ": is in the host's network namespace, the spec has another"},
+		{"host's pids", func(f *forgery) {
+			ids(f, func(ids, host *core.TaskKobjIdsEntry) { ids.PidNsId = host.PidNsId })
+		}, "host's pid namespace"},
+		{"host's mounts", func(f *forgery) {
+			ids(f, func(ids, host *core.TaskKobjIdsEntry) { ids.MntNsId = host.MntNsId })
+		}, "host's mount namespace"},
+		{"host's IPC", func(f *forgery) {
+			ids(f, func(ids, host *core.TaskKobjIdsEntry) { ids.IpcNsId = host.IpcNsId })
+		}, "host's ipc namespace"},
+		{"host's UTS, not named", func(f *forgery) {
+			ids(f, func(ids, _ *core.TaskKobjIdsEntry) { ids.UtsNsId = nil })
+		}, "host's uts namespace"},
+		{"user namespace", func(f *forgery) {
+			ids(f, func(ids, _ *core.TaskKobjIdsEntry) { ids.UserNsId = proto.Uint32(99) })
+		}, "in a user namespace of its own, the spec has the host's"},
+		{"user namespace of the spec", func(f *forgery) {
+			f.spec.Linux.Namespaces = append(f.spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
+		}, "is in the host's user namespace"},
+		{"mapping", func(f *forgery) {
+			f.spec.Linux.Namespaces = append(f.spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
+			f.spec.Linux.UIDMappings = []specs.LinuxIDMapping{{HostID: 100000, Size: 65536}}
+			ids(f, func(ids, _ *core.TaskKobjIdsEntry) {
+				ids.UserNsId = proto.Uint32(99)
+				f.write("ids-6.img", "IDS", ids)
+			})
+			f.write("userns-99.img", "USERNS", &userns.UsernsEntry{UidMap: []*userns.UidGidExtent{
+				{First: proto.Uint32(0), LowerFirst: proto.Uint32(0), Count: proto.Uint32(65536)}}})
+		}, "user namespace's uid_map is [{0 0 65536}], the spec's [{0 100000 65536}]"},
+		{"spec on the host's network", func(f *forgery) { without(f, specs.NetworkNamespace) }, "network namespace of its own, the spec has the host's"},
+		{"new network", func(f *forgery) { f.write("netns-10.img", "NETNS", &netdev.NetnsEntry{}) }, "the network namespace is a new one, the spec has /proc/"},
+		{"other network", func(f *forgery) {
+			f.write("netns-10.img", "NETNS", &netdev.NetnsEntry{ExtKey: proto.String("other")})
+		}, "the network namespace is a new one"},
+		{"new pids", func(f *forgery) { f.write("pidns-9.img", "PIDNS", &pidns.PidnsEntry{}) }, "the pid namespace is a new one"},
+		{"network to be made", func(f *forgery) {
+			without(f, specs.NetworkNamespace)
+			f.spec.Linux.Namespaces = append(f.spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.NetworkNamespace})
+		}, `the network namespace is one from outside ("extRootNetNS")`},
+		{"addresses", func(f *forgery) { f.raw("ifaddr-10.img", nil) }, "ifaddr-10.img configures a network namespace that is not"},
+		{"device", func(f *forgery) {
+			f.write("netdev-10.img", "NETDEV", &netdev.NetDeviceEntry{
+				Type: netdev.NdType_MACVLAN.Enum(), Ifindex: proto.Uint32(2), Mtu: proto.Uint32(2), Flags: proto.Uint32(2), Name: proto.String("../../x")})
+		}, `network device "../../x" has no valid name; netdev-10.img: network device "../../x" of kind MACVLAN needs CAP_NET_ADMIN`},
+		{"nft", func(f *forgery) { f.raw("nftables-10.img", []byte("include \"/etc/shadow\"\n")) }, "nftables-10.img: firewall rule"},
+		{"iptables", func(f *forgery) { f.raw("iptables-10.img", []byte("*filter\n-A INPUT -j ACCEPT\nCOMMIT\n")) }, "iptables-10.img: firewall rule"},
+		{"run ID", func(f *forgery) {
+			one(f, "inventory.img", "INVENTORY", func(e *inventory.InventoryEntry) { e.DumpCriuRunId = proto.String("x; flush ruleset") })
+		}, "the run ID"},
+		{"no host", func(f *forgery) {
+			one(f, "inventory.img", "INVENTORY", func(e *inventory.InventoryEntry) { e.RootIds = nil })
+		}, "inventory.img does not say"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			f := newForgery(t)
+			tc.fn(f)
+			f.refused(tc.want)
+		})
+	}
+	f := newForgery(t)
+	f.raw("nftables-10.img", []byte("table ip filter {\n\tchain INPUT {\n\t\ttype filter hook input priority filter; policy accept;\n\t\tmeta mark 0x0000c114 counter packets 0 bytes 0 accept\n\t}\n}\n"))
+	f.accepted()
+}
+
+func TestCgroups(t *testing.T) {
+	member := func(suffix string) func(*cgroup.CgroupEntry) {
+		return func(e *cgroup.CgroupEntry) {
+			for _, m := range e.Sets[0].Ctls {
+				if m.GetName() == "memory" {
+					*m.Path += suffix
+				}
+			}
+		}
+	}
+	memory := func(e *cgroup.CgroupEntry) *cgroup.CgControllerEntry {
+		for _, c := range e.Controllers {
+			if c.Cnames[0] == "memory" {
+				return c
+			}
+		}
+		return nil
+	}
+	for _, tc := range []struct {
+		name string
+		fn   func(*cgroup.CgroupEntry)
+		want string
+	}{
+		{"below", member("/child"), ""},
+		{"root", func(e *cgroup.CgroupEntry) { e.Sets[0].Ctls[7].Path = proto.String("/") }, `group "/" of controller "memory" is outside of the container's`},
+		{"sibling", member("x"), "is outside of the container's"},
+		{"climbing", member("/../other"), "is outside of the container's"},
+		{"in no list", func(e *cgroup.CgroupEntry) { e.Sets[0].Ctls[7].Name = proto.String("memory/../pids") }, "which the image does not list"},
+		{"namespace", func(e *cgroup.CgroupEntry) { e.Sets[0].Ctls[7].CgnsPrefix = proto.Uint32(9999) }, "ends in the middle of a name"},
+		{"controller", func(e *cgroup.CgroupEntry) { memory(e).Cnames[0] = "../x" }, `controller "../x" is listed twice, or none`},
+		{"two", func(e *cgroup.CgroupEntry) { memory(e).Dirs = append(memory(e).Dirs, memory(e).Dirs[0]) }, "in several groups"},
+		{"folder", func(e *cgroup.CgroupEntry) { memory(e).Dirs[0].DirName = proto.String("a/../..") }, "climbs out of"},
+		{"child", func(e *cgroup.CgroupEntry) {
+			memory(e).Dirs[0].Children = []*cgroup.CgroupDirEntry{{DirName: proto.String("a/../../b")}}
+		}, "climbs out of"},
+		{"release_agent", func(e *cgroup.CgroupEntry) { memory(e).Dirs[0].Properties[0].Name = proto.String("release_agent") }, `"release_agent" is no property`},
+		{"property", func(e *cgroup.CgroupEntry) { memory(e).Dirs[0].Properties[0].Name = proto.String("../../x") }, `"../../x" is no property`},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			f := newForgery(t)
+			one(f, "cgroup.img", "CGROUP", tc.fn)
+			if tc.want == "" {
+				f.accepted()
+				return
+			}
+			f.refused("cgroup.img", tc.want)
+		})
+	}
+}

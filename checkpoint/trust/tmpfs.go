@@ -1,0 +1,121 @@
+package trust
+
+import (
+	"archive/tar"
+	"compress/gzip"
+	"context"
+	"errors"
+	"io"
+	"math"
+	"path"
+	"strings"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
+)
+
+// checkTmpfs looks at the files of the container's tmpfs mounts, which CRIU has
+// tar unpack as root.
+func (c *checker) checkTmpfs() error {
+	for _, name := range c.img.Names() {
+		if strings.HasPrefix(name, "tmpfs-") {
+			if err := c.checkArchive(name); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (c *checker) checkArchive(name string) error {
+	f, err := c.img.OpenFile(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	unzipped, err := gzip.NewReader(f)
+	if err != nil {
+		return fault.Invalid("%s: no gzip: %v", name, err)
+	}
+	in := &boundedReader{ctx: c.ctx, r: unzipped, left: math.MaxInt64}
+	if limit := c.limits().withSwap; limit > 0 && limit < math.MaxInt64/2 {
+		in.left = 2 * int64(limit) // holes take no memory
+	}
+	archive := tar.NewReader(in)
+	links := map[string]bool{}
+	for {
+		h, err := archive.Next()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if errors.Is(err, errTooLarge) {
+			c.refuse("%s: has more than fits the container's memory limit", name)
+			return nil
+		}
+		if err != nil {
+			if cause := context.Cause(c.ctx); cause != nil {
+				return cause
+			}
+			return fault.Invalid("%s: no tar archive: %v", name, err)
+		}
+		if climbs(h.Name) || strings.HasPrefix(h.Name, "/") || h.Typeflag == tar.TypeLink && (climbs(h.Linkname) || strings.HasPrefix(h.Linkname, "/")) {
+			c.refuse("%s: file %s is outside of its mount", name, quote(h.Name))
+		}
+		file := path.Clean(h.Name)
+		for dir := path.Dir(file); dir != "." && dir != "/"; dir = path.Dir(dir) {
+			if links[dir] {
+				c.refuse("%s: file %s is behind a link of the archive", name, quote(h.Name))
+				break
+			}
+		}
+		if h.Typeflag == tar.TypeSymlink {
+			links[file] = true
+		}
+		switch h.Typeflag {
+		case tar.TypeReg, tar.TypeDir, tar.TypeSymlink, tar.TypeLink, tar.TypeFifo, tar.TypeGNUSparse:
+		case tar.TypeChar, tar.TypeBlock:
+			if h.Typeflag == tar.TypeBlock || !c.grant.deviceNodes[[2]int64{h.Devmajor, h.Devminor}] {
+				if !c.mayMakeDevice(h) {
+					c.refuse("%s: %s is device %d:%d, which the spec does not have", name, quote(h.Name), h.Devmajor, h.Devminor)
+				}
+			}
+		default:
+			c.refuse("%s: %s is of an unknown kind (%q)", name, quote(h.Name), h.Typeflag)
+		}
+	}
+}
+
+// mayMakeDevice tells whether the container can make the device itself.
+func (c *checker) mayMakeDevice(h *tar.Header) bool {
+	if c.grant.any("CAP_MKNOD") {
+		return true // what can be opened, the device cgroup decides
+	}
+	if c.spec.Linux == nil {
+		return false
+	}
+	for _, d := range c.spec.Linux.Devices {
+		if d.Major == h.Devmajor && d.Minor == h.Devminor && (d.Type == "b") == (h.Typeflag == tar.TypeBlock) {
+			return true
+		}
+	}
+	return false
+}
+
+var errTooLarge = errors.New("too large")
+
+// boundedReader ends with a context, and after so many bytes.
+type boundedReader struct {
+	ctx  context.Context
+	r    io.Reader
+	left int64
+}
+
+func (b *boundedReader) Read(p []byte) (int, error) {
+	if err := context.Cause(b.ctx); err != nil {
+		return 0, err
+	}
+	n, err := b.r.Read(p)
+	if b.left -= int64(n); b.left < 0 {
+		return n, errTooLarge
+	}
+	return n, err
+}
