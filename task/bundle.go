@@ -35,6 +35,17 @@ func (b bundle) path(name string) string { return filepath.Join(string(b), name)
 
 func (b bundle) rootfs() string { return b.path("rootfs") }
 
+// rootOf is the root filesystem that a spec names, as the runtime takes it.
+func (b bundle) rootOf(spec *specs.Spec) string {
+	switch {
+	case spec.Root == nil:
+		return b.rootfs()
+	case filepath.IsAbs(spec.Root.Path):
+		return spec.Root.Path
+	}
+	return b.path(spec.Root.Path)
+}
+
 // workDir is where CRIU works unless the caller says where.
 func (b bundle) workDir() string { return b.path("work") }
 

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/trust"
 	"github.com/stasis-run/stasis/process"
 )
 
@@ -79,6 +80,10 @@ func (l *restore) create(ctx context.Context, init *proc) error { return nil }
 
 func (l *restore) start(ctx context.Context, init *proc) error {
 	c := l.c
+	// Only now is the root filesystem what it is going to be.
+	if err := trust.CheckMounts(ctx, l.image, l.spec, c.bundle.rootOf(l.spec)); err != nil {
+		return fmt.Errorf("restore container %s: %w", c.id, err)
+	}
 	pio, err := init.openIO(ctx, l.image.Pipes())
 	if err != nil {
 		return err
@@ -221,12 +226,16 @@ func embeddedOrCold(ctx context.Context, c *container, found *embedded) (launche
 	return newRestore(ctx, c, found.dir, "", found)
 }
 
-// newRestore opens the checkpoint in the folder path.
+// newRestore opens the checkpoint in the folder path, and refuses one that asks for
+// more than the container may have.
 func newRestore(ctx context.Context, c *container, path, temp string, from *embedded) (launcher, error) {
 	img, err := checkpoint.Open(ctx, path)
 	var spec *specs.Spec
 	if err == nil {
 		spec, err = c.bundle.spec()
+	}
+	if err == nil {
+		err = trust.Check(ctx, img, spec)
 	}
 	if err != nil {
 		if temp != "" {

@@ -1,0 +1,213 @@
+package integration
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/checkpoint-restore/go-criu/v8/crit"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/cgroup"
+	core "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/mm"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/mnt"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/pstree"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/seccomp"
+	"github.com/containerd/containerd/api/types/runc/options"
+	seccompprofile "github.com/containerd/containerd/v2/contrib/seccomp"
+	"github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/containerd/v2/pkg/oci"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/integration/stack"
+)
+
+// A forgery makes a checkpoint ask for more than its container may have.
+type forgery struct {
+	file string // the image that it changes
+	kind proto.Message
+	do   func([]*crit.CriuEntry) []*crit.CriuEntry
+	late bool // it is noticed in Start, when the root filesystem is there
+	want []string
+}
+
+// first changes the first message of an image.
+func first[M proto.Message](fn func(M)) func([]*crit.CriuEntry) []*crit.CriuEntry {
+	return func(all []*crit.CriuEntry) []*crit.CriuEntry { fn(all[0].Message.(M)); return all }
+}
+
+func taskCore(fn func(*core.CoreEntry)) forgery {
+	return forgery{file: "core-1.img", kind: &core.CoreEntry{}, do: first(fn), want: []string{"process 1 (sleep)"}}
+}
+
+func oneMount(at string, fn func(*mnt.MntEntry) bool) forgery {
+	return forgery{file: "mountpoints-*.img", kind: &mnt.MntEntry{}, late: true, do: func(all []*crit.CriuEntry) (rest []*crit.CriuEntry) {
+		for _, e := range all {
+			if m := e.Message.(*mnt.MntEntry); m.GetMountpoint() != at || fn(m) {
+				rest = append(rest, e)
+			}
+		}
+		return rest
+	}}
+}
+
+func openFile(fn func(*fdinfo.FileEntry)) forgery {
+	return forgery{file: "files.img", kind: &fdinfo.FileEntry{}, do: func(all []*crit.CriuEntry) []*crit.CriuEntry {
+		for _, e := range all {
+			if f := e.Message.(*fdinfo.FileEntry); f.GetReg().GetName() == "/dev/null" {
+				fn(f)
+			}
+		}
+		return all
+	}}
+}
+
+func (f forgery) says(want ...string) forgery { f.want = append(f.want, want...); return f }
+
+// forgeries has one for each kind of rule; checkpoint/trust tests each rule.
+var forgeries = map[string]forgery{
+	"user":         taskCore(func(e *core.CoreEntry) { *e.ThreadCore.Creds.Euid = 7 }).says("euid 7, the spec grants [0]"),
+	"group":        taskCore(func(e *core.CoreEntry) { e.ThreadCore.Creds.Groups = []uint32{7} }).says("group 7, the spec grants [0]"),
+	"capabilities": taskCore(func(e *core.CoreEntry) { e.ThreadCore.Creds.CapEff[0] |= 1 << 21 }).says("effective capabilities beyond the spec's: CAP_SYS_ADMIN"),
+	"securebits":   taskCore(func(e *core.CoreEntry) { *e.ThreadCore.Creds.Secbits = 1 }).says("securebits"),
+	"no_new_privs": taskCore(func(e *core.CoreEntry) { *e.ThreadCore.Creds.NoNewPrivs = 0 }).says("no_new_privs"),
+	"credentials":  taskCore(func(e *core.CoreEntry) { e.ThreadCore.Creds = nil }).says("has no credentials"),
+	"LSM profile":  taskCore(func(e *core.CoreEntry) { e.ThreadCore.Creds.LsmProfile = proto.String("unlimited") }).says("LSM profile"),
+	"no seccomp": taskCore(func(e *core.CoreEntry) {
+		e.ThreadCore.SeccompMode, e.ThreadCore.SeccompFilter = nil, nil
+	}).says("has no seccomp filter"),
+	"seccomp of another": {file: "seccomp.img", kind: &seccomp.SeccompEntry{}, do: first(func(e *seccomp.SeccompEntry) {
+		e.SeccompFilters[0].Filter = []byte{unix.BPF_RET, 0, 0, 0, 0, 0, 0xff, 0x7f} // allow, on little endian
+	}), want: []string{"process 1 (sleep)", "permit more than the spec's profile"}},
+	"real-time":   taskCore(func(e *core.CoreEntry) { e.ThreadCore.SchedPolicy = proto.Uint32(unix.SCHED_FIFO) }).says("scheduling policy"),
+	"null page":   {file: "mm-1.img", kind: &mm.MmEntry{}, do: first(func(e *mm.MmEntry) { *e.Vmas[0].Start = 0 }), want: []string{"process 1 (sleep)", "0x0"}},
+	"tasks":       {file: "pstree.img", kind: &pstree.PstreeEntry{}, do: first(func(e *pstree.PstreeEntry) { e.Threads = append(e.Threads, 1, 1, 1, 1, 1, 1, 1, 1) }), want: []string{"9 processes and threads, the container may have 8"}},
+	"cgroup":      {file: "cgroup.img", kind: &cgroup.CgroupEntry{}, do: first(func(e *cgroup.CgroupEntry) { *e.Sets[0].Ctls[0].Path = "/" }), want: []string{"is outside of the container's"}},
+	"agent":       {file: "cgroup.img", kind: &cgroup.CgroupEntry{}, do: first(func(e *cgroup.CgroupEntry) { *e.Controllers[0].Dirs[0].Properties[0].Name = "release_agent" }), want: []string{"release_agent"}},
+	"run ID":      {file: "inventory.img", kind: &inventory.InventoryEntry{}, do: first(func(e *inventory.InventoryEntry) { e.DumpCriuRunId = proto.String("x; flush ruleset") }), want: []string{"run ID"}},
+	"climbing":    openFile(func(f *fdinfo.FileEntry) { *f.Reg.Name = "/../../etc/shadow" }).says("climbs with .."),
+	"device":      openFile(func(f *fdinfo.FileEntry) { *f.Reg.Name = "/dev/mem" }).says("/dev/mem", "device"),
+	"external":    openFile(func(f *fdinfo.FileEntry) { f.Reg.Ext = proto.Bool(true) }).says("is external"),
+	"user's own":  {file: "ids-1.img", kind: &core.TaskKobjIdsEntry{}, do: first(func(e *core.TaskKobjIdsEntry) { *e.UserNsId = 99 }), want: []string{"user namespace of its own"}},
+	"host's pids": {file: "ids-1.img", kind: &core.TaskKobjIdsEntry{}, do: first(func(e *core.TaskKobjIdsEntry) { *e.PidNsId = 1 }), want: []string{"process 1 (sleep)", "host's pid namespace"}},
+
+	"unmasked":  oneMount("/proc/keys", func(*mnt.MntEntry) bool { return false }).says("/proc/keys is not masked"),
+	"writable":  oneMount("/proc/sys", func(m *mnt.MntEntry) bool { *m.Flags &^= unix.MS_RDONLY; return true }).says("/proc/sys", "not read-only"),
+	"volume":    oneMount("/volume", func(m *mnt.MntEntry) bool { *m.Flags &^= unix.MS_RDONLY; return true }).says("/volume", "is not ro"),
+	"no volume": oneMount("/volume", func(*mnt.MntEntry) bool { return false }).says("no mount at /volume"),
+	"mount":     oneMount("/volume", func(m *mnt.MntEntry) bool { *m.Mountpoint = "/other"; return true }).says(`mount at "/other"`, "no mount at /volume"),
+	"host's fs": oneMount("/dev/mqueue", func(m *mnt.MntEntry) bool { *m.Fstype = uint32(mnt.Fstype_OVERLAYFS); return true }).says("/dev/mqueue", "overlayfs"),
+}
+
+// TestTrust restores a checkpoint that was made here and altered since, with a
+// manifest that fits it: none is restored, and nothing is left.
+func TestTrust(t *testing.T) {
+	s := stack.Start(t, stack.Options{})
+	ctx := s.Ctx()
+	faults := s.Faults()
+	volume := filepath.Join(s.Dir, "volume")
+	must(t, os.Mkdir(volume, 0o755))
+	c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sleep", "1000"), seccompprofile.WithDefaultProfile(),
+		oci.WithMounts([]specs.Mount{{Type: "bind", Source: volume, Destination: "/volume", Options: []string{"rbind", "ro"}}}),
+		oci.WithPidsLimit(8), oomScore(321), oci.WithNoNewPrivileges, oci.WithDroppedCapabilities([]string{"CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"}))
+	c.Start(ctx)
+	must(t, os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", c.Task.Pid()), []byte("100"), 0))
+	good := filepath.Join(s.Dir, "good")
+	c.Checkpoint(ctx, good, &options.CheckpointOptions{Exit: true})
+	for name, f := range forgeries {
+		t.Run(name, func(t *testing.T) {
+			dir := filepath.Join(s.Dir, "forged", strings.ReplaceAll(name, " ", "-"))
+			must(t, os.CopyFS(dir, os.DirFS(good)))
+			forge(t, dir, f)
+			seen := len(faults.Calls())
+			err := c.RestoreErr(ctx, dir)
+			if err == nil {
+				t.Fatal("restored")
+			}
+			for _, want := range append(f.want, "restore container c", dir) {
+				if !strings.Contains(err.Error(), want) {
+					t.Errorf("%v; want %q in it", err, want)
+				}
+			}
+			if late := strings.Contains(err.Error(), "start task"); late != f.late {
+				t.Errorf("late: %v, %v", late, err)
+			}
+			if calls := faults.Calls()[seen:]; len(calls) > 0 && !onlyDelete(calls) {
+				t.Errorf("the runtime was called: %q", calls)
+			}
+			if c.Task != nil {
+				c.DeleteTask(ctx)
+			}
+			nothingOf(ctx, t, s, c)
+		})
+	}
+	// What was copied and signed anew in the same way, but not altered.
+	dir := filepath.Join(s.Dir, "same")
+	must(t, os.CopyFS(dir, os.DirFS(good)))
+	forge(t, dir, forgery{file: "core-1.img", kind: &core.CoreEntry{}, do: first(func(*core.CoreEntry) {})})
+	c.Restore(ctx, dir)
+	if out := c.Exec(ctx, "grep", "-h", "-e", "^Seccomp:", "-e", "^NoNewPrivs:", "/proc/1/status"); out != "NoNewPrivs:\t1\nSeccomp:\t2\n" {
+		t.Errorf("the restored process has %q", out)
+	}
+	// The spec decides, not what it had when it was checkpointed.
+	if out := c.Exec(ctx, "cat", "/proc/1/oom_score_adj"); out != "321\n" {
+		t.Errorf("the restored process has the OOM score %q", out)
+	}
+}
+
+// oomScore is the OOM score of a container's processes.
+func oomScore(score int) oci.SpecOpts {
+	return func(_ context.Context, _ oci.Client, _ *containers.Container, s *specs.Spec) error {
+		s.Process.OOMScoreAdj = &score
+		return nil
+	}
+}
+
+// forge alters an image, and writes a manifest that fits.
+func forge(t *testing.T, dir string, f forgery) {
+	t.Helper()
+	paths, err := filepath.Glob(filepath.Join(dir, f.file))
+	must(t, err)
+	if len(paths) != 1 {
+		t.Fatalf("images %q", paths)
+	}
+	in, err := os.Open(paths[0])
+	must(t, err)
+	img, err := crit.New(in, nil, "", false, false).Decode(f.kind)
+	must(t, err)
+	must(t, in.Close())
+	img.Entries = f.do(img.Entries)
+	out, err := os.Create(paths[0])
+	must(t, err)
+	must(t, crit.New(nil, out, "", false, false).Encode(img))
+	must(t, out.Close())
+
+	path := filepath.Join(dir, "stasis.json")
+	data, err := os.ReadFile(path)
+	must(t, err)
+	var m checkpoint.Manifest
+	must(t, json.Unmarshal(data, &m))
+	for i := range m.Files {
+		file := &m.Files[i]
+		data, err := os.ReadFile(filepath.Join(dir, file.Name))
+		must(t, err)
+		if file.Name != filepath.Base(paths[0]) {
+			continue
+		}
+		sum := sha256.Sum256(data)
+		file.Size, file.Sum = int64(len(data)), "sha256:"+hex.EncodeToString(sum[:])
+	}
+	data, err = json.Marshal(m)
+	must(t, err)
+	must(t, os.WriteFile(path, data, 0o600))
+}
