@@ -211,3 +211,35 @@ func forge(t *testing.T, dir string, f forgery) {
 	must(t, err)
 	must(t, os.WriteFile(path, data, 0o600))
 }
+
+// TestTrustKeeps checks that what confines a container confines it after a restore:
+// the filter of each thread, read-only files, masked paths.
+func TestTrustKeeps(t *testing.T) {
+	s := stack.Start(t, stack.Options{})
+	ctx := s.Ctx()
+	c := s.NewContainer(ctx, "c", stack.Python, seccompprofile.WithDefaultProfile(), oci.WithNoNewPrivileges, oci.WithRootFSReadonly(),
+		stack.Args("python3", "-u", "-c", `
+import threading, time
+for i in range(2): threading.Thread(target=time.sleep, args=(1000,)).start()
+print("ready")
+time.sleep(1000)`))
+	c.Start(ctx)
+	c.Stdout.WaitFor(ctx, "ready")
+	look := func() string {
+		return c.Exec(ctx, "sh", "-c", `
+grep -h -e ^Seccomp: -e ^NoNewPrivs: -e ^CapBnd: /proc/1/task/*/status
+cat /proc/keys /proc/timer_list; ls /sys/firmware
+for f in /file /proc/sys/kernel/core_pattern /sys/file; do (echo x > $f) 2>/dev/null && echo "wrote $f"; done
+awk '{print $5, substr($6, 1, 2)}' /proc/1/mountinfo | sort`)
+	}
+	before := look()
+	if strings.Count(before, "Seccomp:\t2") != 3 || strings.Contains(before, "wrote") {
+		t.Fatal(before)
+	}
+	dir := filepath.Join(s.Dir, "checkpoint")
+	c.Checkpoint(ctx, dir, &options.CheckpointOptions{Exit: true})
+	c.Restore(ctx, dir)
+	if after := look(); after != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+}
