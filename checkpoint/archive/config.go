@@ -101,11 +101,11 @@ func newConfig(i capture.Info, added []string) config {
 // info is what an archive tells of a container. annotations are those of its
 // spec.
 func (c config) info(annotations map[string]string) capture.Info {
-	if c.Stasis != nil && c.Stasis.Info.Version == infoVersion {
+	if c.Stasis != nil && c.Stasis.Info.Version == capture.InfoVersion {
 		return c.Stasis.Info
 	}
 	i := capture.Info{
-		Version:      infoVersion,
+		Version:      capture.InfoVersion,
 		ContainerID:  c.ID,
 		Created:      c.CreatedTime,
 		Checkpointed: c.CheckpointedAt,
@@ -149,9 +149,6 @@ func (c config) info(annotations map[string]string) capture.Info {
 	i.ContainerName = cmp.Or(i.ContainerName, c.Name, c.ID)
 	return i
 }
-
-// infoVersion is that of capture.Info.
-const infoVersion = 1
 
 // digests finds the digests of the image and of its config.
 func (c config) digests() (image, conf string) {

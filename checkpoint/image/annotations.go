@@ -52,7 +52,7 @@ const (
 	AnnotationDistributionID = "stasis.run/host.distribution.version"
 )
 
-// formatVersion is of the runnable image, and of capture.Info as JSON.
+// formatVersion is of the runnable image.
 const formatVersion = 1
 
 // annotated lists the strings of an Info, which has a Pod, by annotation.
@@ -104,7 +104,7 @@ func toAnnotations(i capture.Info) map[string]string {
 // fromAnnotations is the reverse of toAnnotations. What cannot be understood is
 // left out: it is for people to read, and no restore depends on it.
 func fromAnnotations(as map[string]string) capture.Info {
-	i := capture.Info{Version: formatVersion, Pod: &capture.Pod{}}
+	i := capture.Info{Version: capture.InfoVersion, Pod: &capture.Pod{}}
 	for key, s := range annotated(&i) {
 		*s = as[key]
 	}
@@ -197,7 +197,7 @@ func fromForeign(as map[string]string) capture.Info {
 		engine = capture.Program{Name: "podman", Version: as[podmanPrefix+"podman.version"]}
 	}
 	i := capture.Info{
-		Version:       formatVersion,
+		Version:       capture.InfoVersion,
 		ContainerName: first(criuName, podmanName, crioName),
 		Base: capture.Base{
 			Name:   first(criuPrefix+"rootfsImageUserRequested", criuPrefix+"rootfsImageName", podmanPrefix+"rootfsImageName"),

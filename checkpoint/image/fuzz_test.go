@@ -56,7 +56,7 @@ func FuzzStasisLayer(f *testing.F) {
 		}
 		c := &capture.Capture{Images: dir}
 		err := unpackStasis(t.Context(), bytes.NewReader(data), c, fuzzLimit)
-		if err == nil && (c.Info.Version != formatVersion || checkSpec(c.Spec) != nil) {
+		if err == nil && (c.Info.Version != capture.InfoVersion || checkSpec(c.Spec) != nil) {
 			t.Errorf("accepted %+v, %s", c.Info, c.Spec)
 		}
 		checkFolder(t, dir, fuzzLimit)

@@ -89,7 +89,7 @@ func writeIndex(ctx context.Context, store content.Store, base ocispec.Descripto
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	info, err := encodeInfo(c.Info)
+	info, err := capture.EncodeInfo(c.Info)
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
@@ -161,13 +161,13 @@ func indexInfo(ctx context.Context, store content.Provider, doc document) (captu
 		if err != nil {
 			return capture.Info{}, nil, err
 		}
-		info, err := decodeInfo(data)
+		info, err := capture.DecodeInfo(data)
 		if err != nil {
 			return capture.Info{}, nil, fmt.Errorf("%s, %s: %w", MediaTypeInfo, desc.Digest, err)
 		}
 		return info, spec, nil
 	}
-	info := capture.Info{Version: formatVersion, Engine: capture.Program{Name: "containerd"}}
+	info := capture.Info{Version: capture.InfoVersion, Engine: capture.Program{Name: "containerd"}}
 	info.Runtime = doc.Annotations[ctrRuntime]
 	info.Base.Snapshotter = doc.Annotations[ctrSnapshotter]
 	if info.Base.Name = doc.Annotations[ctrImage]; info.Base.Name == "" {

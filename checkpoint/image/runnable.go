@@ -53,7 +53,7 @@ func writeRunnable(ctx context.Context, store content.Store, baseDesc ocispec.De
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	info, err := encodeInfo(c.Info)
+	info, err := capture.EncodeInfo(c.Info)
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}

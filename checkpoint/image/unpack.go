@@ -140,7 +140,7 @@ func unpackStasis(ctx context.Context, r io.Reader, c *capture.Capture, limit in
 		case h.Name == infoPath:
 			var data []byte
 			if data, err = u.metadata(h, tr); err == nil {
-				c.Info, err = decodeInfo(data)
+				c.Info, err = capture.DecodeInfo(data)
 				err = named(infoPath, err)
 			}
 		case h.Name == specPath:

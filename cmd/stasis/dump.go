@@ -223,7 +223,7 @@ func (d *dumper) checkpointByTask(ctx context.Context, r *api.CheckpointRequest)
 func (d *dumper) describe(ctx context.Context) (capture.Info, error) {
 	labels := d.info.Labels
 	i := capture.Info{
-		Version:       1,
+		Version:       capture.InfoVersion,
 		ContainerID:   d.info.ID,
 		ContainerName: d.info.ID,
 		Runtime:       d.info.Runtime.Name,
