@@ -53,6 +53,11 @@ disabled_plugins = ["%s"]
 `, s.path("s"))
 	}
 	if s.opts.CRI {
+		if s.opts.NodeConfig != "" {
+			if err := os.WriteFile(s.NodeConfig(), []byte(s.opts.NodeConfig), 0o600); err != nil {
+				return err
+			}
+		}
 		if err := s.criConfig(&b); err != nil {
 			return err
 		}

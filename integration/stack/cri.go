@@ -74,9 +74,16 @@ func (s *Stack) criConfig(b *strings.Builder) error {
 [plugins.%[1]q.containerd.runtimes.%[2]s.options]
   BinaryName = %[5]q
 `, runtime, h.name, h.kind, h.path, s.bins.runtime)
+		if s.opts.NodeConfig != "" && h.name == HandlerStasis {
+			fmt.Fprintf(b, "  StasisConfig = %q\n", s.NodeConfig())
+		}
 	}
 	return nil
 }
+
+// NodeConfig returns the path of the file with Options.NodeConfig, which a test may
+// write anew. Only HandlerStasis has it: the options of the other are runc's.
+func (s *Stack) NodeConfig() string { return s.path("node.toml") }
 
 // cniConfig writes the configuration of a bridge of the stack's own, and
 // returns the line of containerd's that names the folder of the plugins.
@@ -146,8 +153,13 @@ type Pod struct {
 	ID     string
 	Config *runtimeapi.PodSandboxConfig
 
-	s       *Stack
-	runtime runtimeapi.RuntimeServiceClient
+	s *Stack
+}
+
+// runtime is the CRI's client, which is another after a Restart.
+func (p *Pod) runtime() runtimeapi.RuntimeServiceClient {
+	r, _ := p.s.CRI()
+	return r
 }
 
 // RunPod runs a pod sandbox under the named runtime handler. Its config may be
@@ -166,16 +178,29 @@ func (s *Stack) RunPod(ctx context.Context, name, handler string, change ...func
 			SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{NamespaceOptions: &runtimeapi.NamespaceOption{}},
 		},
 	}}
-	p.runtime, _ = s.CRI()
 	for _, f := range change {
 		f(p.Config)
 	}
-	r, err := p.runtime.RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: p.Config, RuntimeHandler: handler})
+	p.label(p.Config.Labels)
+	r, err := p.runtime().RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: p.Config, RuntimeHandler: handler})
 	if err != nil {
 		s.tb.Fatalf("pod %s: %v", name, err)
 	}
 	p.ID = r.PodSandboxId
 	return p
+}
+
+// label adds the labels that the kubelet gives to all of a pod.
+func (p *Pod) label(labels map[string]string) {
+	for key, value := range map[string]string{
+		"io.kubernetes.pod.name":      p.Config.Metadata.Name,
+		"io.kubernetes.pod.namespace": p.Config.Metadata.Namespace,
+		"io.kubernetes.pod.uid":       p.Config.Metadata.Uid,
+	} {
+		if labels[key] == "" {
+			labels[key] = value
+		}
+	}
 }
 
 // CreateContainerErr makes a container of one of this package's images, or of
@@ -197,7 +222,9 @@ func (p *Pod) CreateContainerErr(ctx context.Context, name, image string, args [
 	for _, f := range change {
 		f(config)
 	}
-	r, err := p.runtime.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{
+	p.label(config.Labels)
+	config.Labels["io.kubernetes.container.name"] = name
+	r, err := p.runtime().CreateContainer(ctx, &runtimeapi.CreateContainerRequest{
 		PodSandboxId: p.ID, Config: config, SandboxConfig: p.Config,
 	})
 	if err != nil {
@@ -206,14 +233,21 @@ func (p *Pod) CreateContainerErr(ctx context.Context, name, image string, args [
 	return r.ContainerId, nil
 }
 
-// RunContainer makes a container as CreateContainerErr does, starts it, and
-// returns its id.
-func (p *Pod) RunContainer(ctx context.Context, name, image string, args []string, change ...func(*runtimeapi.ContainerConfig)) string {
+// RunContainerErr makes a container as CreateContainerErr does, starts it, and
+// returns its id, which it has also if only the start fails.
+func (p *Pod) RunContainerErr(ctx context.Context, name, image string, args []string, change ...func(*runtimeapi.ContainerConfig)) (string, error) {
 	p.s.tb.Helper()
 	id, err := p.CreateContainerErr(ctx, name, image, args, change...)
 	if err == nil {
-		_, err = p.runtime.StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: id})
+		_, err = p.runtime().StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: id})
 	}
+	return id, err
+}
+
+// RunContainer is RunContainerErr for a container that must start.
+func (p *Pod) RunContainer(ctx context.Context, name, image string, args []string, change ...func(*runtimeapi.ContainerConfig)) string {
+	p.s.tb.Helper()
+	id, err := p.RunContainerErr(ctx, name, image, args, change...)
 	if err != nil {
 		p.s.tb.Fatalf("pod %s: container %s: %v", p.Config.Metadata.Name, name, err)
 	}
@@ -224,7 +258,7 @@ func (p *Pod) RunContainer(ctx context.Context, name, image string, args []strin
 // wrote on stdout.
 func (p *Pod) Exec(ctx context.Context, id string, args ...string) string {
 	p.s.tb.Helper()
-	r, err := p.runtime.ExecSync(ctx, &runtimeapi.ExecSyncRequest{ContainerId: id, Cmd: args})
+	r, err := p.runtime().ExecSync(ctx, &runtimeapi.ExecSyncRequest{ContainerId: id, Cmd: args})
 	if err != nil {
 		p.s.tb.Fatalf("pod %s: %q: %v", p.Config.Metadata.Name, args, err)
 	} else if r.ExitCode != 0 {
@@ -239,10 +273,43 @@ func (p *Pod) Log(name string) string {
 	return string(b)
 }
 
+// Bundle returns the folder of a container's bundle.
+func (p *Pod) Bundle(id string) string {
+	return filepath.Join(p.s.StateDir(), "io.containerd.runtime.v2.task", CRINamespace, id)
+}
+
+// Status returns what the CRI knows of a container.
+func (p *Pod) Status(ctx context.Context, id string) *runtimeapi.ContainerStatus {
+	p.s.tb.Helper()
+	r, err := p.runtime().ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
+	if err != nil {
+		p.s.tb.Fatalf("pod %s: %v", p.Config.Metadata.Name, err)
+	}
+	return r.Status
+}
+
+// StopContainer ends a container, by force after some seconds, and returns its exit
+// code.
+func (p *Pod) StopContainer(ctx context.Context, id string, grace int64) int32 {
+	p.s.tb.Helper()
+	if _, err := p.runtime().StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: id, Timeout: grace}); err != nil {
+		p.s.tb.Fatalf("pod %s: stop: %v", p.Config.Metadata.Name, err)
+	}
+	return p.Status(ctx, id).ExitCode
+}
+
+// RemoveContainer removes a container that does not run.
+func (p *Pod) RemoveContainer(ctx context.Context, id string) {
+	p.s.tb.Helper()
+	if _, err := p.runtime().RemoveContainer(ctx, &runtimeapi.RemoveContainerRequest{ContainerId: id}); err != nil {
+		p.s.tb.Fatalf("pod %s: remove: %v", p.Config.Metadata.Name, err)
+	}
+}
+
 // IP returns the pod's address.
 func (p *Pod) IP(ctx context.Context) string {
 	p.s.tb.Helper()
-	r, err := p.runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: p.ID})
+	r, err := p.runtime().PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: p.ID})
 	if err != nil {
 		p.s.tb.Fatalf("pod %s: %v", p.Config.Metadata.Name, err)
 	}
@@ -252,10 +319,13 @@ func (p *Pod) IP(ctx context.Context) string {
 // Remove stops and removes the pod with its containers.
 func (p *Pod) Remove(ctx context.Context) {
 	p.s.tb.Helper()
-	if err := removePod(ctx, p.runtime, p.ID); err != nil {
+	if err := p.RemoveErr(ctx); err != nil {
 		p.s.tb.Fatalf("pod %s: %v", p.Config.Metadata.Name, err)
 	}
 }
+
+// RemoveErr is Remove for a pod that may have to be removed again.
+func (p *Pod) RemoveErr(ctx context.Context) error { return removePod(ctx, p.runtime(), p.ID) }
 
 func removePod(ctx context.Context, r runtimeapi.RuntimeServiceClient, id string) error {
 	if _, err := r.StopPodSandbox(ctx, &runtimeapi.StopPodSandboxRequest{PodSandboxId: id}); err != nil {

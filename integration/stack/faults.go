@@ -1,9 +1,11 @@
 package stack
 
 import (
+	"bytes"
 	"context"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 )
 
@@ -59,6 +61,18 @@ func (s *Stack) Faults() *Faults {
 		}
 	}
 	s.faults = f
+	if s.opts.CRI {
+		// What the pods run by stands in containerd's configuration.
+		config, err := os.ReadFile(s.path("config.toml"))
+		if err == nil {
+			config = bytes.ReplaceAll(config, []byte(strconv.Quote(s.bins.runtime)), []byte(strconv.Quote(f.binary)))
+			err = os.WriteFile(s.path("config.toml"), config, 0o600)
+		}
+		if err != nil {
+			s.tb.Fatalf("%v", err)
+		}
+		s.Restart()
+	}
 	return f
 }
 

@@ -38,6 +38,9 @@ type Options struct {
 	Snapshotter string
 	// CRI enables Kubernetes' runtime interface; see Stack.RunPod.
 	CRI bool
+	// NodeConfig is what the node's configuration of Stasis says, with CRI, under
+	// HandlerStasis.
+	NodeConfig string
 	// ExtraConfig is added to containerd's configuration file.
 	ExtraConfig string
 	// Env is added to the environment of containerd, which shims and
