@@ -12,7 +12,9 @@ import (
 	"time"
 	"unsafe"
 
+	"github.com/containerd/cgroups/v3"
 	"github.com/containerd/cgroups/v3/cgroup1"
+	"github.com/containerd/cgroups/v3/cgroup2"
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 )
@@ -186,4 +188,57 @@ func parseOOMKills(data []byte) (uint64, error) {
 		}
 	}
 	return 0, nil
+}
+
+// appearInterval is how often WatchOOMOf looks for a group.
+const appearInterval = 5 * time.Millisecond
+
+// WatchOOMOf is Cgroup.WatchOOM for the group that a container's spec names
+// (linux.cgroupsPath), which need not exist yet: in a restore the OCI runtime makes
+// it, and if that fails removes it again.
+func WatchOOMOf(cgroupsPath string, notify func()) (stop func()) {
+	group := groupOf(cgroupsPath)
+	if group == "/" {
+		return func() {}
+	}
+	stopped, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			if c, err := loadGroup(group); err == nil {
+				if end, err := c.WatchOOM(notify); err == nil {
+					<-stopped
+					end()
+					return
+				}
+			}
+			select {
+			case <-stopped:
+				return
+			case <-time.After(appearInterval):
+			}
+		}
+	}()
+	return func() {
+		close(stopped)
+		<-done
+	}
+}
+
+// loadGroup returns a group that has a memory controller.
+func loadGroup(group string) (*Cgroup, error) {
+	if cgroups.Mode() == cgroups.Unified {
+		dir := filepath.Join(unifiedMount, group)
+		if _, err := os.Stat(filepath.Join(dir, "memory.events")); err != nil {
+			return nil, err
+		}
+		m, err := cgroup2.Load(group)
+		return &Cgroup{v2: m, freezer: dir, memory: dir}, err
+	}
+	memory := filepath.Join(unifiedMount, "memory", group)
+	if _, err := os.Stat(memory); err != nil {
+		return nil, err
+	}
+	c, err := cgroup1.Load(cgroup1.StaticPath(group))
+	return &Cgroup{v1: c, freezer: filepath.Join(unifiedMount, "freezer", group), memory: memory}, err
 }
