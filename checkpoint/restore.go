@@ -51,6 +51,11 @@ func Restore(ctx context.Context, r RestoreRequest) (int, error) {
 	if err := r.amendRoot(); err != nil {
 		return 0, err
 	}
+	dir, removeDir, err := r.imagesDir()
+	if err != nil {
+		return 0, err
+	}
+	defer removeDir()
 	callCtx, removeConfig, err := withCRIUConfig(ctx, r.Bundle, criuConfig)
 	if err != nil {
 		return 0, err
@@ -62,7 +67,7 @@ func Restore(ctx context.Context, r RestoreRequest) (int, error) {
 		options.CgroupsMode = "full"
 	}
 	opts := &runc.RestoreOpts{
-		CheckpointOpts: *options.dumpOpts(r.Image.Dir(), r.WorkDir),
+		CheckpointOpts: *options.dumpOpts(dir, r.WorkDir),
 		IO:             r.IO,
 		ConsoleSocket:  r.ConsoleSocket,
 		NoPivot:        r.NoPivot,

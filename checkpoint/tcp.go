@@ -8,9 +8,10 @@ import (
 	"runtime"
 	"slices"
 
-	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // AnnotationTCP says what a restore does with established TCP connections:
@@ -27,16 +28,19 @@ func mustCloseTCP(img *Image, spec *specs.Spec) (bool, error) {
 	if !img.options.OpenTCP {
 		return false, nil
 	}
-	switch how := spec.Annotations[AnnotationTCP]; how {
-	case "keep":
-		return false, nil
-	case "close":
-		return true, nil
-	case "":
-	default:
-		return false, fmt.Errorf("annotation %s=%q: it is keep or close: %w", AnnotationTCP, how, errdefs.ErrInvalidArgument)
+	how, asked := spec.Annotations[AnnotationTCP]
+	if !asked {
+		return lacksAddress(img, spec)
 	}
-	return lacksAddress(img, spec)
+	return how == "close", CheckTCP(how)
+}
+
+// CheckTCP refuses a value that AnnotationTCP cannot have.
+func CheckTCP(how string) error {
+	if how != "keep" && how != "close" {
+		return fault.Invalid("annotation %s=%q: it is keep or close", AnnotationTCP, how)
+	}
+	return nil
 }
 
 // lacksAddress tells whether connections of a checkpoint have a local address
@@ -79,7 +83,7 @@ func networkNamespace(spec *specs.Spec) (path string, own bool) {
 // addressesIn lists the addresses of the interfaces in a network namespace, ""
 // for this process's own.
 func addressesIn(path string) (addrs []netip.Addr, err error) {
-	err = inNetworkNamespace(path, func() error {
+	err = inNamespace(path, unix.CLONE_NEWNET, func() error {
 		found, err := net.InterfaceAddrs()
 		for _, a := range found {
 			if prefix, err := netip.ParsePrefix(a.String()); err == nil {
@@ -91,9 +95,9 @@ func addressesIn(path string) (addrs []netip.Addr, err error) {
 	return addrs, err
 }
 
-// inNetworkNamespace runs fn on a thread that is in the network namespace at
-// path; "" is the caller's own.
-func inNetworkNamespace(path string, fn func() error) error {
+// inNamespace runs fn on a thread that is in the namespace at path, of the kind that
+// the flag of clone(2) names; "" is the caller's own.
+func inNamespace(path string, kind int, fn func() error) error {
 	if path == "" {
 		return fn()
 	}
@@ -117,7 +121,7 @@ func inNetworkNamespace(path string, fn func() error) error {
 		// Not unlocked: the thread is in the wrong namespace, and ends with
 		// the goroutine.
 		defer close(done)
-		if err = unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
+		if err = unix.Setns(int(ns.Fd()), kind); err != nil {
 			err = fmt.Errorf("enter %s: %w", path, err)
 			return
 		}
