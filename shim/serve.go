@@ -75,6 +75,7 @@ func serveOn(l net.Listener, f flags, rt Runtime, stop *shutdown, leave func()) 
 	events := NewPublisher(os.Getenv("TTRPC_ADDRESS"), f.namespace)
 	service, err := rt.NewService(Config{
 		Namespace: f.namespace,
+		Address:   f.address,
 		Publish:   events.Publish,
 		Shutdown:  stop.request,
 	})

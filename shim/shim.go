@@ -46,6 +46,8 @@ type Build struct {
 type Config struct {
 	// Namespace is containerd's namespace of every container of the shim.
 	Namespace string
+	// Address is containerd's gRPC socket.
+	Address string
 	// Publish queues an event. It never blocks; events leave in the order of
 	// the calls.
 	Publish func(topic string, event any)

@@ -63,6 +63,10 @@ type config struct {
 	Process *struct {
 		Terminal bool `json:"terminal"`
 	} `json:"process"`
+	Annotations map[string]string `json:"annotations"`
+	Mounts      []struct {
+		Source string `json:"source"`
+	} `json:"mounts"`
 	Linux *struct {
 		CgroupsPath string                 `json:"cgroupsPath"`
 		Namespaces  []specs.LinuxNamespace `json:"namespaces"`

@@ -71,6 +71,9 @@ func Cleanup(ctx context.Context, namespace, bundlePath, id string) (*taskapi.De
 		logger.WithError(err).Warn("unmount the container's rootfs")
 	}
 	b.removeTemporary(ctx)
+	if err := os.RemoveAll(b.fetchedDir()); err != nil {
+		logger.WithError(err).Warn("remove a copy of a checkpoint")
+	}
 
 	exit, err := b.readExit()
 	if err == nil {

@@ -33,6 +33,8 @@ type container struct {
 	options    *options.Options
 	config     *config
 	specDigest digest.Digest
+	nodeConfig string // path of the node's configuration, or "" for the default
+	wish       wish
 	runtime    *process.Runtime
 	launcher   launcher
 	init       *proc
@@ -229,7 +231,7 @@ func (c *container) start(ctx context.Context) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	err = c.launcher.start(ctx, p)
+	err = c.oneLine(c.launcher.start(ctx, p))
 	c.mu.Lock()
 	c.abortStart = nil
 	if err == nil {

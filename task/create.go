@@ -45,6 +45,7 @@ func (s *Service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	if exists {
 		return nil, fmt.Errorf("container %s: %w", r.ID, errdefs.ErrAlreadyExists)
 	}
+	defer func() { err = c.oneLine(err) }()
 	defer func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -106,7 +107,7 @@ func (s *Service) newContainer(r *taskapi.CreateTaskRequest) (*container, error)
 	if err := identifiers.Validate(r.ID); err != nil {
 		return nil, invalid("container id: %v", err)
 	}
-	opts, err := DecodeOptions(r.Options)
+	opts, nodeConfig, err := decodeOptions(r.Options)
 	if err != nil {
 		return nil, err
 	}
@@ -117,16 +118,20 @@ func (s *Service) newContainer(r *taskapi.CreateTaskRequest) (*container, error)
 		return nil, invalid("bundle %q is not a folder", r.Bundle)
 	}
 	c := &container{
-		service:   s,
-		id:        r.ID,
-		namespace: s.cfg.Namespace,
-		bundle:    bundle(r.Bundle),
-		options:   opts,
-		ops:       semaphore.NewWeighted(allOps),
-		execs:     map[string]*proc{},
+		service:    s,
+		id:         r.ID,
+		namespace:  s.cfg.Namespace,
+		bundle:     bundle(r.Bundle),
+		options:    opts,
+		nodeConfig: nodeConfig,
+		ops:        semaphore.NewWeighted(allOps),
+		execs:      map[string]*proc{},
 	}
 	if c.config, c.specDigest, err = c.bundle.config(); err != nil {
 		return nil, err
+	}
+	if c.wish, err = c.config.wish(); err != nil {
+		return nil, fmt.Errorf("container %s: %w", c.id, err)
 	}
 	c.runtime = newRuntime(c.namespace, c.bundle, c.id, opts)
 	c.init = newProc(c, "", process.Stdio{Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, Terminal: r.Terminal})

@@ -1,18 +1,19 @@
 package task
 
 import (
-	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
 
-	"github.com/stasis-run/stasis/checkpoint/rootfs"
-
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/rootfs"
 )
 
 // A runnable checkpoint image (docs/checkpoint-format.md) has its checkpoint in a
@@ -25,59 +26,33 @@ const (
 
 // embedded is a checkpoint in the image that a container is made from.
 type embedded struct {
-	dir string // with CRIU's images
-	// noted is the folder whose extended attribute says what became of it: one
-	// of this container's only, which it does not see.
-	noted string
+	dir  string // with CRIU's images
+	info string // info.json
+	own  mark   // one of this container's only, which it does not see
 	// folder is what the container shall not see, or empty if it cannot.
 	folder string
 }
 
-// restoreMark is the attribute. Its absence means that there was no restore yet,
-// markBegun that one began, and markDone that the processes came back: then the
-// root filesystem has changed since, and what follows is a start like any other.
-// After a restore that only began nobody knows, and memory of then must not meet
-// files of later: a database would write nonsense into them.
-const (
-	restoreMark = "trusted.stasis.restored"
-	markBegun   = "begun"
-	markDone    = "done"
-)
-
-// used tells whether processes were restored from it, with this very root
-// filesystem.
-func (e *embedded) used() (bool, error) {
-	mark := make([]byte, 16)
-	n, err := unix.Lgetxattr(e.noted, restoreMark, mark)
+// readInfo tells what the checkpoint is of.
+func (e *embedded) readInfo() (capture.Info, error) {
+	// isEmbedded has seen a plain file, in a layer that nobody writes to.
+	f, err := os.OpenFile(e.info, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
-		return false, nil // there is none
+		return capture.Info{}, err
 	}
-	if string(mark[:n]) == markBegun {
-		return false, fmt.Errorf("a restore of this container was cut short, and its processes may have changed its files since; make a new container from the image: %w",
-			errdefs.ErrFailedPrecondition)
-	}
-	return true, nil
-}
-
-// begin notes that a restore begins, and failed that it left no process.
-func (e *embedded) begin(c *container) {
-	if err := unix.Lsetxattr(e.noted, restoreMark, []byte(markBegun), 0); err != nil {
-		log.L.WithError(err).WithField("container", c.id).Warn("note that the checkpoint in the image is being restored")
-	}
-}
-
-func (e *embedded) failed() { _ = unix.Lremovexattr(e.noted, restoreMark) }
-
-// restored notes that the processes are back. A container that runs is not ended
-// for a note: without it, the container cannot be started again.
-func (e *embedded) restored(c *container) {
-	err := unix.Lsetxattr(e.noted, restoreMark, []byte(markDone), 0)
-	if e.folder != "" {
-		err = errors.Join(err, os.RemoveAll(e.folder))
-	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, capture.MaxInfo+1))
 	if err != nil {
-		log.L.WithError(err).WithField("container", c.id).Warn("note that the checkpoint in the image was restored")
+		return capture.Info{}, err
 	}
+	if len(data) > capture.MaxInfo {
+		return capture.Info{}, fault.Invalid("/%s of the image: larger than %d bytes", embeddedInfo, capture.MaxInfo)
+	}
+	info, err := capture.DecodeInfo(data)
+	if err != nil {
+		err = fmt.Errorf("/%s of the image: %w", embeddedInfo, err)
+	}
+	return info, err
 }
 
 // findEmbedded looks for a checkpoint in the container's root filesystem, which is
@@ -121,7 +96,7 @@ func (c *container) findMounted() *embedded {
 // container's own.
 func inFolder(root string) *embedded {
 	folder := filepath.Join(root, embeddedFolder)
-	return &embedded{dir: filepath.Join(root, embeddedCheckpoint), noted: folder, folder: folder}
+	return &embedded{dir: filepath.Join(root, embeddedCheckpoint), info: filepath.Join(root, embeddedInfo), own: mark(folder), folder: folder}
 }
 
 // findLayer looks for a checkpoint in the layers of an overlay and takes its layer
@@ -150,7 +125,11 @@ func findLayer(m *mount.Mount) (*embedded, error) {
 		// The options may be shared with the request.
 		m.Options = append([]string{}, m.Options...)
 		m.Options[option] = "lowerdir=" + strings.Join(rest, ":")
-		return &embedded{dir: filepath.Join(layer, embeddedCheckpoint), noted: rootfs.MountOption(*m, "workdir")}, nil
+		return &embedded{
+			dir:  filepath.Join(layer, embeddedCheckpoint),
+			info: filepath.Join(layer, embeddedInfo),
+			own:  mark(rootfs.MountOption(*m, "workdir")),
+		}, nil
 	}
 	return nil, nil
 }

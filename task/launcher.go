@@ -7,13 +7,18 @@ import (
 	"path/filepath"
 	"regexp"
 	"sync"
+	"sync/atomic"
 
+	"github.com/containerd/containerd/api/events"
 	runc "github.com/containerd/go-runc"
 	"github.com/containerd/log"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/rootfs"
 	"github.com/stasis-run/stasis/checkpoint/trust"
 	"github.com/stasis-run/stasis/process"
 )
@@ -65,24 +70,52 @@ func (l coldStart) start(ctx context.Context, init *proc) error {
 func (l coldStart) discard() {}
 
 // restore brings init back from a checkpoint in Start. Create does no more than
-// its part of the rootfs: containerd applies the checkpoint's changes to it
-// between the two.
+// its part of the rootfs: containerd, or restore itself, applies the checkpoint's
+// changes to it before.
 type restore struct {
 	c     *container
 	image *checkpoint.Image
 	spec  *specs.Spec
-	temp  string // containerd's copy of the checkpoint, ours to remove; or ""
+	temp  string // a copy of the checkpoint, ours to remove; or ""
 
-	embedded *embedded // where image is, if it is in the container's image
+	marks  marks
+	layer  string // a tar to apply to the rootfs, or ""
+	folder string // what is to be removed when the processes are back, or ""
 }
 
-func (l *restore) create(ctx context.Context, init *proc) error { return nil }
+func (l *restore) create(ctx context.Context, init *proc) error {
+	if l.layer == "" {
+		return nil
+	}
+	// Of a rootfs that is only mounted now, nobody could know before.
+	if again, err := l.marks.again(l.c.wish.restart); err != nil {
+		return err
+	} else if !again {
+		return fault.Unusable("it was restored before, and its files have changed since; make a new container")
+	}
+	if err := l.marks.own.set(fateBegun); err != nil {
+		return err
+	}
+	f, err := os.Open(l.layer)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := rootfs.Apply(ctx, l.c.bundle.rootfs(), f); err != nil {
+		return fmt.Errorf("bring back the files that the container had changed: %w", err)
+	}
+	return nil
+}
 
 func (l *restore) start(ctx context.Context, init *proc) error {
 	c := l.c
 	// Only now is the root filesystem what it is going to be.
 	if err := trust.CheckMounts(ctx, l.image, l.spec, c.bundle.rootOf(l.spec)); err != nil {
 		return fmt.Errorf("restore container %s: %w", c.id, err)
+	}
+	if _, inPod := c.config.podNamespace(); inPod && l.spec.Annotations[checkpoint.AnnotationTCP] == "" {
+		// Another pod has another address, and the peers have given up.
+		l.spec.Annotations[checkpoint.AnnotationTCP] = "close"
 	}
 	pio, err := init.openIO(ctx, l.image.Pipes())
 	if err != nil {
@@ -92,9 +125,11 @@ func (l *restore) start(ctx context.Context, init *proc) error {
 	if workDir == "" {
 		workDir = c.bundle.workDir()
 	}
-	if l.embedded != nil {
-		l.embedded.begin(c)
+	if err := l.marks.begin(); err != nil {
+		pio.Close()
+		return err
 	}
+	outOfMemory := c.watchRestore()
 	child, err := c.service.reaper.Launch(func() (int, error) {
 		return checkpoint.Restore(ctx, checkpoint.RestoreRequest{
 			Runtime: c.runtime,
@@ -110,10 +145,11 @@ func (l *restore) start(ctx context.Context, init *proc) error {
 			ConsoleSocket: pio.ConsoleSocket(),
 		})
 	})
+	if killed := outOfMemory(); killed && err != nil {
+		err = fmt.Errorf("out of memory: what is restored does not fit into %s; raise it: %w", memoryLimit(l.spec), err)
+	}
 	if err != nil {
-		if l.embedded != nil {
-			l.embedded.failed()
-		}
+		l.marks.failed(c.id)
 		pio.Close()
 		return err
 	}
@@ -125,8 +161,11 @@ func (l *restore) start(ctx context.Context, init *proc) error {
 	}
 	init.adopt(child, pio)
 	l.setOOMScore(child.Pid)
-	if l.embedded != nil {
-		l.embedded.restored(c)
+	l.marks.restored(c.id)
+	if l.folder != "" {
+		if err := os.RemoveAll(l.folder); err != nil {
+			log.L.WithError(err).WithField("container", c.id).Warn("remove the checkpoint from the container's files")
+		}
 	}
 	l.discard()
 	return nil
@@ -147,6 +186,33 @@ func (l *restore) setOOMScore(init int) {
 	}
 }
 
+// watchRestore publishes when the kernel kills a process of a restore for lack of
+// memory. The function that it returns ends that, and tells whether there was one.
+func (c *container) watchRestore() (stop func() bool) {
+	if c.config.Linux == nil {
+		return func() bool { return false }
+	}
+	var killed atomic.Bool
+	end := process.WatchOOMOf(c.config.Linux.CgroupsPath, func() {
+		killed.Store(true)
+		c.service.publish(&events.TaskOOM{ContainerID: c.id})
+	})
+	return func() bool {
+		end()
+		return killed.Load()
+	}
+}
+
+// memoryLimit says what a container's limit is.
+func memoryLimit(spec *specs.Spec) string {
+	if spec.Linux != nil && spec.Linux.Resources != nil && spec.Linux.Resources.Memory != nil {
+		if limit := spec.Linux.Resources.Memory.Limit; limit != nil && *limit > 0 {
+			return fmt.Sprintf("the container's memory limit of %d bytes", *limit)
+		}
+	}
+	return "the memory limit above the container's own"
+}
+
 func (l *restore) discard() {
 	temp := l.temp
 	if temp == "" {
@@ -156,7 +222,7 @@ func (l *restore) discard() {
 	// A gigabyte takes a while to unlink, and nobody waits for it.
 	l.c.service.background.Go(func() {
 		if err := os.RemoveAll(temp); err != nil {
-			log.L.WithError(err).Warn("remove containerd's temporary copy of a checkpoint")
+			log.L.WithError(err).Warn("remove a temporary copy of a checkpoint")
 		}
 		_ = os.Remove(l.c.bundle.path(restoreFrom))
 	})
@@ -197,6 +263,9 @@ func newLauncher(ctx context.Context, c *container, path string) (launcher, erro
 	if path == "" {
 		path = c.options.CriuImagePath
 	}
+	if path == "" && c.wish.from != "" {
+		return newFetched(ctx, c, found)
+	}
 	if path == "" {
 		return embeddedOrCold(ctx, c, found)
 	}
@@ -207,7 +276,22 @@ func newLauncher(ctx context.Context, c *container, path string) (launcher, erro
 	if path != c.options.CriuImagePath && isTemporary(path) {
 		temp = path
 	}
-	return newRestore(ctx, c, path, temp, nil)
+	// A folder does not tell whose its checkpoint is.
+	if err := c.mayRestore(capture.Info{}); err != nil {
+		if temp != "" {
+			_ = os.RemoveAll(temp)
+		}
+		return nil, fmt.Errorf("restore container %s: %w", c.id, err)
+	}
+	return launch(newRestore(ctx, c, path, temp))
+}
+
+// launch makes a launcher of what newRestore returns: nil is to stay nil.
+func launch(l *restore, err error) (launcher, error) {
+	if err != nil {
+		return nil, err
+	}
+	return l, nil
 }
 
 // embeddedOrCold is a restore of the checkpoint in the container's image, if there
@@ -216,19 +300,62 @@ func embeddedOrCold(ctx context.Context, c *container, found *embedded) (launche
 	if found == nil {
 		return coldStart{c}, nil
 	}
-	used, err := found.used()
+	marks := marks{own: found.own, pod: c.config.podMark()}
+	again, err := marks.again(c.wish.restart)
 	if err != nil {
 		return nil, fmt.Errorf("create container %s: %w", c.id, err)
 	}
-	if used {
+	if !again {
 		return coldStart{c}, nil
 	}
-	return newRestore(ctx, c, found.dir, "", found)
+	info, err := found.readInfo()
+	if err == nil {
+		err = c.mayRestore(info)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("restore container %s from its image: %w", c.id, err)
+	}
+	l, err := newRestore(ctx, c, found.dir, "")
+	if err == nil {
+		err = l.checkUserNamespace()
+	}
+	if err != nil {
+		return nil, err
+	}
+	l.marks, l.folder = marks, found.folder
+	return l, nil
+}
+
+// checkUserNamespace refuses what CRIU and the files cannot follow: each pod with a
+// user namespace is given other IDs of the host than the last.
+func (l *restore) checkUserNamespace() error {
+	if _, inPod := l.c.config.podNamespace(); inPod && l.spec.Linux != nil && len(l.spec.Linux.UIDMappings) > 0 {
+		return fault.Unusable("restore container %s: its pod has a user namespace (hostUsers: false), where nothing can be restored yet; leave that out", l.c.id)
+	}
+	return nil
+}
+
+// mayRestore refuses a checkpoint that the node's configuration does not let this
+// container have. It holds another one's memory, so it is a matter of whose.
+func (c *container) mayRestore(info capture.Info) error {
+	namespace, inPod := c.config.podNamespace()
+	if !inPod {
+		return nil
+	}
+	node, err := readNodeConfig(c.nodeConfig)
+	if err != nil {
+		return err
+	}
+	from := ""
+	if info.Pod != nil {
+		from = info.Pod.Namespace
+	}
+	return node.allowNamespace(from, namespace)
 }
 
 // newRestore opens the checkpoint in the folder path, and refuses one that asks for
 // more than the container may have.
-func newRestore(ctx context.Context, c *container, path, temp string, from *embedded) (launcher, error) {
+func newRestore(ctx context.Context, c *container, path, temp string) (*restore, error) {
 	img, err := checkpoint.Open(ctx, path)
 	var spec *specs.Spec
 	if err == nil {
@@ -248,5 +375,5 @@ func newRestore(ctx context.Context, c *container, path, temp string, from *embe
 			return nil, err
 		}
 	}
-	return &restore{c: c, image: img, spec: spec, temp: temp, embedded: from}, nil
+	return &restore{c: c, image: img, spec: spec, temp: temp}, nil
 }

@@ -1,17 +1,14 @@
 package task
 
 import (
-	"bytes"
-	"errors"
 	"fmt"
-	"io"
 	"os"
+	"path/filepath"
 
 	"github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/containerd/api/types/runtimeoptions/v1"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/typeurl/v2"
-	"github.com/pelletier/go-toml/v2"
 	"google.golang.org/protobuf/types/known/anypb"
 )
 
@@ -24,20 +21,27 @@ const maxConfig = 1 << 20
 // the former's fields. None at all are the defaults. Errors are
 // errdefs.ErrInvalidArgument.
 func DecodeOptions(any *anypb.Any) (*options.Options, error) {
+	opts, _, err := decodeOptions(any)
+	return opts, err
+}
+
+// decodeOptions is DecodeOptions with what only Stasis has: the path of the node's
+// configuration, empty for the default one.
+func decodeOptions(any *anypb.Any) (_ *options.Options, nodeConfig string, _ error) {
 	if any.GetTypeUrl() == "" && len(any.GetValue()) == 0 {
-		return &options.Options{}, nil
+		return &options.Options{}, "", nil
 	}
 	v, err := typeurl.UnmarshalAny(any)
 	if err != nil {
-		return nil, invalid("options of type %q: %v", any.GetTypeUrl(), err)
+		return nil, "", invalid("options of type %q: %v", any.GetTypeUrl(), err)
 	}
 	switch v := v.(type) {
 	case *options.Options:
-		return v, nil
+		return v, "", nil
 	case *runtimeoptions.Options:
 		return decodeTOMLOptions(v)
 	}
-	return nil, invalid("options of type %q: want containerd.runc.v1.Options or runtimeoptions.v1.Options", any.GetTypeUrl())
+	return nil, "", invalid("options of type %q: want containerd.runc.v1.Options or runtimeoptions.v1.Options", any.GetTypeUrl())
 }
 
 // tomlOptions are the options as CRI's configuration spells them, in
@@ -56,29 +60,30 @@ type tomlOptions struct {
 
 	CriuPath string // of containerd 1.x; runc has ignored it since 1.1
 
+	// StasisConfig is the path of the node's configuration; see nodeConfig.
+	StasisConfig string
+
 	// CRI's own keys, which it leaves in.
 	TypeUrl    string
 	ConfigPath string
 	ConfigBody string
 }
 
-func decodeTOMLOptions(o *runtimeoptions.Options) (*options.Options, error) {
+func decodeTOMLOptions(o *runtimeoptions.Options) (_ *options.Options, nodeConfig string, _ error) {
 	body, from := o.GetConfigBody(), "config_body"
 	if path := o.GetConfigPath(); path != "" {
 		from = path
 		var err error
 		if body, err = readConfig(path); err != nil {
-			return nil, invalid("options: config_path: %v", err)
+			return nil, "", invalid("options: config_path: %v", err)
 		}
 	}
 	var t tomlOptions
-	dec := toml.NewDecoder(bytes.NewReader(body)).DisallowUnknownFields()
-	if err := dec.Decode(&t); err != nil {
-		var strict *toml.StrictMissingError
-		if errors.As(err, &strict) {
-			err = fmt.Errorf("unknown key %q", strict.Errors[0].Key())
-		}
-		return nil, invalid("options: %s: %v", from, err)
+	if err := decodeTOML(body, &t); err != nil {
+		return nil, "", invalid("options: %s: %v", from, err)
+	}
+	if t.StasisConfig != "" && !filepath.IsAbs(t.StasisConfig) {
+		return nil, "", invalid("options: %s: StasisConfig %q is not an absolute path", from, t.StasisConfig)
 	}
 	return &options.Options{
 		NoPivotRoot:   t.NoPivotRoot,
@@ -91,7 +96,7 @@ func decodeTOMLOptions(o *runtimeoptions.Options) (*options.Options, error) {
 		SystemdCgroup: t.SystemdCgroup,
 		CriuImagePath: t.CriuImagePath,
 		CriuWorkPath:  t.CriuWorkPath,
-	}, nil
+	}, t.StasisConfig, nil
 }
 
 func readConfig(path string) ([]byte, error) {
@@ -100,11 +105,7 @@ func readConfig(path string) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
-	body, err := io.ReadAll(io.LimitReader(f, maxConfig+1))
-	if err == nil && len(body) > maxConfig {
-		err = fmt.Errorf("%s: larger than %d bytes", path, maxConfig)
-	}
-	return body, err
+	return readBounded(f)
 }
 
 // decodeCheckpointOptions reads the options of a Checkpoint call; none are the

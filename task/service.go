@@ -31,6 +31,8 @@ import (
 // Config is what a Service needs of the shim around it.
 type Config struct {
 	Namespace string
+	// Address is containerd's gRPC socket.
+	Address string
 	// Publish queues an event for containerd. It does not block, and keeps
 	// the order.
 	Publish func(topic string, event any)

@@ -20,5 +20,6 @@ func commands(a *app) []*cobra.Command {
 		newCheckCommand(a),
 		newVersionCommand(a),
 		newDocsCommand(a),
+		newStageCommand(a),
 	}
 }
