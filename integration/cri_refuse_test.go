@@ -103,7 +103,9 @@ func TestCRIRestoreRefused(t *testing.T) {
 	refused("allowed to another", "not known to be of any pod", "stasis.test/out:cp", "app", staging)
 	refused("allowed to others", `namespace "default"`, ref, "app", inNamespace("other"))
 	c.configure("[restore.namespaces]", `"*" = ["*"]`)
-	allowed("all are allowed", "stasis.test/out:cp", staging)
+	allowed("all are allowed", ref, inNamespace("other"))
+	// Then it is a matter of what it asks for.
+	refused("all are allowed, of no pod", "the network namespace", "stasis.test/out:cp", "app", staging)
 	c.configure()
 
 	// Where an archive is.
