@@ -20,6 +20,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
@@ -200,25 +201,7 @@ func listFolder(dir string) (map[string]entry, error) {
 }
 
 // openIn opens a file for reading that is in the folder itself.
-func openIn(dir, name string) (*os.File, error) {
-	// O_NONBLOCK, lest a FIFO that has replaced the file stops us.
-	f, err := os.OpenFile(filepath.Join(dir, name), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
-	if errors.Is(err, unix.ELOOP) {
-		return nil, fault.Invalid("%q: a symbolic link; a checkpoint has only regular files", name)
-	}
-	if err != nil {
-		return nil, err
-	}
-	info, err := f.Stat()
-	if err == nil && !info.Mode().IsRegular() {
-		err = fault.Invalid("%s: not a regular file", name)
-	}
-	if err != nil {
-		f.Close()
-		return nil, err
-	}
-	return f, nil
-}
+func openIn(dir, name string) (*os.File, error) { return capture.OpenPlain(filepath.Join(dir, name)) }
 
 // readManifest returns the manifest in dir, nil if there is none.
 func readManifest(dir string) (*Manifest, error) {

@@ -9,7 +9,6 @@ import (
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
@@ -35,8 +34,7 @@ type embedded struct {
 
 // readInfo tells what the checkpoint is of.
 func (e *embedded) readInfo() (capture.Info, error) {
-	// isEmbedded has seen a plain file, in a layer that nobody writes to.
-	f, err := os.OpenFile(e.info, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	f, err := capture.OpenPlain(e.info)
 	if err != nil {
 		return capture.Info{}, err
 	}

@@ -9,6 +9,8 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/stasis-run/stasis/checkpoint/capture"
 )
 
 // maxFile is of a message in files.img, in bytes; one describes an open file.
@@ -22,7 +24,7 @@ const maxFile = 4 << 20
 // (CRIU's protobuf.c); numbers are 32 bits, little endian. go-criu's decoder
 // would take as much memory as a length says.
 func rootMode(images string) int64 {
-	f, err := openPlain(filepath.Join(images, "files.img"))
+	f, err := capture.OpenPlain(filepath.Join(images, "files.img"))
 	if err != nil {
 		return 0
 	}

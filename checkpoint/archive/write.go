@@ -16,10 +16,7 @@ import (
 
 	"github.com/containerd/containerd/v2/pkg/archive/compression"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/stasis-run/stasis/checkpoint/capture"
-	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // Write writes an archive of c to w, compressed. Podman, CRI-O and checkpointctl
@@ -127,7 +124,7 @@ func (a *writer) json(name string, v any) error {
 // copy writes a file of the disk. One that grows or shrinks meanwhile is an
 // error.
 func (a *writer) copy(ctx context.Context, name, path string) error {
-	f, err := openPlain(path)
+	f, err := capture.OpenPlain(path)
 	if err != nil {
 		return err
 	}
@@ -143,27 +140,6 @@ func (a *writer) copy(ctx context.Context, name, path string) error {
 		return fmt.Errorf("%s: %w", path, err)
 	}
 	return nil
-}
-
-// openPlain opens a regular file.
-func openPlain(path string) (*os.File, error) {
-	// O_NONBLOCK, lest a FIFO stops us.
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
-	if errors.Is(err, unix.ELOOP) {
-		return nil, fault.Invalid("%s: a symbolic link; a checkpoint has only regular files", path)
-	}
-	if err != nil {
-		return nil, err
-	}
-	info, err := f.Stat()
-	if err == nil && !info.Mode().IsRegular() {
-		err = fault.Invalid("%s: not a regular file", path)
-	}
-	if err != nil {
-		f.Close()
-		return nil, err
-	}
-	return f, nil
 }
 
 // contextReader ends with a context.

@@ -9,8 +9,7 @@ import (
 	"path/filepath"
 	"time"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
@@ -63,7 +62,7 @@ func (t *tree) copy(ctx context.Context, name, path string, buf []byte) {
 }
 
 func (t *tree) copyFile(ctx context.Context, name, path string, buf []byte) error {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	f, err := capture.OpenPlain(path)
 	if err != nil {
 		return err
 	}
@@ -71,9 +70,6 @@ func (t *tree) copyFile(ctx context.Context, name, path string, buf []byte) erro
 	st, err := f.Stat()
 	if err != nil {
 		return err
-	}
-	if !st.Mode().IsRegular() {
-		return fault.Invalid("%s: not a regular file", f.Name())
 	}
 	t.header(name, st.Size())
 	if t.err != nil {
