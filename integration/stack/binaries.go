@@ -82,6 +82,15 @@ func Shim() (string, error) {
 	return shim, nil
 }
 
+// Program returns the path of a program out of the cache's folder bin.
+func Program(name string) (string, error) {
+	path := filepath.Join(cacheDir(), "bin", name)
+	if _, err := os.Stat(path); err != nil {
+		return "", fmt.Errorf("%w: run contrib/setup.sh", err)
+	}
+	return path, nil
+}
+
 // cacheDir returns the folder that contrib/setup.sh fills.
 func cacheDir() string {
 	if dir := os.Getenv("STASIS_CACHE"); dir != "" {

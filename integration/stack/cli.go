@@ -40,9 +40,8 @@ func (s *Stack) StasisCommand(args ...string) *exec.Cmd {
 	if err != nil {
 		s.tb.Fatalf("%v", err)
 	}
-	cmd := exec.CommandContext(s.ctx, filepath.Join(filepath.Dir(shim), "stasis"),
+	cmd := s.Command(s.ctx, filepath.Join(filepath.Dir(shim), "stasis"),
 		append([]string{"--address", s.Address(), "--namespace", s.Namespace, "--state", s.path("stasis")}, args...)...)
-	cmd.Env = s.env
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
 	cmd.WaitDelay = 10 * time.Second
 	return cmd

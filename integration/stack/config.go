@@ -33,6 +33,14 @@ func (s *Stack) writeConfig() error {
 	if os.Getenv("STASIS_DEBUG") != "" {
 		level = "debug"
 	}
+	if s.opts.Machine {
+		// As in the file that containerd makes by itself.
+		fmt.Fprintln(&b, `imports = ["/etc/containerd/conf.d/*.toml"]`)
+	}
+	root := s.path("root")
+	if s.opts.Machine {
+		root = "/var/lib/containerd"
+	}
 	fmt.Fprintf(&b, `root = %q
 state = %q
 disabled_plugins = ["%s"]
@@ -45,7 +53,7 @@ disabled_plugins = ["%s"]
 
 [plugins."io.containerd.internal.v1.opt"]
   path = %q
-`, s.path("root"), s.StateDir(), strings.Join(disabled, `", "`), s.Address(), level, s.path("opt"))
+`, root, s.StateDir(), strings.Join(disabled, `", "`), s.Address(), level, s.path("opt"))
 	if !old {
 		fmt.Fprintf(&b, `
 [plugins."io.containerd.shim.v1.manager"]

@@ -50,6 +50,14 @@ func (s *Stack) criConfig(b *strings.Builder) error {
 [plugins."io.containerd.cri.v1.runtime"]
 `, s.opts.Snapshotter, Pause)
 	}
+	handlers := []struct{ name, kind, path string }{
+		{HandlerStasis, "io.containerd.stasis.v1", ""},
+		{HandlerDropIn, "io.containerd.runc.v2", s.bins.path[stasisShim]},
+		{HandlerRunc, "io.containerd.runc.v2", ""},
+	}
+	if s.opts.Machine {
+		handlers = handlers[2:]
+	}
 	// Who lacks CAP_SYS_RESOURCE may not lower its score.
 	fmt.Fprintf(b, `
   restrict_oom_score_adj = true
@@ -59,12 +67,8 @@ func (s *Stack) criConfig(b *strings.Builder) error {
   %[3]s
 [plugins.%[1]q.containerd]
   default_runtime_name = %[4]q
-`, runtime, s.path("cni"), cni, HandlerStasis)
-	for _, h := range []struct{ name, kind, path string }{
-		{HandlerStasis, "io.containerd.stasis.v1", ""},
-		{HandlerDropIn, "io.containerd.runc.v2", s.bins.path[stasisShim]},
-		{HandlerRunc, "io.containerd.runc.v2", ""},
-	} {
+`, runtime, s.path("cni"), cni, handlers[0].name)
+	for _, h := range handlers {
 		fmt.Fprintf(b, `
 [plugins.%[1]q.containerd.runtimes.%[2]s]
   runtime_type = %[3]q

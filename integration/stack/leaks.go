@@ -58,6 +58,9 @@ func (s *Stack) Stop() {
 	if s.faults != nil {
 		s.faults.Reset()
 	}
+	if s.machine != nil {
+		s.machine.stopRestarts()
+	}
 	var leaks []string
 	leak := func(format string, args ...any) {
 		if l := fmt.Sprintf(format, args...); !slices.Contains(leaks, l) {
@@ -69,13 +72,13 @@ func (s *Stack) Stop() {
 	ctx, cancel := context.WithTimeout(context.Background(), waitTimeout)
 	defer cancel()
 	if s.containerd != nil {
-		if s.containerd.exited() {
+		if s.containerd.Exited() {
 			s.ctx = namespaces.WithNamespace(ctx, s.Namespace)
 			if err := s.boot(); err != nil {
 				leak("containerd does not start again: %v", err)
 			}
 		}
-		if s.client != nil && !s.containerd.exited() {
+		if s.client != nil && !s.containerd.Exited() {
 			if s.opts.CRI {
 				if err := s.removePods(ctx); err != nil {
 					leak("%v", err)
@@ -86,15 +89,30 @@ func (s *Stack) Stop() {
 			}
 			s.client.Close()
 		}
-		for _, p := range s.waitProcesses(ctx, s.Containerd()) {
+		stay := []int{s.Containerd()}
+		mounted := []string{s.Dir, runtimeState(s.ID)}
+		if s.machine != nil {
+			stay = append(stay, s.machine.holder.Process.Pid)
+			mounted = append(mounted, bare...)
+		}
+		for _, p := range s.waitProcesses(ctx, stay) {
 			leak("process %v", p)
 		}
 		// While containerd lives, for it may have a mount namespace of its own.
-		for _, m := range mountsBelow(fmt.Sprintf("/proc/%d/mountinfo", s.Containerd()), s.Dir, runtimeState(s.ID)) {
+		for _, m := range mountsBelow(fmt.Sprintf("/proc/%d/mountinfo", s.Containerd()), mounted...) {
 			leak("mount %s", m)
 		}
-		if err := s.containerd.signal(ctx, syscall.SIGTERM); err != nil {
+		if err := s.containerd.Signal(ctx, syscall.SIGTERM); err != nil {
 			leak("containerd does not stop: %v", err)
+		}
+	}
+	if s.machine != nil {
+		if err := s.machine.end(); err != nil {
+			leak("machine: %v", err)
+		}
+		states, _ := filepath.Glob(s.path("machine", runtimeRoot, "*", "*"))
+		for _, state := range states {
+			leak("runtime state %s", state)
 		}
 	}
 	for _, n := range s.netns {
@@ -193,10 +211,10 @@ func deleteContainer(ctx context.Context, c client.Container) error {
 }
 
 // waitProcesses waits until there is no process of this stack but the given
-// one, kills those that stay, and returns them.
-func (s *Stack) waitProcesses(ctx context.Context, but int) []process {
+// ones, kills those that stay, and returns them.
+func (s *Stack) waitProcesses(ctx context.Context, but []int) []process {
 	left := func() []process {
-		return slices.DeleteFunc(processes(s.ID), func(p process) bool { return p.pid == but })
+		return slices.DeleteFunc(processes(s.ID), func(p process) bool { return slices.Contains(but, p.pid) })
 	}
 	ctx, cancel := context.WithTimeout(ctx, s.patience)
 	defer cancel()

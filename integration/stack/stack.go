@@ -4,11 +4,9 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -41,6 +39,11 @@ type Options struct {
 	// NodeConfig is what the node's configuration of Stasis says, with CRI, under
 	// HandlerStasis.
 	NodeConfig string
+	// Machine makes the stack look like a host of its own, with a network and
+	// the folders /etc, /usr/local, /var/lib, /var/log and /run/containerd of its
+	// own, where nothing of Stasis is installed yet; CRI then knows HandlerRunc
+	// only, which is its default, and what is in /etc/containerd/conf.d.
+	Machine bool
 	// ExtraConfig is added to containerd's configuration file.
 	ExtraConfig string
 	// Env is added to the environment of containerd, which shims and
@@ -74,10 +77,11 @@ type Stack struct {
 	ctx        context.Context
 	cancel     context.CancelFunc
 	stopped    bool
-	containerd *daemon
+	containerd *Daemon
 	faults     *Faults
 	baseline   baseline
 	netns      []*Netns
+	machine    *machine
 	patience   time.Duration // with processes that take their time to end
 }
 
@@ -121,6 +125,11 @@ func Start(tb TB, opts Options) *Stack {
 		}
 	}
 	tb.Cleanup(s.Stop)
+	if opts.Machine {
+		if err := s.startMachine(); err != nil {
+			tb.Fatalf("stack: %v", err)
+		}
+	}
 	if err := s.boot(); err != nil {
 		tb.Fatalf("stack: %v\n%s", err, tail(s.Logs(), 20))
 	}
@@ -148,12 +157,15 @@ func (s *Stack) makeDir() error {
 		return err
 	}
 	for name, target := range s.bins.path {
+		if s.opts.Machine && name == stasisShim {
+			continue
+		}
 		if err := os.Symlink(target, s.path("bin", name)); err != nil {
 			return err
 		}
 	}
 	s.env = slices.Concat(os.Environ(), []string{
-		"PATH=" + s.path("bin") + ":" + filepath.Join(cacheDir(), "bin") + ":" + os.Getenv("PATH"),
+		"PATH=" + s.path("bin") + ":" + filepath.Join(cacheDir(), "bin") + ":" + os.Getenv("PATH") + ":/usr/local/sbin:/usr/local/bin",
 		idEnv + "=" + s.ID,
 		// Where containerd puts checkpoints on their way.
 		"TMPDIR=" + s.path("tmp"),
@@ -180,26 +192,11 @@ func (s *Stack) boot() error {
 			if mountpoint -q /sys/fs/cgroup/unified; then umount /sys/fs/cgroup/unified; fi
 			exec "$@"`, "sh"}, args...)
 	}
-	log, err := os.OpenFile(s.path("containerd.log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	d, err := s.StartDaemon("containerd", s.Command(context.Background(), args[0], args[1:]...))
 	if err != nil {
 		return err
 	}
-	defer log.Close()
-	cmd := exec.Command(args[0], args[1:]...)
-	cmd.Env = s.env
-	cmd.Dir = s.Dir
-	cmd.Stdout, cmd.Stderr = log, log
-	// Ctrl-C is for us; we then stop containerd.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := cmd.Start(); err != nil {
-		return err
-	}
-	d := &daemon{cmd: cmd, done: make(chan struct{})}
 	s.containerd = d
-	go func() {
-		d.err = cmd.Wait()
-		close(d.done)
-	}()
 
 	// Only then the client: its connection would back off for a second.
 	dialed := func() bool {
@@ -212,7 +209,7 @@ func (s *Stack) boot() error {
 	}
 	ctx, cancel := context.WithTimeout(s.ctx, bootTimeout)
 	defer cancel()
-	if err := poll(ctx, func() bool { return d.exited() || dialed() }); err != nil {
+	if err := poll(ctx, func() bool { return d.Exited() || dialed() }); err != nil {
 		return fmt.Errorf("containerd does not serve: %w", err)
 	}
 	if s.client == nil {
@@ -226,7 +223,7 @@ func (s *Stack) boot() error {
 	for {
 		if ok, err := s.client.IsServing(ctx); ok {
 			return nil
-		} else if d.exited() {
+		} else if d.Exited() {
 			return fmt.Errorf("containerd exited: %w", d.err)
 		} else if ctx.Err() != nil {
 			return fmt.Errorf("containerd does not serve: %w", err)
@@ -236,35 +233,6 @@ func (s *Stack) boot() error {
 
 // bootTimeout is generous for the sake of emulated machines.
 const bootTimeout = time.Minute
-
-// A daemon is one run of containerd.
-type daemon struct {
-	cmd  *exec.Cmd
-	done chan struct{} // closed when it has exited; then err is set
-	err  error
-}
-
-func (d *daemon) exited() bool {
-	select {
-	case <-d.done:
-		return true
-	default:
-		return false
-	}
-}
-
-// signal sends sig to containerd and waits until it has exited.
-func (d *daemon) signal(ctx context.Context, sig syscall.Signal) error {
-	if err := d.cmd.Process.Signal(sig); err != nil && !errors.Is(err, os.ErrProcessDone) {
-		return err
-	}
-	select {
-	case <-d.done:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
 
 // Ctx returns a context with the namespace that Ctr uses too. It ends with the
 // test's own context, so before functions given to Cleanup are called, or
@@ -281,10 +249,19 @@ func (s *Stack) Address() string { return s.path("c.sock") }
 // StateDir returns the folder with the bundle of each container: the one of
 // container c in namespace n is <StateDir>/io.containerd.runtime.v2.task/n/c; see
 // Container.Bundle.
-func (s *Stack) StateDir() string { return s.path("state") }
+func (s *Stack) StateDir() string {
+	if s.opts.Machine {
+		return "/run/containerd"
+	}
+	return s.path("state")
+}
 
 // TempDir returns the temporary folder of containerd and of all below it.
 func (s *Stack) TempDir() string { return s.path("tmp") }
+
+// Env returns the environment of what belongs to the stack: programs that are
+// started with it are looked for when it stops.
+func (s *Stack) Env() []string { return slices.Clone(s.env) }
 
 // Containerd returns the pid of containerd.
 func (s *Stack) Containerd() int { return s.containerd.cmd.Process.Pid }
@@ -321,6 +298,20 @@ func (s *Stack) CgroupPath(name string) string {
 	return "/" + dirPrefix + s.ID + "/" + name
 }
 
+// CgroupDirs returns the folders of the cgroup that all others of the stack lie
+// below, which need not be there: one, or with cgroup v1 one of each controller.
+func (s *Stack) CgroupDirs() []string {
+	var dirs []string
+	mounts, _ := filepath.Glob("/sys/fs/cgroup/cgroup.procs")
+	if len(mounts) == 0 {
+		mounts, _ = filepath.Glob("/sys/fs/cgroup/*/cgroup.procs")
+	}
+	for _, m := range mounts {
+		dirs = append(dirs, filepath.Join(filepath.Dir(m), s.CgroupPath("")))
+	}
+	return dirs
+}
+
 // Ctr runs ctr and returns what it printed on stdout.
 func (s *Stack) Ctr(args ...string) string {
 	s.tb.Helper()
@@ -334,8 +325,7 @@ func (s *Stack) Ctr(args ...string) string {
 // CtrErr is Ctr for a command that may fail. The error has what ctr printed on
 // stderr.
 func (s *Stack) CtrErr(args ...string) (string, error) {
-	cmd := exec.CommandContext(s.ctx, s.bins.ctr, append([]string{"--address", s.Address(), "--namespace", s.Namespace}, args...)...)
-	cmd.Env = s.env
+	cmd := s.Command(s.ctx, s.bins.ctr, append([]string{"--address", s.Address(), "--namespace", s.Namespace}, args...)...)
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	// Let it put the terminal right and delete its container.
@@ -351,7 +341,7 @@ func (s *Stack) CtrErr(args ...string) (string, error) {
 // Kill9 kills containerd as a crash would. Shims and containers live on.
 func (s *Stack) Kill9() {
 	s.tb.Helper()
-	if err := s.containerd.signal(s.ctx, syscall.SIGKILL); err != nil {
+	if err := s.containerd.Signal(s.ctx, syscall.SIGKILL); err != nil {
 		s.tb.Fatalf("kill containerd: %v", err)
 	}
 }
@@ -360,12 +350,17 @@ func (s *Stack) Kill9() {
 // did not.
 func (s *Stack) Restart() {
 	s.tb.Helper()
-	if err := s.containerd.signal(s.ctx, syscall.SIGTERM); err != nil {
-		s.tb.Fatalf("stop containerd: %v", err)
-	}
-	if err := s.boot(); err != nil {
+	if err := s.reboot(); err != nil {
 		s.tb.Fatalf("restart: %v\n%s", err, tail(s.Logs(), 20))
 	}
+}
+
+// reboot is Restart, for other goroutines than the test's.
+func (s *Stack) reboot() error {
+	if err := s.containerd.Signal(s.ctx, syscall.SIGTERM); err != nil {
+		return fmt.Errorf("stop containerd: %w", err)
+	}
+	return s.boot()
 }
 
 // Logs returns what containerd and its shims have logged.
