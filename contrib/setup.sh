@@ -2,7 +2,7 @@
 #
 # Installs what Stasis's demo, tests and benchmarks run on: containerd, runc,
 # crun, CRIU, the tools of others that Stasis exchanges checkpoints with, and root
-# filesystems to put into containers.
+# filesystems to put into containers; with --kubernetes also Kubernetes itself.
 #
 # It installs a few missing Debian packages on the host; everything else goes
 # into a cache folder and touches nothing outside it. What the host already has
@@ -16,6 +16,8 @@
 #                      the same containerd programs of older releases
 #   private/           Debian trees behind what is in bin/
 #   rootfs/            redis, python, nginx, busybox
+#   kubernetes/bin/    kube-apiserver, kube-controller-manager, kube-scheduler,
+#                      kubelet; etcd and kubectl are in bin/
 #   stamps/            what each of the above was made from
 #
 # Every component is made in a temporary folder and renamed into place, and its
@@ -33,6 +35,8 @@ usage() {
 usage: contrib/setup.sh            install what is missing (as root)
        contrib/setup.sh --check    install nothing; say what is missing
        contrib/setup.sh --env      print export lines for a shell to eval
+       contrib/setup.sh --kubernetes [--check]
+                                   the same, with what a cluster is made of
 USAGE
 }
 
@@ -50,6 +54,10 @@ newest=forky
 runc_version=v1.5.2
 
 components=(criu runc busybox containerd redis python nginx crun containerd17 containerd21 podman tools)
+
+# What only the tests on a cluster need: a quarter of an hour to build, and half
+# a gigabyte.
+kubernetes_components=(kubernetes cluster)
 
 # Filled in by main: a scratch folder inside the cache, gone at exit.
 tmp=
@@ -441,6 +449,38 @@ make_tools() {
 	for path in "${programs[@]}"; do place "$tmp/${path##*/}" "$cache/bin/${path##*/}"; done
 }
 
+kubernetes_programs=$repo/integration/kubernetes/programs
+want_kubernetes() {
+	local version
+	version=$(cd "$kubernetes_programs" && go list -m -f '{{.Version}}' k8s.io/kubernetes) && printf 'source, %s\n' "$version"
+}
+ok_kubernetes() { "$cache/kubernetes/bin/kubelet" --version >/dev/null 2>&1; }
+make_kubernetes() {
+	local version=${want#source, } p package=k8s.io/component-base/version
+	say "kubernetes: building $version (about 16 minutes on 2 cores with an empty Go cache)"
+	# Programs tell their version to each other, and a client takes it apart.
+	p="-s -w -X $package.gitVersion=$version -X $package.gitMajor=1 -X $package.gitMinor=$(cut -d. -f2 <<<"$version")"
+	mkdir -p "$tmp/tree/bin"
+	CGO_ENABLED=0 run go build -C "$kubernetes_programs" -trimpath -ldflags "$p" -o "$tmp/tree/bin/" \
+		k8s.io/kubernetes/cmd/{kube-apiserver,kube-controller-manager,kube-scheduler,kubelet}
+	place "$tmp/tree" "$cache/kubernetes"
+}
+
+want_cluster() { want_containerd17; }
+ok_cluster() {
+	"$cache/bin/kubectl" version --client >/dev/null 2>&1 && "$cache/bin/etcd" --version >/dev/null 2>&1
+}
+make_cluster() {
+	local program
+	say "etcd, kubectl: fetching Debian $newer's privately"
+	unpack "$newer" "$tmp/tree" "$skip_in_rootfs" kubernetes-client etcd-server
+	for program in kubectl etcd; do
+		wrap "$cache/private/cluster" "usr/bin/$program" "$tmp/$program"
+	done
+	place "$tmp/tree" "$cache/private/cluster"
+	for program in kubectl etcd; do place "$tmp/$program" "$cache/bin/$program"; done
+}
+
 want_podman() { printf 'Debian %s, on %s/bin/runc\n' "$newer" "$cache"; }
 ok_podman() {
 	"$cache/bin/podman" --version >/dev/null 2>&1 && "$cache/private/podman/usr/bin/conmon" --version >/dev/null 2>&1
@@ -660,6 +700,8 @@ summary() {
 		busybox | nginx | python | redis) printf '  %-20s %s\n' "rootfs/$c" "${lines[0]}${lines[1]:+, $c ${lines[1]}}" ;;
 		tools) printf '  %-20s %s\n' bin/checkpointctl "${lines[0]}, ${lines[1]}" bin/docker-registry "${lines[0]}" ;;
 		containerd17) printf '  %-20s %s\n' containerd-1.7/bin "${lines[0]}, ${lines[1]}" ;;
+		kubernetes) printf '  %-20s %s\n' kubernetes/bin "${lines[0]}" ;;
+		cluster) printf '  %-20s %s\n' 'bin/etcd, kubectl' "${lines[0]}, ${lines[1]}" ;;
 		containerd21) printf '  %-20s %s\n' containerd-2.1/bin "${lines[0]}, ${lines[1]}" ;;
 		*) printf '  %-20s %s\n' "bin/$c" "${lines[0]}${lines[1]:+, ${lines[1]}}" ;;
 		esac
@@ -667,6 +709,10 @@ summary() {
 	say "for your shell: eval \"\$(contrib/setup.sh --env)\""
 }
 
+if [[ ${1-} == --kubernetes ]]; then
+	components+=("${kubernetes_components[@]}")
+	shift
+fi
 case ${1-} in
 '') require_host && install_all ;;
 --check) require_host && check ;;
