@@ -38,7 +38,7 @@ type DumpOptions struct {
 func (o DumpOptions) criuConfig() string {
 	lines := ""
 	if o.TCPClose {
-		lines += "tcp-close\n"
+		lines += "tcp-close\nskip-in-flight\n" // the latter are not accepted yet
 	}
 	if o.LinkRemap {
 		lines += "link-remap\n"
