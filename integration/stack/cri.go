@@ -47,6 +47,8 @@ func (s *Stack) criConfig(b *strings.Builder) error {
   snapshotter = %q
 [plugins."io.containerd.cri.v1.images".pinned_images]
   sandbox = %q
+[plugins."io.containerd.cri.v1.images".registry]
+  config_path = "/etc/containerd/certs.d"
 [plugins."io.containerd.cri.v1.runtime"]
 `, s.opts.Snapshotter, Pause)
 	}
@@ -144,12 +146,24 @@ func (s *Stack) CRISocket() string { return "unix://" + s.Address() }
 func (s *Stack) CRIImage(ctx context.Context, name string) client.Image {
 	s.tb.Helper()
 	img := s.Image(namespaces.WithNamespace(ctx, CRINamespace), name)
+	s.waitImage(ctx, name)
+	return img
+}
+
+// CRIRootfs is ImportRootfs for the CRI.
+func (s *Stack) CRIRootfs(ctx context.Context, name string, dirs ...string) {
+	s.tb.Helper()
+	s.ImportRootfs(namespaces.WithNamespace(ctx, CRINamespace), name, dirs...)
+	s.waitImage(ctx, name)
+}
+
+func (s *Stack) waitImage(ctx context.Context, name string) {
+	s.tb.Helper()
 	_, images := s.CRI()
 	s.Poll(ctx, "the CRI to know image "+name, func() bool {
 		r, err := images.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: name}})
 		return err == nil && r.Image != nil
 	})
-	return img
 }
 
 // A Pod is a pod sandbox of a stack with Options.CRI.

@@ -43,26 +43,29 @@ func (s *Stack) Image(ctx context.Context, name string) client.Image {
 	} else if !errdefs.IsNotFound(err) {
 		s.tb.Fatalf("image %s: %v", name, err)
 	}
-	rootfs := func(name string) string { return filepath.Join(cacheDir(), "rootfs", name) }
 	switch name {
 	case Busybox, Pause:
-		return s.ImportRootfs(ctx, name, rootfs("busybox"))
+		return s.ImportRootfs(ctx, name, Rootfs("busybox"))
 	case Redis:
-		return s.ImportRootfs(ctx, name, rootfs("redis"))
+		return s.ImportRootfs(ctx, name, Rootfs("redis"))
 	case Python:
-		return s.ImportRootfs(ctx, name, rootfs("python"))
+		return s.ImportRootfs(ctx, name, Rootfs("python"))
 	case Nginx:
-		return s.ImportRootfs(ctx, name, rootfs("nginx"))
+		return s.ImportRootfs(ctx, name, Rootfs("nginx"))
 	case Probe:
 		probe, err := TestProgram("probe")
 		if err != nil {
 			s.tb.Fatalf("image %s: %v", name, err)
 		}
-		return s.ImportRootfs(ctx, name, rootfs("busybox"), filepath.Dir(probe))
+		return s.ImportRootfs(ctx, name, Rootfs("busybox"), filepath.Dir(probe))
 	}
 	s.tb.Fatalf("image %s: not found", name)
 	return nil
 }
+
+// Rootfs is the folder of a root filesystem in the cache: "busybox", "python",
+// "redis" or "nginx".
+func Rootfs(name string) string { return filepath.Join(cacheDir(), "rootfs", name) }
 
 // ImportRootfs makes an image with one layer of each of the folders, imports
 // it, and unpacks it. The image itself is cached on disk.

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -175,18 +176,13 @@ func (s *Stack) MachinePath(path string) string {
 // of the host on the other end.
 func (s *Stack) MachineNetns() *Netns { return s.machine.netns }
 
-// MachineChanges are the files and folders below /etc and /usr/local that a machine
-// has changed, each with what tells whether it was changed again.
-func (s *Stack) MachineChanges() []string {
-	var changes []string
-	for _, dir := range layered {
-		out, err := exec.Command("find", s.path("machine", dir), "-mindepth", "1", "-printf", "%P %M %s %l\n").Output()
-		if err != nil {
-			s.tb.Fatalf("list what is changed in %s: %v", dir, err)
-		}
-		for line := range strings.Lines(string(out)) {
-			changes = append(changes, dir+"/"+strings.TrimSpace(line))
-		}
+// MachineFiles lists the files and folders of a machine that installations change,
+// each with what tells whether it was changed.
+func (s *Stack) MachineFiles() ([]string, error) {
+	args := append(slices.Clone(layered), "-type", "d", "-printf", "%p %M\n", "-o", "-printf", "%p %M %s %T@ %l\n")
+	out, err := s.Command(s.ctx, "find", args...).Output()
+	if err != nil {
+		return nil, fmt.Errorf("list %s: %w", strings.Join(layered, " and "), err)
 	}
-	return changes
+	return strings.Split(string(out), "\n"), nil
 }
