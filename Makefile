@@ -28,7 +28,7 @@ run_flag = $(if $(RUN),-run '$(RUN)')
 help: ## list the targets (this)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo '  RUN=regexp      only these tests (test, test-unit, test-integration)'
+	@echo '  RUN=regexp      only these tests (test, test-unit, test-integration, test-kubernetes)'
 	@echo '  WORKLOAD=$(WORKLOAD)  what the demo checkpoints'
 	@echo '  FUZZTIME=$(FUZZTIME)    how long each fuzz target runs'
 	@echo '  PREFIX=$(PREFIX)  DESTDIR=$(DESTDIR)  where install and uninstall work'
@@ -69,7 +69,13 @@ test-fuzz: ## run every fuzz target for ten seconds
 
 .PHONY: test-integration
 test-integration: setup build ## run the tests on real containerd, runc, crun and CRIU (root)
-	@$(with_env) go test -count=1 -timeout 35m $(run_flag) ./integration/...
+	@packages=$$(go list ./integration/... | grep -v /integration/kubernetes); \
+	$(with_env) go test -count=1 -timeout 35m $(run_flag) $$packages
+
+.PHONY: test-kubernetes
+test-kubernetes: build ## run the tests on a real Kubernetes, which it builds (root)
+	@contrib/setup.sh --kubernetes
+	@$(with_env) go test -count=1 -timeout 20m $(run_flag) ./integration/kubernetes/...
 
 .PHONY: lint
 lint: ## check formatting, go vet, staticcheck
