@@ -60,8 +60,7 @@ const maxSpec = 16 << 20
 // decoded where it has to be: encoding/json keeps 150 KB of what it learns about
 // that type for good.
 type config struct {
-	Annotations map[string]string `json:"annotations"`
-	Process     *struct {
+	Process *struct {
 		Terminal bool `json:"terminal"`
 	} `json:"process"`
 	Annotations map[string]string `json:"annotations"`
@@ -73,9 +72,6 @@ type config struct {
 		Namespaces  []specs.LinuxNamespace `json:"namespaces"`
 	} `json:"linux"`
 }
-
-// inPod tells whether the container is one of a pod of Kubernetes.
-func (c *config) inPod() bool { return c.Annotations["io.kubernetes.cri.sandbox-id"] != "" }
 
 // hasTerminal tells whether init is to have one.
 func (c *config) hasTerminal() bool { return c.Process != nil && c.Process.Terminal }

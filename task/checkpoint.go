@@ -57,7 +57,7 @@ func (c *container) checkpoint(ctx context.Context, d dump) (*checkpoint.DumpRes
 		// log is what explains it.
 		d.workDir = c.bundle.dumpDir()
 	}
-	if c.config.inPod() && !d.options.OpenTCP {
+	if _, inPod := c.config.podNamespace(); inPod && !d.options.OpenTCP {
 		// It comes back at another address, where no connection can go on; and a
 		// probe's may come at any moment, which is no reason to fail.
 		d.dumpOptions.TCPClose = true
