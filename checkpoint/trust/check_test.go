@@ -1,14 +1,18 @@
 package trust
 
 import (
+	"crypto/sha256"
 	"encoding/binary"
+	"encoding/hex"
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"runtime"
 	"strings"
 	"testing"
 
+	"github.com/cespare/xxhash/v2"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/pagemap"
 	"github.com/checkpoint-restore/go-criu/v8/magic"
 	"github.com/containerd/errdefs"
@@ -128,6 +132,27 @@ func (f *forgery) check() error {
 	return CheckMounts(f.t.Context(), img, f.spec, f.root)
 }
 
+// seal gives the forgery a manifest, as for a checkpoint made by Stasis.
+func (f *forgery) seal(cgroupsMode string) {
+	f.t.Helper()
+	m := checkpoint.Manifest{Version: 1, Architecture: runtime.GOARCH, Options: checkpoint.Options{CgroupsMode: cgroupsMode}}
+	entries, err := os.ReadDir(f.dir)
+	must(f.t, err)
+	for _, e := range entries {
+		data, err := os.ReadFile(filepath.Join(f.dir, e.Name()))
+		must(f.t, err)
+		sum := sha256.Sum256(data)
+		file := checkpoint.File{Name: e.Name(), Size: int64(len(data)), Sum: "sha256:" + hex.EncodeToString(sum[:])}
+		if strings.HasPrefix(e.Name(), "pages-") {
+			file.Sum = fmt.Sprintf("xxh64:%016x", xxhash.Sum64(data))
+		}
+		m.Files = append(m.Files, file)
+	}
+	data, err := json.Marshal(m)
+	must(f.t, err)
+	f.raw("stasis.json", data)
+}
+
 // refused checks that a forgery is refused, in one line with all the parts.
 func (f *forgery) refused(parts ...string) {
 	f.t.Helper()
@@ -158,7 +183,7 @@ func (f *forgery) accepted() {
 // The checkpoint of a container passes with the container's own spec.
 func TestOwnSpec(t *testing.T) { newForgery(t).accepted() }
 
-// grantAll gives the spec a capability.
+// grantCap gives the spec a capability.
 func (f *forgery) grantCap(names ...string) {
 	c := f.spec.Process.Capabilities
 	for _, set := range []*[]string{&c.Bounding, &c.Effective, &c.Permitted} {

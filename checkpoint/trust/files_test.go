@@ -4,6 +4,9 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
+	"fmt"
+	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
@@ -12,6 +15,7 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fsnotify"
 	ghost "github.com/checkpoint-restore/go-criu/v8/crit/images/ghost-file"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/memfd"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/mnt"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/ns"
 	packet "github.com/checkpoint-restore/go-criu/v8/crit/images/packet-sock"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/regfile"
@@ -195,8 +199,21 @@ func TestTmpfs(t *testing.T) {
 			f.refused("tmpfs-dev-99.tar.gz.img", tc.want)
 		})
 	}
+	// One that leads a mount astray. /dev is tmpfs-dev-N, and /dev/shm a mount.
+	f := confined(t)
+	dev, err := filepath.Glob(filepath.Join(f.dir, "tmpfs-dev-*"))
+	must(t, err)
+	alter(f, mountsImage, "MNTS", func(all []*mnt.MntEntry) []*mnt.MntEntry {
+		for _, m := range all {
+			if name := fmt.Sprintf("tmpfs-dev-%d.tar.gz.img", m.GetRootDev()); m.GetMountpoint() == "/dev" && slices.Contains(dev, filepath.Join(f.dir, name)) {
+				f.raw(name, archive(&tar.Header{Name: "./shm", Linkname: "/etc", Typeflag: tar.TypeSymlink}))
+			}
+		}
+		return nil
+	})
+	f.refused(`"shm" is a link on the way to the mount at "/dev/shm"`)
 	// The container can make it too; it cannot open it.
-	f := newForgery(t)
+	f = newForgery(t)
 	f.raw("tmpfs-dev-99.tar.gz.img", archive(disk))
 	f.accepted()
 }

@@ -59,6 +59,9 @@ var virtualTypes = map[uint32]string{
 const maxMounts = 100_000
 
 func (c *checker) readMounts() error {
+	if c.mounts != nil {
+		return nil
+	}
 	c.mounts = map[string][]mountEntry{}
 	for _, name := range c.img.Names() {
 		if !strings.HasPrefix(name, "mountpoints-") {
@@ -73,6 +76,9 @@ func (c *checker) readMounts() error {
 				if climbs(p) {
 					c.refuse("%s: path %s climbs with ..", name, quote(p))
 				}
+			}
+			if p := e.GetMountpoint(); !strings.HasPrefix(strings.TrimPrefix(p, "."), "/") {
+				c.refuse("%s: path %s is not absolute", name, quote(p))
 			}
 			if len(c.mounts[name]) == maxMounts {
 				return fault.Invalid("more than %d mounts", maxMounts)

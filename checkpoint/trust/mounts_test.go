@@ -141,6 +141,9 @@ func TestMounts(t *testing.T) {
 		{"climbing", func(f *forgery) {
 			f.mount("/proc/sys", func(m *mnt.MntEntry) { m.Mountpoint = proto.String("/../proc/sys") })
 		}, "climbs with .."},
+		{"relative", func(f *forgery) {
+			f.mount("/proc/sys", func(m *mnt.MntEntry) { m.Mountpoint = proto.String("proc/sys") })
+		}, `path "proc/sys" is not absolute`},
 		{"shared", func(f *forgery) {
 			f.mount("/etc/hosts", func(m *mnt.MntEntry) { m.SharedId = proto.Uint32(1) })
 		}, "is shared with the host"},

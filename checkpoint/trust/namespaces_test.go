@@ -148,3 +148,44 @@ func TestCgroups(t *testing.T) {
 		})
 	}
 }
+
+// With cgroups_mode full, CRIU sets what the image says. That mode is in the manifest.
+func TestCgroupsMode(t *testing.T) {
+	for _, tc := range []struct {
+		name, devices string
+		pod           bool
+		want          string
+	}{
+		{"pod", "c 1:3 rwm", true, "limits (cgroups_mode full) in place of the pod's"},
+		{"devices of all containers", "c 1:3 rwm\nb *:* m", false, ""},
+		{"device of the spec", "c 10:229 rw", false, ""},
+		{"more of it", "c 10:229 rwm", false, `access to devices "c 10:229 rwm"`},
+		{"all", "a *:* rwm", false, `access to devices "a *:* rwm"`},
+		{"disk", "b 8:0 rwm", false, `access to devices "b 8:0 rwm"`},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			f := newForgery(t)
+			one(f, "cgroup.img", "CGROUP", func(e *cgroup.CgroupEntry) {
+				for _, ctl := range e.Controllers {
+					for _, p := range ctl.Dirs[0].Properties {
+						if p.GetName() == "devices.list" {
+							p.Value = proto.String(tc.devices)
+						}
+					}
+				}
+			})
+			major, minor := int64(10), int64(229)
+			f.spec.Linux.Resources.Devices = append(f.spec.Linux.Resources.Devices,
+				specs.LinuxDeviceCgroup{Allow: true, Type: "c", Major: &major, Minor: &minor, Access: "rw"})
+			if !tc.pod {
+				delete(f.spec.Annotations, annotationSandboxID)
+			}
+			f.seal("full")
+			if tc.want == "" {
+				f.accepted()
+				return
+			}
+			f.refused(tc.want)
+		})
+	}
+}

@@ -92,7 +92,9 @@ func (c *checker) checkTask(p *pstree.PstreeEntry) (task, error) {
 		}
 		c.checkThread(&t, tid, thread, e.GetThreadCore())
 	}
-	// What the image of CRIU before 1.3 has in core, all later ones have here.
+	if e.Ids != nil {
+		return t, fault.Invalid("%s: has the namespaces of process %d, as in CRIU before 1.0", name, t.pid)
+	}
 	t.ids = &core.TaskKobjIdsEntry{}
 	if err := c.need(fmt.Sprintf("ids-%d.img", t.pid), "IDS", t.ids); err != nil {
 		return t, err

@@ -175,6 +175,7 @@ func TestTasks(t *testing.T) {
 		{"null page", func(f *forgery) {
 			one(f, "mm-6.img", "MM", func(e *mm.MmEntry) { *e.Vmas[0].Start = 0 })
 		}, "memory at address 0x0"},
+		{"second ids", func(f *forgery) { f.core(func(e *core.CoreEntry) { e.Ids = filled(&core.TaskKobjIdsEntry{}) }) }, "core-6.img: has the namespaces"},
 		{"no ids", func(f *forgery) { f.write("ids-6.img", "IDS") }, "ids-6.img"},
 		{"descriptors", func(f *forgery) {
 			f.raw("descriptors.json", []byte(`["/dev/null","pipe:[1]","pipe:[2]","pipe:[3]"]`))

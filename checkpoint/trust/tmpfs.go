@@ -5,9 +5,11 @@ import (
 	"compress/gzip"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"math"
 	"path"
+	"slices"
 	"strings"
 
 	"github.com/stasis-run/stasis/checkpoint/fault"
@@ -16,6 +18,9 @@ import (
 // checkTmpfs looks at the files of the container's tmpfs mounts, which CRIU has
 // tar unpack as root.
 func (c *checker) checkTmpfs() error {
+	if err := c.readMounts(); err != nil {
+		return err
+	}
 	for _, name := range c.img.Names() {
 		if strings.HasPrefix(name, "tmpfs-") {
 			if err := c.checkArchive(name); err != nil {
@@ -69,6 +74,7 @@ func (c *checker) checkArchive(name string) error {
 		}
 		if h.Typeflag == tar.TypeSymlink {
 			links[file] = true
+			c.checkLink(name, file)
 		}
 		switch h.Typeflag {
 		case tar.TypeReg, tar.TypeDir, tar.TypeSymlink, tar.TypeLink, tar.TypeFifo, tar.TypeGNUSparse:
@@ -80,6 +86,24 @@ func (c *checker) checkArchive(name string) error {
 			}
 		default:
 			c.refuse("%s: %s is of an unknown kind (%q)", name, quote(h.Name), h.Typeflag)
+		}
+	}
+}
+
+// checkLink refuses a link on the way to a mount: CRIU follows it, before the root
+// filesystem is the container's.
+func (c *checker) checkLink(archive, file string) {
+	number := strings.TrimSuffix(strings.TrimPrefix(strings.TrimPrefix(archive, "tmpfs-"), "dev-"), ".tar.gz.img")
+	for _, list := range c.mounts {
+		for _, m := range list {
+			// By its file system, in CRIU before 3.0 by itself.
+			if number != fmt.Sprint(m.GetRootDev()) && number != fmt.Sprint(m.GetMntId()) {
+				continue
+			}
+			link := path.Join(m.at, file)
+			if i := slices.IndexFunc(list, func(other mountEntry) bool { return isBelow(other.at, link) }); i >= 0 {
+				c.refuse("%s: %s is a link on the way to the mount at %s", archive, quote(file), quote(list[i].at))
+			}
 		}
 	}
 }
