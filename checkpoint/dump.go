@@ -96,10 +96,14 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 		return nil, errors.Join(err, folder.Discard())
 	}
 	defer removeConfig()
+	opts := r.Options.dumpOpts(folder.Path(), r.WorkDir)
+	if r.DumpOptions.TCPClose {
+		v := <-version
+		version <- v
+		opts.ExtraArgs = skipInFlight(v)
+	}
 	started := time.Now()
-	err = r.beside(ctx, func() error {
-		return r.Runtime.Checkpoint(callCtx, r.Options.dumpOpts(folder.Path(), r.WorkDir), actions...)
-	})
+	err = r.beside(ctx, func() error { return r.Runtime.Checkpoint(callCtx, opts, actions...) })
 	if err != nil && r.Exit && finished(r.logPath()) {
 		// CRIU was killed while it killed the container, of which this is now
 		// all there is.

@@ -38,7 +38,7 @@ type DumpOptions struct {
 func (o DumpOptions) criuConfig() string {
 	lines := ""
 	if o.TCPClose {
-		lines += "tcp-close\nskip-in-flight\n" // the latter are not accepted yet
+		lines += "tcp-close\nskip-in-flight\n" // the latter are not accepted yet; see skipInFlight
 	}
 	if o.LinkRemap {
 		lines += "link-remap\n"
@@ -47,6 +47,17 @@ func (o DumpOptions) criuConfig() string {
 		lines += fmt.Sprintf("ghost-limit %d\n", o.GhostLimit)
 	}
 	return lines
+}
+
+// skipInFlight is the flag with which runc of a version tells CRIU to skip
+// connections that nobody has accepted yet. Since 1.3 it tells CRIU not to without
+// the flag, whatever the configuration says.
+func skipInFlight(version string) []string {
+	var major, minor int
+	if n, _ := fmt.Sscanf(version, "%d.%d", &major, &minor); n == 2 && (major > 1 || minor >= 3) {
+		return []string{"--tcp-skip-in-flight"}
+	}
+	return nil
 }
 
 var (

@@ -79,7 +79,7 @@ func (e *env) checkPod(t *testing.T, pod string, n *cluster.Node) {
 	}
 	before = p.Container("app")
 	e.Kubectl(t, "exec", pod, "--", "touch", "/tmp/sick")
-	p = e.WaitPod(t, pod, "restarted for its probe", restarted(before))
+	e.WaitPod(t, pod, "restarted for its probe", restarted(before))
 	if log := e.Kubectl(t, "logs", pod, "--previous"); !strings.Contains(log, "asked to end\n") {
 		t.Errorf("the log before the restart has no %q:\n%s", "asked to end", log)
 	}
