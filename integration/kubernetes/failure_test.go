@@ -2,10 +2,9 @@ package kubernetes
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
-
-	"github.com/stasis-run/stasis/integration/kubernetes/cluster"
 )
 
 // testFailures makes restores fail. Each says why in one line of kubectl describe,
@@ -36,26 +35,38 @@ func (e *env) testFailures(t *testing.T) {
 				pod = changed
 			}
 			e.Apply(t, pod)
-			e.WaitPod(t, name, "failed", func(p *cluster.Pod) bool {
-				c := p.Container("app")
-				return c.State.Waiting != nil && strings.Contains(c.State.Waiting.Message, "restore") ||
-					c.LastState.Terminated != nil || c.State.Terminated != nil
-			})
-			var described string
-			e.Wait(t, "an event that says why", func() error {
-				described = e.Kubectl(t, "describe", "pod", name)
-				for line := range strings.Lines(described) {
-					if strings.Contains(line, "Warning") && strings.Contains(line, "Failed") && containsAll(strings.ToLower(line), of.want) {
-						return nil
-					}
-				}
-				return fmt.Errorf("no line of kubectl describe has %q:\n%s", of.want, described)
-			})
+			e.waitFailure(t, name, of.want...)
 			e.Kubectl(t, "delete", "pod", name, "--timeout=20s")
 		})
 	}
 	// It is not harmed by any of it.
 	e.WaitReady(t, "failure")
+}
+
+// waitFailure waits until kubectl describe has a line of a failure with all of the
+// words.
+func (e *env) waitFailure(t *testing.T, pod string, words ...string) {
+	t.Helper()
+	namespace, name, ok := strings.Cut(pod, "/")
+	if !ok {
+		namespace, name = "default", pod
+	}
+	e.Wait(t, "an event that says why", func() error {
+		described, err := e.KubectlErr(t.Context(), "describe", "pod", name, "-n", namespace)
+		if err != nil {
+			return err
+		}
+		var failures []string
+		for line := range strings.Lines(described) {
+			if strings.Contains(line, "Warning") && strings.Contains(line, "Failed") {
+				failures = append(failures, line)
+			}
+		}
+		if !slices.ContainsFunc(failures, func(line string) bool { return containsAll(line, words) }) {
+			return fmt.Errorf("no line of kubectl describe has %q: %q", words, failures)
+		}
+		return nil
+	})
 }
 
 func containsAll(text string, words []string) bool {

@@ -58,6 +58,7 @@ func TestKubernetes(t *testing.T) {
 		{"Together", e.testTogether},
 		{"Volumes", e.testVolumes},
 		{"Failures", e.testFailures},
+		{"Annotations", e.testAnnotations},
 	} {
 		t.Run(test.name, test.run)
 	}

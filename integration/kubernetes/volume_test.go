@@ -104,9 +104,11 @@ func (e *env) testVolumes(t *testing.T) {
 	if err != nil || claims.Kubernetes.Pod.Name != "volume-b" || claims.Kubernetes.Pod.UID != p.Metadata.UID {
 		t.Errorf("the token is of pod %+v, %v; want volume-b, %s", claims.Kubernetes.Pod, err, p.Metadata.UID)
 	}
-	// So are limits.
-	limit := e.Kubectl(t, "exec", "volume-b", "--", "sh", "-c", "cat /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null || cat /sys/fs/cgroup/memory.max")
-	if want := 128 << 20; number(t, limit) != want {
-		t.Errorf("the memory limit is %q, want %d", limit, want)
+	// So are limits, as the node sees them.
+	_, id, _ := strings.Cut(p.Container("app").ContainerID, "://")
+	limit, err := e.there.Run(t.Context(), "find", "/sys/fs/cgroup", "-path", "*"+id+"/memory.limit_in_bytes", "-exec", "cat", "{}", ";",
+		"-o", "-path", "*"+id+"/memory.max", "-exec", "cat", "{}", ";")
+	if want := 128 << 20; err != nil || number(t, limit) != want {
+		t.Errorf("the memory limit is %q, %v, want %d", limit, err, want)
 	}
 }
