@@ -102,12 +102,8 @@ func (e *env) testAnnotations(t *testing.T) {
 		e.Apply(t, pod)
 		e.waitFailure(t, "other/stranger", "namespace", "default", "other")
 		// The kubelet tries again, and the node's configuration is read each time.
-		e.here.WriteFile(t, "/etc/stasis/config.toml", "[restore.namespaces]\nother = [\"default\"]\n")
-		t.Cleanup(func() {
-			if _, err := e.here.Run(e.here.Ctx(), "rm", "-r", "/etc/stasis"); err != nil {
-				t.Error(err)
-			}
-		})
+		e.here.Configure(t, "[restore.namespaces]\nother = [\"default\"]\n")
+		t.Cleanup(func() { e.here.Configure(t, "") })
 		e.WaitReady(t, "other/stranger")
 	})
 }

@@ -200,7 +200,15 @@ func (n *Node) Install(t *testing.T) {
 	// The cluster's kubelets have no systemd.
 	config = strings.ReplaceAll(config, "SystemdCgroup = true", "SystemdCgroup = false")
 	n.WriteFile(t, "/etc/containerd/conf.d/stasis-own.toml", config)
+	// Its options name the node's configuration, so that it must be there.
+	n.Configure(t, "")
 	n.run(t, "systemctl", "restart", "containerd")
+}
+
+// Configure writes the node's configuration of Stasis. Empty, it has the defaults.
+func (n *Node) Configure(t *testing.T, text string) {
+	t.Helper()
+	n.WriteFile(t, "/etc/stasis/config.toml", text)
 }
 
 // WriteFile writes a file of the node.
