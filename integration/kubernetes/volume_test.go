@@ -18,6 +18,25 @@ metadata: {name: NAME}
 stringData: {value: secret of NAME}
 ---
 apiVersion: v1
+kind: PersistentVolume
+metadata: {name: NAME}
+spec:
+  capacity: {storage: 1Mi}
+  accessModes: [ReadWriteOnce]
+  storageClassName: ""
+  claimRef: {namespace: default, name: NAME}
+  hostPath: {path: /var/lib/volume-NAME, type: DirectoryOrCreate}
+---
+apiVersion: v1
+kind: PersistentVolumeClaim
+metadata: {name: NAME}
+spec:
+  accessModes: [ReadWriteOnce]
+  storageClassName: ""
+  volumeName: NAME
+  resources: {requests: {storage: 1Mi}}
+---
+apiVersion: v1
 kind: Pod
 metadata: {name: NAME, labels: {is: NAME}}
 spec:
@@ -39,6 +58,7 @@ spec:
     - {name: scratch, mountPath: /scratch}
     - {name: memory, mountPath: /memory}
     - {name: host, mountPath: /host}
+    - {name: claim, mountPath: /claim}
     - {name: info, mountPath: /info}
   volumes:
   - {name: config, configMap: {name: NAME}}
@@ -46,6 +66,7 @@ spec:
   - {name: scratch, emptyDir: {}}
   - {name: memory, emptyDir: {medium: Memory}}
   - {name: host, hostPath: {path: /var/lib/host-NAME, type: DirectoryOrCreate}}
+  - {name: claim, persistentVolumeClaim: {claimName: NAME}}
   - {name: info, downwardAPI: {items: [{path: is, fieldRef: {fieldPath: "metadata.labels['is']"}}]}}
 `
 
@@ -57,6 +78,7 @@ func (e *env) testVolumes(t *testing.T) {
 	e.Kubectl(t, "exec", "volume-a", "--", "sh", "-c", "echo here >/scratch/file; echo here >/memory/file; echo here >/host/file")
 	ref := e.checkpoint(t, e.here, "volume-a", "app")[0]
 	e.there.WriteFile(t, "/var/lib/host-volume-b/file", "there\n")
+	e.there.WriteFile(t, "/var/lib/volume-volume-b/file", "claimed there\n")
 	e.Apply(t, render(volumePod, "NAME", "volume-b", "NODE", e.there.Name, "IMAGE", ref, "MEMORY", "128Mi"))
 	p := e.WaitReady(t, "volume-b")
 	get := e.forward(t, "volume-b", 8080)
@@ -66,6 +88,7 @@ func (e *env) testVolumes(t *testing.T) {
 		"/config/value":             "config of volume-b",
 		"/one/file":                 "config of volume-b",
 		"/secret/value":             "secret of volume-b",
+		"/claim/file":               "claimed there\n",
 		"/host/file":                "there\n",
 		"/info/is":                  "volume-b",
 		"/etc/hostname":             "volume-b\n",

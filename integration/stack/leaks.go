@@ -38,10 +38,12 @@ const (
 type baseline struct {
 	sockets []string
 	rules   []string
+	// What a kubelet sets for the whole host, unless it is in a machine.
+	tunables map[string]string
 }
 
 func takeBaseline() baseline {
-	return baseline{sockets: deadSockets(), rules: firewallRules()}
+	return baseline{sockets: deadSockets(), rules: firewallRules(), tunables: readTunables()}
 }
 
 // Stop deletes what is left in the stack, stops containerd, and fails the test
@@ -146,8 +148,13 @@ func (s *Stack) Stop() {
 	for _, r := range added(s.baseline.rules, firewallRules()) {
 		// Other stacks may add theirs, but none has a reason to use CRIU in
 		// the host's network namespace.
-		if strings.Contains(r, "CRIU") || strings.Contains(r, s.ID) {
+		if strings.Contains(r, "CRIU") || strings.Contains(r, "KUBE-") || strings.Contains(r, s.ID) {
 			leak("firewall rule %s", r)
+		}
+	}
+	for path, value := range readTunables() {
+		if before := s.baseline.tunables[path]; value != before {
+			leak("%s changed from %q to %q", path, before, value)
 		}
 	}
 	if entries, err := os.ReadDir(filepath.Join(runtimeRoot, s.Namespace)); err == nil {
@@ -259,7 +266,16 @@ func removeAll(id, dir string, leak func(string, ...any)) {
 		})
 		slices.Reverse(dirs)
 		for _, d := range dirs {
-			if err := os.Remove(d); err != nil {
+			// One whose processes have just died is busy for a moment.
+			err := os.Remove(d)
+			for range 100 {
+				if err == nil {
+					break
+				}
+				time.Sleep(10 * time.Millisecond)
+				err = os.Remove(d)
+			}
+			if err != nil {
 				leak("cgroup %s: %v", d, err)
 			}
 		}

@@ -41,6 +41,15 @@ var tunables = []string{
 	"/proc/sys/kernel/panic_on_oops", "/proc/sys/vm/overcommit_memory", "/proc/sys/vm/panic_on_oom",
 }
 
+func readTunables() map[string]string {
+	values := map[string]string{}
+	for _, path := range tunables {
+		value, _ := os.ReadFile(path)
+		values[path] = string(value)
+	}
+	return values
+}
+
 // machineScript makes the mounts while the new mount namespace is private still, so
 // that none of them shows up twice. Then mounts are shared within the machine, as
 // systemd does it. There is no systemd: its command to restart containerd asks
