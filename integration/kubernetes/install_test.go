@@ -52,7 +52,22 @@ func (e *env) testInstaller(t *testing.T) {
 	// No node has the label yet.
 	e.Apply(t, render(plainPod, "NAME", "waits"))
 	e.WaitAccount(t)
+	// What somebody else has installed stays.
+	n.WriteFile(t, "/usr/local/bin/stasis", "another")
 	e.Kubectl(t, "label", "node", n.Name, "stasis.run/node=true")
+	e.Wait(t, "the installer to refuse", func() error {
+		out, err := e.KubectlErr(t.Context(), "-n", "stasis", "logs", "daemonset/stasis")
+		if err == nil && !strings.Contains(out, "/usr/local/bin/stasis is on the node already") {
+			err = fmt.Errorf("its log is %q", out)
+		}
+		return err
+	})
+	if out, err := n.Run(t.Context(), "cat", "/usr/local/bin/stasis"); err != nil || out != "another" {
+		t.Errorf("what was on the node is %q now, %v", out, err)
+	}
+	if _, err := n.Run(t.Context(), "rm", "/usr/local/bin/stasis"); err != nil {
+		t.Fatal(err)
+	}
 	e.waitDaemonSet(t, "stasis")
 	e.WaitReady(t, "waits")
 	if out, err := n.Run(t.Context(), "sh", "-c", "cat /run/containerd/io.containerd.runtime.v2.task/k8s.io/*/shim-binary-path"); err != nil ||

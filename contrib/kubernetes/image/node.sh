@@ -83,8 +83,11 @@ install() {
 		cat /tmp/options >>/tmp/stasis.toml
 	fi
 	place /tmp/stasis.toml $dropin 0644
-	on_node containerd config dump | grep -q 'runtimes\.stasis\]' ||
+	if ! on_node containerd config dump | grep -q 'runtimes\.stasis\]'; then
+		# Nor shall it stumble over it, whenever it is restarted.
+		rm "$host$dropin"
 		die "containerd does not read $dropin: add imports = ['/etc/containerd/conf.d/*.toml'] to the top of /etc/containerd/config.toml"
+	fi
 	if [ -e "$host$pending" ]; then
 		restart
 		rm "$host$pending"
@@ -111,7 +114,7 @@ remove() {
 	# Without its shim a container could not be stopped in good order.
 	while [ -n "$(users)" ]; do
 		say "waiting for containers that run under Stasis: $(users | tr '\n' ' ')"
-		sleep 5
+		sleep 2
 	done
 	made=$(sed '1!G;h;$!d' "$host$record")
 	for path in $made; do
