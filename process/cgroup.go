@@ -28,13 +28,18 @@ type Cgroup struct {
 	freezer, memory string
 }
 
-// LoadCgroup returns the control group that the process pid is in.
-func LoadCgroup(pid int) (*Cgroup, error) {
+// LoadCgroup returns the control group of the container whose init is the process
+// pid, and whose spec names cgroupsPath (linux.cgroupsPath): the one that the
+// process is in, or the named one if that is above it, for a container may make
+// groups below its own, and a restored init may be in one of them.
+func LoadCgroup(pid int, cgroupsPath string) (*Cgroup, error) {
+	named := groupOf(cgroupsPath)
 	if cgroups.Mode() == cgroups.Unified {
 		group, err := cgroup2.PidGroupPath(pid)
 		if err != nil {
 			return nil, fmt.Errorf("find the cgroup of process %d: %w", pid, err)
 		}
+		group = above(group, named)
 		m, err := cgroup2.Load(group)
 		if err != nil {
 			return nil, fmt.Errorf("load cgroup %s: %w", group, err)
@@ -46,15 +51,27 @@ func LoadCgroup(pid int) (*Cgroup, error) {
 	if err != nil {
 		return nil, fmt.Errorf("find the cgroup of process %d: %w", pid, err)
 	}
-	cg, err := cgroup1.Load(cgroup1.PidPath(pid))
+	own := cgroup1.PidPath(pid)
+	cg, err := cgroup1.Load(func(controller cgroup1.Name) (string, error) {
+		group, err := own(controller)
+		return above(group, named), err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("load the cgroup of process %d: %w", pid, err)
 	}
 	return &Cgroup{
 		v1:      cg,
-		freezer: filepath.Join(unifiedMount, "freezer", paths["freezer"]),
-		memory:  filepath.Join(unifiedMount, "memory", paths["memory"]),
+		freezer: filepath.Join(unifiedMount, "freezer", above(paths["freezer"], named)),
+		memory:  filepath.Join(unifiedMount, "memory", above(paths["memory"], named)),
 	}, nil
+}
+
+// above returns the named group if the other is below it, else the other.
+func above(group, named string) string {
+	if named != "/" && strings.HasPrefix(group, named+"/") {
+		return named
+	}
+	return group
 }
 
 // unifiedMount is where version 2 is mounted, and the controllers of version 1.

@@ -28,6 +28,22 @@ func TestGroupOf(t *testing.T) {
 	}
 }
 
+func TestAbove(t *testing.T) {
+	for _, tc := range []struct{ group, named, want string }{
+		{"/a/c", "/a/c", "/a/c"},
+		{"/a/c/init.scope", "/a/c", "/a/c"},
+		{"/a/c/deep/er", "/a/c", "/a/c"},
+		{"/a/cc", "/a/c", "/a/cc"},
+		{"/a", "/a/c", "/a"},
+		{"/a/c", "/", "/a/c"},
+		{"", "/a", ""},
+	} {
+		if got := above(tc.group, tc.named); got != tc.want {
+			t.Errorf("above(%q, %q) = %q, want %q", tc.group, tc.named, got, tc.want)
+		}
+	}
+}
+
 func TestInCgroup(t *testing.T) {
 	for path, want := range map[string]bool{"": false, "/": false, "/no/such/group": false} {
 		if got := InCgroup(os.Getpid(), path); got != want {

@@ -76,6 +76,15 @@ type config struct {
 // hasTerminal tells whether init is to have one.
 func (c *config) hasTerminal() bool { return c.Process != nil && c.Process.Terminal }
 
+// cgroupsPath is the control group that it is to have, "" for one of the runtime's
+// choice.
+func (c *config) cgroupsPath() string {
+	if c.Linux == nil {
+		return ""
+	}
+	return c.Linux.CgroupsPath
+}
+
 // sharesPIDs tells whether the container lacks a pid namespace of its own, so
 // that its processes outlive its init.
 func (c *config) sharesPIDs() bool {

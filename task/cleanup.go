@@ -35,12 +35,12 @@ func Cleanup(ctx context.Context, namespace, bundlePath, id string) (*taskapi.De
 	cgroup := ""
 	if config, _, err := b.config(); err != nil {
 		logger.WithError(err).Warn("find the container's cgroup")
-	} else if config.Linux != nil {
-		cgroup = config.Linux.CgroupsPath
+	} else {
+		cgroup = config.cgroupsPath()
 	}
 	pid, err := b.initPid()
 	if err == nil && process.InCgroup(pid, cgroup) {
-		freeFromCRIU(ctx, pid, filepath.Join(b.dumpDir(), "dump.log"))
+		freeFromCRIU(ctx, pid, cgroup, filepath.Join(b.dumpDir(), "dump.log"))
 	}
 	if err := rt.Delete(ctx); err != nil {
 		logger.WithError(err).Warn("delete the container from the runtime")
@@ -123,7 +123,7 @@ func (b bundle) removeTemporary(ctx context.Context) {
 // traces init, opens the network, which others may share, and thaws the container
 // so that it can die. logPath is where CRIU's log is, unless the caller of the
 // checkpoint wanted it elsewhere.
-func freeFromCRIU(ctx context.Context, init int, logPath string) {
+func freeFromCRIU(ctx context.Context, init int, cgroup, logPath string) {
 	tracer := process.TracerOf(init)
 	if tracer > 1 {
 		pid := tracer
@@ -141,7 +141,7 @@ func freeFromCRIU(ctx context.Context, init int, logPath string) {
 			log.G(ctx).WithError(err).Warn("remove the network lock of a checkpoint whose shim is gone")
 		}
 	}
-	cg, err := process.LoadCgroup(init)
+	cg, err := process.LoadCgroup(init, cgroup)
 	if err != nil {
 		return // init is gone
 	}

@@ -138,7 +138,7 @@ func (c *container) mountRootfs() error {
 // kills published. It serves a cold start and a restore alike.
 func (c *container) watch(init *process.Child) {
 	logger := log.L.WithField("container", c.id)
-	cg, err := process.LoadCgroup(init.Pid)
+	cg, err := process.LoadCgroup(init.Pid, c.config.cgroupsPath())
 	if err != nil {
 		// init may be gone already.
 		logger.WithError(err).Warn("no stats and OOM events")

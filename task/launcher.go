@@ -177,7 +177,7 @@ func (l *restore) setOOMScore(init int) {
 	if l.spec.Process == nil || l.spec.Process.OOMScoreAdj == nil {
 		return
 	}
-	cg, err := process.LoadCgroup(init)
+	cg, err := process.LoadCgroup(init, l.c.config.cgroupsPath())
 	if err == nil {
 		err = cg.SetOOMScore(init, *l.spec.Process.OOMScoreAdj)
 	}
