@@ -45,6 +45,11 @@ func Restore(ctx context.Context, r RestoreRequest) (int, error) {
 		criuConfig = "tcp-close\n"
 		options.OpenTCP = false
 	}
+	profile, err := lsmConfig(r.Image, r.Spec)
+	if err != nil {
+		return 0, err
+	}
+	criuConfig += profile
 	if err := r.amendSpec(); err != nil {
 		return 0, err
 	}

@@ -70,7 +70,8 @@ func (c *checker) checkDescriptors() error {
 
 // inventoryFacts is what inventory.img says of the host.
 type inventoryFacts struct {
-	root *core.TaskKobjIdsEntry // the namespaces of CRIU itself: the host's
+	root     *core.TaskKobjIdsEntry // the namespaces of CRIU itself: the host's
+	appArmor bool                   // was in force
 }
 
 var runID = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^[0-9A-Fa-f-]{1,64}$`) })
@@ -84,6 +85,7 @@ func (c *checker) checkInventory() error {
 	if c.inventory.root == nil {
 		return fault.Invalid("inventory.img does not say which namespaces are the host's; the checkpoint was made by a CRIU older than 1.0")
 	}
+	c.inventory.appArmor = inv.GetLsmtype() == inventory.Lsmtype_APPARMOR
 	if id := inv.DumpCriuRunId; id != nil && !runID().MatchString(*id) {
 		// It becomes part of a command of nft.
 		c.refuse("inventory.img: the run ID %s is none of CRIU's", quote(*id))

@@ -11,6 +11,7 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/pstree"
 	"golang.org/x/sys/unix"
 
+	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
@@ -196,18 +197,23 @@ func (c *checker) checkCreds(who string, e *creds.CredsEntry) {
 }
 
 // checkLSM compares the profile with the spec's. CRIU gives each process the one
-// that its image names, and none if it names none.
+// that its image names, and none if it names none; but with AppArmor, a process
+// that had one gets the spec's.
 func (c *checker) checkLSM(who string, e *creds.CredsEntry) {
 	var want string
 	if p := c.spec.Process; p != nil {
 		switch {
 		case p.SelinuxLabel != "":
 			want = p.SelinuxLabel
-		case p.ApparmorProfile != "unconfined":
+		case p.ApparmorProfile != checkpoint.Unconfined:
 			want = p.ApparmorProfile
 		}
 	}
-	if have := e.GetLsmProfile(); have != want && !(want == "" && have == "unconfined") {
+	have := e.GetLsmProfile()
+	if c.inventory.appArmor && want != "" && c.spec.Process.SelinuxLabel == "" && have != "" && have != checkpoint.Unconfined {
+		have = want
+	}
+	if have != want && !(want == "" && have == checkpoint.Unconfined) {
 		c.refuse("%s: LSM profile %s, the spec has %s", who, quote(have), quote(want))
 	}
 	if have := e.GetLsmSockcreate(); have != "" && have != want {

@@ -6,6 +6,7 @@ import (
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/creds"
 	core "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/mm"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/pstree"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/rlimit"
@@ -95,6 +96,13 @@ func TestGrants(t *testing.T) {
 	f.refused(`LSM profile "", the spec has "cri-containerd.apparmor.d"`)
 	f.creds(func(c *creds.CredsEntry) { c.LsmProfile = proto.String("cri-containerd.apparmor.d") })
 	f.accepted()
+	// Another is replaced by the spec's; none is not.
+	f.creds(func(c *creds.CredsEntry) { c.LsmProfile = proto.String("docker-default") })
+	f.refused(`LSM profile "docker-default", the spec has "cri-containerd.apparmor.d"`)
+	one(f, "inventory.img", "INVENTORY", func(i *inventory.InventoryEntry) { i.Lsmtype = inventory.Lsmtype_APPARMOR.Enum() })
+	f.accepted()
+	f.creds(func(c *creds.CredsEntry) { c.LsmProfile = proto.String("unconfined") })
+	f.refused(`LSM profile "unconfined"`)
 	f.spec.Process.ApparmorProfile, f.spec.Process.SelinuxLabel = "", "system_u:system_r:container_t:s0:c1,c2"
 	f.refused("LSM profile")
 }

@@ -1,0 +1,39 @@
+package checkpoint
+
+import (
+	"fmt"
+	"strings"
+	"unicode"
+
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runtime-spec/specs-go"
+)
+
+// Unconfined is the AppArmor profile that confines nothing.
+const Unconfined = "unconfined"
+
+// lsmConfig is what CRIU's configuration has to say for the container to run under
+// the AppArmor profile of its spec: CRIU would bring back the one that each process
+// had, which may be none of this host's. Processes that had none get none, and are refused
+// before (package trust).
+func lsmConfig(img *Image, spec *specs.Spec) (string, error) {
+	if spec.Process == nil || spec.Process.ApparmorProfile == "" {
+		return "", nil
+	}
+	profile := spec.Process.ApparmorProfile
+	inv, err := img.images.inventory()
+	if err != nil {
+		return "", wrap(img.dir, err)
+	}
+	if inv.GetLsmtype() != inventory.Lsmtype_APPARMOR || profile == Unconfined {
+		return "", nil
+	}
+	// It becomes a word of a configuration file.
+	if strings.ContainsFunc(profile, func(r rune) bool {
+		return unicode.IsSpace(r) || unicode.IsControl(r) || strings.ContainsRune(`#"'\\`, r)
+	}) {
+		return "", fmt.Errorf("apparmorProfile %q: CRIU cannot be given a name with such characters: %w", profile, errdefs.ErrInvalidArgument)
+	}
+	return "lsm-profile apparmor:" + profile + "\n", nil
+}
