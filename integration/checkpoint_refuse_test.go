@@ -224,9 +224,8 @@ func nothingOf(ctx context.Context, t *testing.T, s *stack.Stack, c *stack.Conta
 // and that the runtime does not know it.
 func notRunning(t *testing.T, s *stack.Stack, c *stack.Container) {
 	t.Helper()
-	groups, _ := filepath.Glob("/sys/fs/cgroup/*" + s.CgroupPath(c.ID()))
-	if more, _ := filepath.Glob("/sys/fs/cgroup" + s.CgroupPath(c.ID())); len(more)+len(groups) > 0 {
-		t.Errorf("control groups %v %v; want none", groups, more)
+	if groups := s.ContainerCgroups(c.ID()); len(groups) > 0 {
+		t.Errorf("control groups %v; want none", groups)
 	}
 	if _, err := os.Stat(filepath.Join("/run/containerd/runc", s.Namespace, c.ID())); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("state of the runtime: %v; want none", err)

@@ -382,8 +382,8 @@ func TestRestoreElsewhere(t *testing.T) {
 		t.Errorf("network namespace %s, want %d", got, ns.Ino)
 	}
 	groups, err := os.ReadFile(procFile(other, "cgroup"))
-	if err != nil || !strings.Contains(string(groups), s.CgroupPath("other")) || strings.Contains(string(groups), s.CgroupPath("c")+"\n") {
-		t.Errorf("control groups %s, %v; want %s", groups, err, s.CgroupPath("other"))
+	if err != nil || !strings.Contains(string(groups), s.Cgroup("other")) || strings.Contains(string(groups), s.Cgroup("c")+"\n") {
+		t.Errorf("control groups %s, %v; want %s", groups, err, s.Cgroup("other"))
 	}
 	// What it has once asked for, it goes on to have.
 	if out := other.Exec(ctx, "hostname"); out != "first\n" {

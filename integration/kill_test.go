@@ -113,8 +113,8 @@ func (p *patient) fine() {
 func (p *patient) frozen() bool {
 	p.scene.t.Helper()
 	for file, thawed := range map[string]string{
-		"/sys/fs/cgroup/freezer" + p.CgroupPath("c") + "/freezer.state": "THAWED",
-		"/sys/fs/cgroup" + p.CgroupPath("c") + "/cgroup.freeze":         "0",
+		"/sys/fs/cgroup/freezer" + p.Cgroup("c") + "/freezer.state": "THAWED",
+		"/sys/fs/cgroup" + p.Cgroup("c") + "/cgroup.freeze":         "0",
 	} {
 		if state, err := os.ReadFile(file); err == nil {
 			return strings.TrimSpace(string(state)) != thawed
@@ -432,11 +432,9 @@ func (p *patient) retryable() {
 	if state.Pid != 0 || state.Status.String() != "CREATED" {
 		p.errorf("state %v, pid %d; want created, no process", state.Status, state.Pid)
 	}
-	left, _ := filepath.Glob("/sys/fs/cgroup/*" + p.CgroupPath("c"))
-	unified, _ := filepath.Glob("/sys/fs/cgroup" + p.CgroupPath("c"))
 	work, _ := filepath.Glob(filepath.Join(p.c.Bundle(), "work", ".criu.*"))
 	state2, _ := filepath.Glob(filepath.Join("/run/containerd/runc", p.Namespace, "c", "*"))
-	left = slices.Concat(left, unified, work, state2)
+	left := slices.Concat(p.ContainerCgroups("c"), work, state2)
 	if log, err := os.ReadFile(filepath.Join(p.c.Bundle(), "work", "restore.log")); err == nil {
 		for _, dir := range mountRoot.FindAllString(string(log), -1) {
 			if _, err := os.Stat(dir); err == nil {

@@ -616,12 +616,10 @@ func (s *scene) clean(c *stack.Container) {
 
 // leftOf tells what is left of a container's task.
 func (s *scene) leftOf(c *stack.Container) string {
-	groups, _ := filepath.Glob("/sys/fs/cgroup/*" + s.CgroupPath(c.ID()))
-	unified, _ := filepath.Glob("/sys/fs/cgroup" + s.CgroupPath(c.ID()))
 	state, _ := filepath.Glob(filepath.Join("/run/containerd/runc", s.Namespace, c.ID()))
 	bundle, _ := filepath.Glob(c.Bundle())
 	mounts, _ := os.ReadFile("/proc/self/mountinfo")
-	left := slices.Concat(groups, unified, state, bundle)
+	left := slices.Concat(s.ContainerCgroups(c.ID()), state, bundle)
 	if strings.Contains(string(mounts), c.Bundle()+"/") {
 		left = append(left, "a mount")
 	}
@@ -788,8 +786,7 @@ func TestFailedRestore(t *testing.T) {
 			if state.Pid != 0 || state.Status.String() != "CREATED" {
 				t.Errorf("state %v, pid %d; want created, no process", state.Status, state.Pid)
 			}
-			groups, _ := filepath.Glob("/sys/fs/cgroup/*" + s.CgroupPath("c"))
-			if len(groups) > 0 {
+			if groups := s.ContainerCgroups("c"); len(groups) > 0 {
 				t.Errorf("cgroups are left: %q", groups)
 			}
 			s.f.Clear("restore")

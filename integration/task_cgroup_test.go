@@ -53,8 +53,14 @@ func TestStats(t *testing.T) {
 			if v, err = typeurl.UnmarshalAny(m.Data); err != nil {
 				t.Fatal(err)
 			}
-			if v, ok := v.(*cgroup1.Metrics); ok && v.Memory.Usage.Limit != 48<<20 {
-				t.Errorf("limit %d after update, want 48 MiB", v.Memory.Usage.Limit)
+			switch v := v.(type) {
+			case *cgroup1.Metrics:
+				memoryLimit = v.Memory.Usage.Limit
+			case *cgroup2.Metrics:
+				memoryLimit = v.Memory.UsageLimit
+			}
+			if memoryLimit != 48<<20 {
+				t.Errorf("limit %d after update, want 48 MiB", memoryLimit)
 			}
 		})
 	}

@@ -468,13 +468,9 @@ func mountsAt(t *testing.T, dir string) []string {
 // is none.
 func (sh *taskShim) cgroupProcs(t *testing.T, name string) string {
 	t.Helper()
-	procs, err := filepath.Glob("/sys/fs/cgroup/pids" + sh.s.CgroupPath(name) + "/cgroup.procs")
-	if err != nil || len(procs) == 0 {
-		return ""
-	}
-	data, err := os.ReadFile(procs[0])
-	if err != nil {
+	procs, err := readCgroup(sh.s, "pids", name, "cgroup.procs")
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		t.Fatal(err)
 	}
-	return string(data)
+	return procs
 }

@@ -93,7 +93,7 @@ func TestRuntimeOptions(t *testing.T) {
 			if data, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", shim)); err != nil || !strings.Contains(string(data), shimCgroup+"\n") {
 				t.Errorf("the shim is not in cgroup %s, but in\n%s", shimCgroup, data)
 			}
-			if data, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", c.Task.Pid())); err != nil || !strings.Contains(string(data), s.CgroupPath("c")+"\n") {
+			if data, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", c.Task.Pid())); err != nil || !strings.Contains(string(data), s.Cgroup("c")+"\n") {
 				t.Errorf("the container is not in its own cgroup, but in\n%s", data)
 			}
 			dir := filepath.Join(s.Dir, "checkpoint")

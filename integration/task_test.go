@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/cgroups/v3"
 	eventsapi "github.com/containerd/containerd/api/events"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/containerd/api/types"
@@ -53,7 +54,7 @@ func startShim(t *testing.T, opts stack.Options) *taskShim {
 		t.Fatal(err)
 	}
 	// A call that hangs shall be known by name.
-	ctx, cancel := context.WithTimeout(s.Ctx(), time.Minute)
+	ctx, cancel := context.WithTimeout(s.Ctx(), stack.Patience(time.Minute))
 	t.Cleanup(cancel)
 	return &taskShim{dialTask(t, anchor), t, s, ctx, anchor}
 }
@@ -359,8 +360,12 @@ func procField(t *testing.T, pid int, name string) string {
 	return ""
 }
 
-// readCgroup reads a file of a container's cgroup of version 1.
+// readCgroup reads a file of a container's cgroup: with version 1, of the one of a
+// controller.
 func readCgroup(s *stack.Stack, controller, name, file string) (string, error) {
-	data, err := os.ReadFile(filepath.Join("/sys/fs/cgroup", controller, s.CgroupPath(name), file))
+	if cgroups.Mode() == cgroups.Unified {
+		controller = ""
+	}
+	data, err := os.ReadFile(filepath.Join("/sys/fs/cgroup", controller, s.Cgroup(name), file))
 	return strings.TrimSpace(string(data)), err
 }

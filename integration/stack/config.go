@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"time"
 )
 
 // writeConfig writes containerd's configuration, in the oldest format that the
@@ -54,6 +55,17 @@ disabled_plugins = ["%s"]
 [plugins."io.containerd.internal.v1.opt"]
   path = %q
 `, root, s.StateDir(), strings.Join(disabled, `", "`), s.Address(), level, s.path("opt"))
+	if slow := Patience(time.Second); slow > time.Second {
+		// Those that containerd itself has for shims.
+		fmt.Fprintf(&b, `
+[timeouts]
+  "io.containerd.timeout.metrics.shimstats" = %[1]q
+  "io.containerd.timeout.shim.cleanup" = %[2]q
+  "io.containerd.timeout.shim.load" = %[2]q
+  "io.containerd.timeout.shim.shutdown" = %[2]q
+  "io.containerd.timeout.task.state" = %[2]q
+`, 2*slow, 5*slow)
+	}
 	if !old {
 		fmt.Fprintf(&b, `
 [plugins."io.containerd.shim.v1.manager"]

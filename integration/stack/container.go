@@ -154,7 +154,7 @@ func (c *Container) Load(ctx context.Context) {
 // Wait waits for the task to end and returns its exit code.
 func (c *Container) Wait(ctx context.Context) uint32 {
 	c.s.tb.Helper()
-	ctx, cancel := context.WithTimeout(ctx, waitTimeout)
+	ctx, cancel := context.WithTimeout(ctx, Patience(waitTimeout))
 	defer cancel()
 	select {
 	case status := <-c.exit:
@@ -270,7 +270,7 @@ func (c *Container) ExecProcess(ctx context.Context, p *specs.Process) (Result, 
 	}()
 	select {
 	case <-read:
-	case <-time.After(time.Second):
+	case <-time.After(Patience(time.Second)):
 	}
 	status, err := proc.Delete(ctx)
 	if err != nil {
@@ -476,7 +476,7 @@ func (o *Output) Reset() {
 // WaitFor waits until text has been written.
 func (o *Output) WaitFor(ctx context.Context, text string) {
 	o.tb.Helper()
-	ctx, cancel := context.WithTimeout(ctx, waitTimeout)
+	ctx, cancel := context.WithTimeout(ctx, Patience(waitTimeout))
 	defer cancel()
 	for {
 		s, changed := o.get()

@@ -79,7 +79,8 @@ func (s *Stack) criConfig(b *strings.Builder) error {
   container_annotations = ["stasis.run/*"]
 [plugins.%[1]q.containerd.runtimes.%[2]s.options]
   BinaryName = %[5]q
-`, runtime, h.name, h.kind, h.path, s.bins.runtime)
+  SystemdCgroup = %[6]v
+`, runtime, h.name, h.kind, h.path, s.bins.runtime, s.opts.SystemdCgroup)
 		if s.opts.NodeConfig != "" && h.name == HandlerStasis {
 			fmt.Fprintf(b, "  StasisConfig = %q\n", s.NodeConfig())
 		}
@@ -192,7 +193,7 @@ func (s *Stack) RunPod(ctx context.Context, name, handler string, change ...func
 		Annotations:  map[string]string{},
 		Labels:       map[string]string{},
 		Linux: &runtimeapi.LinuxPodSandboxConfig{
-			CgroupParent:    strings.TrimSuffix(s.CgroupPath(""), "/"),
+			CgroupParent:    s.cgroupParent(),
 			SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{NamespaceOptions: &runtimeapi.NamespaceOption{}},
 		},
 	}}

@@ -41,6 +41,11 @@
 //   - STASIS_BIN: the folder of the shim; <repository>/bin if not set.
 //   - STASIS_TEST_BIN: a folder with the test programs probe and faultrunc; if
 //     not set they are built (a machine without Go sets it).
+//   - STASIS_TEST_CONTAINERD: the release of containerd that a Stack runs whose
+//     Options name none; 2.4 if not set.
+//   - STASIS_TEST_SYSTEMD=1: as Options.SystemdCgroup, for every Stack.
+//   - STASIS_TEST_SLOW: how many times longer than on an ordinary machine things
+//     may take before a test gives up; 1 if not set. See Patience.
 //   - STASIS_UPSTREAM=1: every Stack runs containerd's own shim instead of
 //     Stasis, to see whether a test or Stasis is at fault.
 //   - STASIS_DEBUG=1: containerd and the shims log at level debug.

@@ -71,7 +71,7 @@ func (s *Stack) Stop() {
 	}
 
 	// The stack's own context may have ended, and the test's has.
-	ctx, cancel := context.WithTimeout(context.Background(), waitTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), Patience(waitTimeout))
 	defer cancel()
 	if s.containerd != nil {
 		if s.containerd.Exited() {
@@ -139,7 +139,7 @@ func (s *Stack) Stop() {
 	// A socket that is just being made looks dead, and another stack may be
 	// making one.
 	dead := func() []string { return added(s.baseline.sockets, deadSockets()) }
-	brief, cancelBrief := context.WithTimeout(ctx, time.Second)
+	brief, cancelBrief := context.WithTimeout(ctx, Patience(time.Second))
 	defer cancelBrief()
 	poll(brief, func() bool { return len(dead()) == 0 })
 	for _, d := range dead() {
@@ -162,7 +162,7 @@ func (s *Stack) Stop() {
 			leak("runtime state %s", filepath.Join(runtimeRoot, s.Namespace, e.Name()))
 		}
 	}
-	for _, c := range cgroups(s.ID) {
+	for _, c := range cgroupsBelow(s.ID) {
 		leak("cgroup %s", c)
 	}
 	removeAll(s.ID, s.Dir, leak)
@@ -266,16 +266,14 @@ func removeAll(id, dir string, leak func(string, ...any)) {
 		})
 		slices.Reverse(dirs)
 		for _, d := range dirs {
-			// One whose processes have just died is busy for a moment.
+			// One whose processes have just died is busy for a moment, and
+			// systemd may have removed its own meanwhile.
 			err := os.Remove(d)
-			for range 100 {
-				if err == nil {
-					break
-				}
+			for tries := 0; errors.Is(err, unix.EBUSY) && tries < 100; tries++ {
 				time.Sleep(10 * time.Millisecond)
 				err = os.Remove(d)
 			}
-			if err != nil {
+			if err != nil && !errors.Is(err, fs.ErrNotExist) {
 				leak("cgroup %s: %v", d, err)
 			}
 		}
@@ -315,7 +313,8 @@ func processes(id string) []process {
 		environ, _ := os.ReadFile(filepath.Join(proc, "environ"))
 		cgroup, _ := os.ReadFile(filepath.Join(proc, "cgroup"))
 		ours[pid] = strings.Contains("\x00"+string(environ), "\x00"+idEnv+"="+id+"\x00") ||
-			strings.Contains(string(cgroup), "/"+dirPrefix+id+"/")
+			strings.Contains(string(cgroup), "/"+dirPrefix+id+"/") ||
+			strings.Contains(string(cgroup), "/"+dirPrefix+id+".slice/")
 	}
 	var found []process
 	for _, pid := range all {
@@ -369,7 +368,8 @@ func mountsBelow(mountinfo string, dirs ...string) []string {
 func cgroupRoots(id string) []string {
 	v1, _ := filepath.Glob("/sys/fs/cgroup/*/" + dirPrefix + id)
 	v2, _ := filepath.Glob("/sys/fs/cgroup/" + dirPrefix + id)
-	return append(v1, v2...)
+	systemd, _ := filepath.Glob("/sys/fs/cgroup/*.slice/" + dirPrefix + id + ".slice")
+	return slices.Concat(v1, v2, systemd)
 }
 
 // thawAll thaws all cgroups of a stack.
@@ -389,8 +389,8 @@ func thawAll(id string) {
 	}
 }
 
-// cgroups returns the cgroups below a stack's own.
-func cgroups(id string) []string {
+// cgroupsBelow returns the cgroups below a stack's own.
+func cgroupsBelow(id string) []string {
 	var found []string
 	for _, root := range cgroupRoots(id) {
 		filepath.WalkDir(root, func(p string, d fs.DirEntry, err error) error {

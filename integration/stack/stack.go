@@ -1,6 +1,7 @@
 package stack
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -9,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -21,7 +23,8 @@ import (
 // Options choose what a Stack runs. The zero value is containerd 2.4 with
 // Stasis under its own name and runc below it.
 type Options struct {
-	// Version is that of containerd: "2.4", "2.1" or "1.7".
+	// Version is that of containerd: "2.4", "2.1" or "1.7". None is that of the
+	// environment, or 2.4.
 	Version string
 	// DropIn installs Stasis as containerd-shim-runc-v2, so that it runs
 	// under the name io.containerd.runc.v2.
@@ -29,9 +32,13 @@ type Options struct {
 	// Upstream runs containerd's own shim instead of Stasis.
 	Upstream bool
 	// Crun runs containers by crun instead of runc. Crun refuses hybrid
-	// cgroups, so containerd then runs in a mount namespace that hides their
-	// v2 half, and its mounts are not visible in the host's mount namespace.
+	// cgroups, so on a host that has them containerd then runs in a mount
+	// namespace that hides their v2 half, and its mounts are not visible in the
+	// host's mount namespace.
 	Crun bool
+	// SystemdCgroup has systemd make the containers' cgroups (the driver that
+	// kubelets on most distributions use). It must be what runs this host.
+	SystemdCgroup bool
 	// Snapshotter is "overlayfs" or "native".
 	Snapshotter string
 	// CRI enables Kubernetes' runtime interface; see Stack.RunPod.
@@ -92,7 +99,10 @@ func Start(tb TB, opts Options) *Stack {
 		tb.Fatalf("stack: must run as root")
 	}
 	if opts.Version == "" {
-		opts.Version = "2.4"
+		opts.Version = cmp.Or(os.Getenv("STASIS_TEST_CONTAINERD"), "2.4")
+	}
+	if os.Getenv("STASIS_TEST_SYSTEMD") != "" {
+		opts.SystemdCgroup = true
 	}
 	if opts.Snapshotter == "" {
 		opts.Snapshotter = "overlayfs"
@@ -100,7 +110,7 @@ func Start(tb TB, opts Options) *Stack {
 	if os.Getenv("STASIS_UPSTREAM") != "" {
 		opts.Upstream = true
 	}
-	if opts.Crun {
+	if opts.hidesUnified() {
 		// The half that is hidden is where CRIU then restores what it takes
 		// for the container's cgroups; and crun keeps its state where XDG
 		// says, for commands that are not told where.
@@ -112,8 +122,9 @@ func Start(tb TB, opts Options) *Stack {
 		tb.Fatalf("stack: %v", err)
 	}
 	sweepOnce.Do(func() { sweep(tb) })
+	tb.Logf("stack: on %s", describe(opts, bins))
 
-	s := &Stack{tb: tb, opts: opts, bins: bins, baseline: takeBaseline(), patience: 10 * time.Second}
+	s := &Stack{tb: tb, opts: opts, bins: bins, baseline: takeBaseline(), patience: Patience(10 * time.Second)}
 	if err := s.makeDir(); err != nil {
 		tb.Fatalf("stack: %v", err)
 	}
@@ -181,7 +192,7 @@ func (s *Stack) path(elem ...string) string {
 // boot starts containerd and waits until it serves.
 func (s *Stack) boot() error {
 	args := []string{s.bins.containerd, "--config", s.path("config.toml")}
-	if s.opts.Crun {
+	if s.opts.hidesUnified() {
 		// What is mounted in the host's namespace later reaches this one if the
 		// host lets it, but not the other way; ip makes it let network
 		// namespaces.
@@ -207,13 +218,13 @@ func (s *Stack) boot() error {
 		conn.Close()
 		return true
 	}
-	ctx, cancel := context.WithTimeout(s.ctx, bootTimeout)
+	ctx, cancel := context.WithTimeout(s.ctx, Patience(bootTimeout))
 	defer cancel()
 	if err := poll(ctx, func() bool { return d.Exited() || dialed() }); err != nil {
 		return fmt.Errorf("containerd does not serve: %w", err)
 	}
 	if s.client == nil {
-		s.client, err = client.New(s.Address(), client.WithTimeout(time.Second))
+		s.client, err = client.New(s.Address(), client.WithTimeout(Patience(time.Second)))
 	} else {
 		err = s.client.Reconnect()
 	}
@@ -231,7 +242,7 @@ func (s *Stack) boot() error {
 	}
 }
 
-// bootTimeout is generous for the sake of emulated machines.
+// bootTimeout is generous for the sake of busy machines.
 const bootTimeout = time.Minute
 
 // Ctx returns a context with the namespace that Ctr uses too. It ends with the
@@ -289,13 +300,16 @@ func (s *Stack) RuncOptions(binary string) *options.Options {
 	if binary == "" {
 		binary = s.OCIRuntime()
 	}
-	return &options.Options{BinaryName: binary}
+	return &options.Options{BinaryName: binary, SystemdCgroup: s.opts.SystemdCgroup}
 }
 
-// CgroupPath returns the cgroup path for a container of the given name. All
-// lie below one cgroup, which Stop deletes.
+// CgroupPath returns the cgroup path for the spec of a container of the given
+// name. All lie below one cgroup, which Stop deletes.
 func (s *Stack) CgroupPath(name string) string {
-	return "/" + dirPrefix + s.ID + "/" + name
+	if s.opts.SystemdCgroup {
+		return s.cgroupParent() + ":" + scopePrefix + ":" + name
+	}
+	return s.cgroupParent() + "/" + name
 }
 
 // CgroupDirs returns the folders of the cgroup that all others of the stack lie
@@ -307,10 +321,39 @@ func (s *Stack) CgroupDirs() []string {
 		mounts, _ = filepath.Glob("/sys/fs/cgroup/*/cgroup.procs")
 	}
 	for _, m := range mounts {
-		dirs = append(dirs, filepath.Join(filepath.Dir(m), s.CgroupPath("")))
+		dirs = append(dirs, filepath.Join(filepath.Dir(m), filepath.Dir(s.Cgroup("c"))))
 	}
 	return dirs
 }
+
+// Cgroup returns the control group that CgroupPath stands for: its path below
+// the root of a hierarchy, as in /proc/<pid>/cgroup.
+func (s *Stack) Cgroup(name string) string {
+	if s.opts.SystemdCgroup {
+		// Each dash of a slice's name is a level of the tree.
+		return "/" + strings.TrimSuffix(dirPrefix, "-") + ".slice/" + s.cgroupParent() + "/" + scopePrefix + "-" + name + ".scope"
+	}
+	return s.CgroupPath(name)
+}
+
+// ContainerCgroups returns the folders of a container's control group that there are:
+// with version 1, one for each controller.
+func (s *Stack) ContainerCgroups(name string) []string {
+	v1, _ := filepath.Glob("/sys/fs/cgroup/*" + s.Cgroup(name))
+	v2, _ := filepath.Glob("/sys/fs/cgroup" + s.Cgroup(name))
+	return append(v1, v2...)
+}
+
+// cgroupParent is what the stack's cgroups lie below: a path, or systemd's slice.
+func (s *Stack) cgroupParent() string {
+	if s.opts.SystemdCgroup {
+		return dirPrefix + s.ID + ".slice"
+	}
+	return "/" + dirPrefix + s.ID
+}
+
+// scopePrefix is what precedes a container's name in that of systemd's unit.
+const scopePrefix = "stasis"
 
 // Ctr runs ctr and returns what it printed on stdout.
 func (s *Stack) Ctr(args ...string) string {
@@ -382,7 +425,7 @@ func tail(text string, n int) string {
 // Poll waits until cond is true, which it asks every few milliseconds.
 func (s *Stack) Poll(ctx context.Context, what string, cond func() bool) {
 	s.tb.Helper()
-	ctx, cancel := context.WithTimeout(ctx, waitTimeout)
+	ctx, cancel := context.WithTimeout(ctx, Patience(waitTimeout))
 	defer cancel()
 	if err := poll(ctx, cond); err != nil {
 		s.tb.Fatalf("waiting for %s: %v", what, err)
@@ -390,8 +433,18 @@ func (s *Stack) Poll(ctx context.Context, what string, cond func() bool) {
 }
 
 // waitTimeout ends waits for things that take milliseconds. It is as long as
-// it is for the sake of emulated machines.
+// it is for the sake of busy machines.
 const waitTimeout = time.Minute
+
+// Patience returns how long to wait on this host, at most, for what has happened
+// within d on any ordinary one.
+func Patience(d time.Duration) time.Duration {
+	slow, err := strconv.Atoi(os.Getenv("STASIS_TEST_SLOW"))
+	if err != nil || slow < 1 {
+		return d
+	}
+	return d * time.Duration(slow)
+}
 
 func poll(ctx context.Context, cond func() bool) error {
 	tick := time.NewTicker(2 * time.Millisecond)
