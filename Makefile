@@ -28,7 +28,7 @@ run_flag = $(if $(RUN),-run '$(RUN)')
 help: ## list the targets (this)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo '  RUN=regexp      only these tests (test, test-unit, test-integration, test-kubernetes)'
+	@echo '  RUN=regexp      only these tests (test, test-unit, test-integration, test-kubernetes, test-vm)'
 	@echo '  WORKLOAD=$(WORKLOAD)  what the demo checkpoints'
 	@echo '  FUZZTIME=$(FUZZTIME)    how long each fuzz target runs'
 	@echo '  PREFIX=$(PREFIX)  DESTDIR=$(DESTDIR)  where install and uninstall work'
@@ -76,6 +76,11 @@ test-integration: setup build ## run the tests on real containerd, runc, crun an
 test-kubernetes: build ## run the tests on a real Kubernetes, which it builds (root)
 	@contrib/setup.sh --kubernetes
 	@$(with_env) go test -count=1 -timeout 20m $(run_flag) ./integration/kubernetes/...
+
+.PHONY: test-vm
+test-vm: setup build ## run the core of them in a VM: a stock kernel, cgroup v2, AppArmor (root)
+	@contrib/setup.sh --vm
+	@$(with_env) go run ./integration/vm $(run_flag)
 
 .PHONY: lint
 lint: ## check formatting, go vet, staticcheck

@@ -34,6 +34,7 @@ usage() {
 	cat <<'USAGE'
 usage: contrib/setup.sh            install what is missing (as root)
        contrib/setup.sh --check    install nothing; say what is missing
+       contrib/setup.sh --vm       install what `make test-vm` needs, and only that
        contrib/setup.sh --env      print export lines for a shell to eval
        contrib/setup.sh --kubernetes [--check]
                                    the same, with what a cluster is made of
@@ -699,6 +700,8 @@ summary() {
 		case $c in
 		busybox | nginx | python | redis) printf '  %-20s %s\n' "rootfs/$c" "${lines[0]}${lines[1]:+, $c ${lines[1]}}" ;;
 		tools) printf '  %-20s %s\n' bin/checkpointctl "${lines[0]}, ${lines[1]}" bin/docker-registry "${lines[0]}" ;;
+		vm) printf '  %-20s %s\n' vm/ "Debian $newer, ${lines[1]}" ;;
+		qemu) printf '  %-20s %s\n' bin/qemu-system-x86_64 "${lines[0]}${lines[1]:+, ${lines[1]}}" ;;
 		containerd17) printf '  %-20s %s\n' containerd-1.7/bin "${lines[0]}, ${lines[1]}" ;;
 		kubernetes) printf '  %-20s %s\n' kubernetes/bin "${lines[0]}" ;;
 		cluster) printf '  %-20s %s\n' 'bin/etcd, kubectl' "${lines[0]}, ${lines[1]}" ;;
@@ -716,6 +719,7 @@ fi
 case ${1-} in
 '') require_host && install_all ;;
 --check) require_host && check ;;
+--vm) require_host && . "$repo/contrib/vm/setup.sh" && install_all ;;
 --env) print_env ;;
 -h | --help) usage ;;
 *)
