@@ -88,6 +88,8 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 		r.settle()
 		kill()
 	})()
+	// Before CRIU's work, as they may be gone after it.
+	groups := r.subGroups(ctx)
 	// Meanwhile, for nobody shall wait for it.
 	version := make(chan string, 1)
 	go func() { version <- r.Runtime.Version(callCtx) }()
@@ -149,9 +151,24 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 		Options:    r.Options,
 		Exit:       r.Exit,
 		TerminalIO: r.TerminalIO,
+		Cgroups:    groups,
 		CRIU:       result.CRIU,
 		Runtime:    result.Runtime,
 	}, r.Durable)
+}
+
+// subGroups lists the control groups that the container has made: with version 2,
+// CRIU brings back only those with processes in them, and no limits.
+func (r *DumpRequest) subGroups(ctx context.Context) []process.SubGroup {
+	if r.Cgroup == nil {
+		return nil
+	}
+	groups, err := r.Cgroup.SubGroups()
+	if err != nil {
+		log.G(ctx).WithError(err).WithField("container", r.Container.ID).Warn("the limits of the container's own control groups are not part of its checkpoint")
+		return nil
+	}
+	return groups
 }
 
 // whileError is an error of DumpRequest.While.

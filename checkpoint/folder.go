@@ -214,7 +214,10 @@ func (f *Folder) commit(m Manifest, durable bool) error {
 	if err != nil {
 		return err
 	}
-	m.Version = manifestVersion
+	m.Version = 1
+	if len(m.Cgroups) > 0 {
+		m.Version = 2
+	}
 	m.Created = time.Now().UTC().Truncate(time.Millisecond)
 	m.Kernel, m.Architecture, m.CPUFeatures = KernelRelease(), runtime.GOARCH, HostCPUFeatures()
 	if m.Files, err = f.digest(files, durable); err != nil {

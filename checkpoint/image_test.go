@@ -193,8 +193,8 @@ func TestOpenRefuses(t *testing.T) {
 			errdefs.ErrFailedPrecondition, []string{"made on arm64, this host is amd64"}},
 		{"other CPU", func(t *testing.T, dir string) { edit(t, dir, `"cpu_features": [`, `"cpu_features": ["avx1024",`) },
 			errdefs.ErrFailedPrecondition, []string{"avx1024", "this host's lacks"}},
-		{"newer format", func(t *testing.T, dir string) { edit(t, dir, `"version": 1,`, `"version": 2, "x": 1,`) },
-			errdefs.ErrFailedPrecondition, []string{manifestName, "format version 2", "newer Stasis"}},
+		{"newer format", func(t *testing.T, dir string) { edit(t, dir, `"version": 1,`, `"version": 3, "x": 1,`) },
+			errdefs.ErrFailedPrecondition, []string{manifestName, "format version 3", "newer Stasis"}},
 		{"unknown key", func(t *testing.T, dir string) { edit(t, dir, `"version": 1,`, `"version": 1, "x": 1,`) },
 			errdefs.ErrInvalidArgument, []string{manifestName, `"x"`}},
 	} {

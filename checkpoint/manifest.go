@@ -10,12 +10,15 @@ import (
 	"time"
 
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/process"
 )
 
-// manifestVersion is the version of the format that this package writes, and
-// the newest that it reads. Any change to the set of keys takes a new number:
-// a reader must not restore while ignoring something that it was told.
-const manifestVersion = 1
+// manifestVersion is the newest version of the format that this package reads.
+// Any change to the set of keys takes a new number: a reader must not restore
+// while ignoring something that it was told. What is written has the lowest
+// number that allows its keys, for the sake of older readers: 2 with cgroups,
+// else 1.
+const manifestVersion = 2
 
 // Manifest is stasis.json.
 type Manifest struct {
@@ -34,6 +37,9 @@ type Manifest struct {
 	Kernel  string  `json:"kernel"`
 	// Architecture is a GOARCH.
 	Architecture string `json:"architecture"`
+	// Cgroups are the control groups that the container had made below its own, of
+	// version 2; none with version 1, whose groups CRIU brings back itself.
+	Cgroups []process.SubGroup `json:"cgroups,omitempty"`
 	// CPUFeatures are those of HostCPUFeatures where the checkpoint was made. A
 	// program asks once at its start what the CPU can do, so a restore needs
 	// them all.
@@ -114,6 +120,9 @@ func (f *File) validSum() bool {
 func (m *Manifest) check() error {
 	if err := m.Options.check(); err != nil {
 		return err
+	}
+	if err := process.CheckSubGroups(m.Cgroups); err != nil {
+		return fmt.Errorf("cgroups%w", err)
 	}
 	if m.Architecture == "" {
 		return errors.New("architecture is empty")

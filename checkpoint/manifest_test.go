@@ -27,7 +27,7 @@ func TestDecodeManifest(t *testing.T) {
 		kind           error
 		part           string
 	}{
-		{"newer", `"version":1`, `"version":2`, errdefs.ErrFailedPrecondition, "newer"},
+		{"newer", `"version":1`, `"version":3`, errdefs.ErrFailedPrecondition, "newer"},
 		{"no version", `"version":1,`, ``, errdefs.ErrInvalidArgument, "version (0)"},
 		{"version is text", `"version":1`, `"version":"1"`, errdefs.ErrInvalidArgument, "JSON"},
 		{"unknown key", `"version":1`, `"version":1,"lazy":true`, errdefs.ErrInvalidArgument, `"lazy"`},
@@ -46,6 +46,7 @@ func TestDecodeManifest(t *testing.T) {
 		{"sum of another kind", `sha256:`, `xxh64:`, errdefs.ErrInvalidArgument, "no valid sum"},
 		{"sum of no kind", `sha256:`, ``, errdefs.ErrInvalidArgument, "no valid sum"},
 		{"sum that is no number", `aaaa"`, `zzzz"`, errdefs.ErrInvalidArgument, "no valid sum"},
+		{"control group outside", `"options"`, `"cgroups":[{"path":"../c"}],"options"`, errdefs.ErrInvalidArgument, "cgroups[0].path"},
 		{"no such mode", `"open_tcp":true`, `"cgroups_mode":"--evil"`, errdefs.ErrInvalidArgument, "cgroups_mode"},
 		{"no such namespace", `"open_tcp":true`, `"empty_namespaces":["--evil"]`, errdefs.ErrInvalidArgument, "empty_namespaces"},
 	} {

@@ -79,6 +79,7 @@ func Restore(ctx context.Context, r RestoreRequest) (int, error) {
 	}
 	pid, err := r.Runtime.Restore(callCtx, opts)
 	if err == nil {
+		r.restoreSubGroups(ctx, pid)
 		if options.OpenTCP {
 			// CRIU has removed one lock; each try of a restore that was cut
 			// short has added one.
@@ -93,6 +94,28 @@ func Restore(ctx context.Context, r RestoreRequest) (int, error) {
 		err = context.Cause(ctx)
 	}
 	return 0, criuError("restore", r.ID, err, r.logPath())
+}
+
+// restoreSubGroups gives the container's own control groups, which CRIU has filled,
+// their controllers and limits back. Controllers cannot be enabled before, as CRIU
+// itself is in the container's group. Where this host cannot, the container runs
+// with less limits than it had set itself; those of its spec are in force.
+func (r *RestoreRequest) restoreSubGroups(ctx context.Context, pid int) {
+	m := r.Image.Manifest()
+	if m == nil || len(m.Cgroups) == 0 {
+		return
+	}
+	path := ""
+	if r.Spec.Linux != nil {
+		path = r.Spec.Linux.CgroupsPath
+	}
+	cg, err := process.LoadCgroup(pid, path)
+	if err == nil {
+		err = cg.SetSubGroups(m.Cgroups)
+	}
+	if err != nil {
+		log.G(ctx).WithError(err).WithField("container", r.ID).Warn("limits that the container had set for its own control groups are not in force")
+	}
 }
 
 // cleanup removes what a failed restore may have left: the runtime knows of a
