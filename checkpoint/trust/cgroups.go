@@ -2,6 +2,7 @@ package trust
 
 import (
 	"fmt"
+	"path"
 	"regexp"
 	"slices"
 	"strings"
@@ -35,12 +36,16 @@ func (c *checker) checkCgroups() error {
 			if _, twice := roots[name]; twice || !controllerName().MatchString(name) || name == ".." {
 				c.refuse("cgroup.img: controller %s is listed twice, or none", quote(name))
 			}
-			if len(ctl.GetDirs()) > 0 {
-				roots[name] = "/" + strings.TrimPrefix(ctl.GetDirs()[0].GetDirName(), "/")
+			switch dirs := ctl.GetDirs(); {
+			case len(dirs) == 1:
+				roots[name] = "/" + strings.TrimPrefix(dirs[0].GetDirName(), "/")
+			case len(dirs) > 1:
+				common := commonGroup(name, dirs, e.GetSets())
+				if common == "" {
+					c.refuse("cgroup.img: processes are in several groups of controller %s that have no common one", quote(name))
+				}
+				roots[name] = common
 			}
-		}
-		if len(ctl.GetDirs()) > 1 {
-			c.refuse("cgroup.img: processes are in several groups of controller %s that have no common one", quote(strings.Join(ctl.GetCnames(), ",")))
 		}
 		for i, dir := range ctl.GetDirs() {
 			c.checkCgroupFolder(dir, i == 0, strings.Join(ctl.GetCnames(), ","))
@@ -52,6 +57,48 @@ func (c *checker) checkCgroups() error {
 		}
 	}
 	return nil
+}
+
+// commonGroup is for a container that has made groups below its own and has moved
+// all its processes into them: CRIU then lists only those. It returns the group
+// above them, which is the root of the container's cgroup namespace, if CRIU puts
+// every one of them below the new container's group, as its rewrite_cgsets does:
+// it takes the listed groups in turn, and gives the new root to each member whose
+// path begins with that group's and has none yet, and to the group if there is one.
+func commonGroup(controller string, dirs []*cgroup.CgroupDirEntry, sets []*cgroup.CgSetEntry) string {
+	var members []string
+	root := ""
+	for _, set := range sets {
+		for _, m := range set.GetCtls() {
+			if m.GetName() != controller {
+				continue
+			}
+			p, prefix := m.GetPath(), int(m.GetCgnsPrefix())
+			if prefix <= 1 || prefix > len(p) || root != "" && p[:prefix] != root {
+				return ""
+			}
+			root = p[:prefix]
+			if climbs(p) || root != path.Clean(root) || !isBelow(p, root) {
+				return ""
+			}
+			members = append(members, p)
+		}
+	}
+	for _, dir := range dirs {
+		name := "/" + dir.GetDirName()
+		if root == "" || climbs(name) || !isBelow(name, root) {
+			return ""
+		}
+		left := slices.DeleteFunc(slices.Clone(members), func(p string) bool { return strings.HasPrefix(p, name) })
+		if len(left) == len(members) {
+			return ""
+		}
+		members = left
+	}
+	if len(members) > 0 {
+		return ""
+	}
+	return root
 }
 
 func (c *checker) checkMember(m *cgroup.CgMemberEntry, roots map[string]string) {

@@ -149,6 +149,48 @@ func TestCgroups(t *testing.T) {
 	}
 }
 
+// Processes in several groups that the container has made below its own, each way
+// of which CRIU would leave one outside of the new container's.
+func TestCommonGroup(t *testing.T) {
+	type m struct {
+		path   string
+		prefix uint32
+	}
+	for _, tc := range []struct {
+		name    string
+		dirs    []string
+		members []m
+		want    string
+	}{
+		{"as CRIU has it", []string{"x/c/main", "x/c/service"}, []m{{"/x/c/main", 4}, {"/x/c/service", 4}, {"/x/c/service/deep", 4}}, "/x/c"},
+		{"one that climbs out", []string{"x/c/a", "x/c/b"}, []m{{"/x/c/a", 4}, {"/x/c/b/../../d", 4}}, ""},
+		{"no namespace", []string{"x/c/a", "x/c/b"}, []m{{"/x/c/a", 0}, {"/x/c/b", 0}}, ""},
+		{"the host's root", []string{"a", "b"}, []m{{"/a", 1}, {"/b", 1}}, ""},
+		{"two namespaces", []string{"x/c/a", "x/d/b"}, []m{{"/x/c/a", 4}, {"/x/d/b", 4}}, ""},
+		{"a namespace within a name", []string{"x/c/a", "x/c/b"}, []m{{"/x/c/a", 3}, {"/x/c/b", 3}}, ""},
+		{"a namespace that ends in a slash", []string{"x/c/a", "x/c/b"}, []m{{"/x/c/a", 5}, {"/x/c/b", 5}}, ""},
+		{"a namespace beyond the path", []string{"x/c/a", "x/c/b"}, []m{{"/x/c/a", 4}, {"/x/c", 9}}, ""},
+		{"a group of nobody's", []string{"x/c/a", "x/c/b"}, []m{{"/x/c/a", 4}}, ""},
+		{"a process in no group", []string{"x/c/a", "x/c/b"}, []m{{"/x/c/a", 4}, {"/x/c/b", 4}, {"/x/c/c", 4}}, ""},
+		{"a group elsewhere", []string{"x/c/a", "etc"}, []m{{"/x/c/a", 4}, {"/etc", 4}}, ""},
+		{"a group whose process another takes", []string{"x/c/a", "x/c/ab"}, []m{{"/x/c/a", 4}, {"/x/c/ab", 4}}, ""},
+		{"the other way round", []string{"x/c/ab", "x/c/a"}, []m{{"/x/c/a", 4}, {"/x/c/ab", 4}}, "/x/c"},
+		{"no process", []string{"x/c/a", "x/c/b"}, nil, ""},
+	} {
+		var dirs []*cgroup.CgroupDirEntry
+		for _, d := range tc.dirs {
+			dirs = append(dirs, &cgroup.CgroupDirEntry{DirName: proto.String(d)})
+		}
+		set := &cgroup.CgSetEntry{Ctls: []*cgroup.CgMemberEntry{{Name: proto.String("memory"), Path: proto.String("/other")}}}
+		for _, m := range tc.members {
+			set.Ctls = append(set.Ctls, &cgroup.CgMemberEntry{Name: proto.String(""), Path: proto.String(m.path), CgnsPrefix: proto.Uint32(m.prefix)})
+		}
+		if got := commonGroup("", dirs, []*cgroup.CgSetEntry{set}); got != tc.want {
+			t.Errorf("%s: %q, want %q", tc.name, got, tc.want)
+		}
+	}
+}
+
 // With cgroups_mode full, CRIU sets what the image says. That mode is in the manifest.
 func TestCgroupsMode(t *testing.T) {
 	for _, tc := range []struct {
