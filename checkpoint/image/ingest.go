@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/errdefs"
@@ -158,13 +159,27 @@ func (in *ingest) place(ctx context.Context, sum digest.Digest, opt content.Opt)
 	defer w.Close()
 	if st, err := w.Status(); err != nil || st.Offset != in.n {
 		w.Close()
-		return false, in.store.Abort(context.WithoutCancel(ctx), ref)
+		in.abort(ctx, ref)
+		return false, nil
 	}
 	if err := w.Commit(ctx, in.n, sum, opt); err != nil && !errdefs.IsAlreadyExists(err) {
-		_ = in.store.Abort(context.WithoutCancel(ctx), ref)
+		in.abort(ctx, ref)
 		return false, fmt.Errorf("commit to the content store: %w", err)
 	}
 	return true, nil
+}
+
+// abort removes an upload. containerd hears of a writer that was closed a moment
+// later, and may write to the upload's folder while it removes that. What stays
+// goes with the lease.
+func (in *ingest) abort(ctx context.Context, ref string) {
+	ctx = context.WithoutCancel(ctx)
+	for range 10 {
+		if err := in.store.Abort(ctx, ref); err == nil || errdefs.IsNotFound(err) {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
 }
 
 func syncFolder(path string) error {
@@ -204,5 +219,5 @@ func (in *ingest) close(ctx context.Context) {
 		in.file.Close()
 	}
 	in.w.Close()
-	_ = in.store.Abort(context.WithoutCancel(ctx), in.ref)
+	in.abort(ctx, in.ref)
 }

@@ -2,6 +2,7 @@ package image
 
 import (
 	"bytes"
+	"context"
 	"os"
 	"path/filepath"
 	"testing"
@@ -105,6 +106,50 @@ func TestIngestPlaced(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestIngestCollected has containerd collect its garbage when the file has the name
+// of a blob, and nobody has told it yet.
+func TestIngestCollected(t *testing.T) {
+	s := newStore(t)
+	ctx, done := s.leased()
+	defer done()
+	in, err := newIngest(ctx, collecting{s, s.dir}, newRef(), s.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.close(ctx)
+	if _, err := in.Write([]byte("data")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := in.commit(ctx, digest.FromString("data"), nil); err != nil {
+		t.Fatal(err)
+	}
+	if data, err := content.ReadBlob(ctx, s, ocispec.Descriptor{Digest: digest.FromString("data")}); err != nil || string(data) != "data" {
+		t.Errorf("%q, %v", data, err)
+	}
+}
+
+// collecting is a store whose garbage is collected before a writer is opened that
+// expects a blob.
+type collecting struct {
+	content.Store
+	dir string
+}
+
+func (c collecting) Writer(ctx context.Context, opts ...content.WriterOpt) (content.Writer, error) {
+	var o content.WriterOpts
+	for _, opt := range opts {
+		if err := opt(&o); err != nil {
+			return nil, err
+		}
+	}
+	if o.Desc.Digest != "" {
+		if err := os.Remove(filepath.Join(c.dir, "blobs", "sha256", o.Desc.Digest.Encoded())); err != nil {
+			return nil, err
+		}
+	}
+	return c.Store.Writer(ctx, opts...)
 }
 
 // TestIngestFails leaves nothing of an upload that fails, or was meddled with.
