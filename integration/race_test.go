@@ -604,6 +604,10 @@ func TestFailedCreate(t *testing.T) {
 	}
 	s.f.Clear("create")
 	s.clean(c)
+	s.Poll(s.ctx, "the shim to end", func() bool {
+		sockets, _ := filepath.Glob(filepath.Join(s.Dir, "s", "*"))
+		return len(sockets) == 0
+	})
 	c.Start(s.ctx)
 	s.end(c)
 }
@@ -618,8 +622,10 @@ func (s *scene) clean(c *stack.Container) {
 func (s *scene) leftOf(c *stack.Container) string {
 	state, _ := filepath.Glob(filepath.Join("/run/containerd/runc", s.Namespace, c.ID()))
 	bundle, _ := filepath.Glob(c.Bundle())
+	// What containerd keeps of a bundle on the disk goes last.
+	work, _ := filepath.Glob(filepath.Join(s.Dir, "root", "io.containerd.runtime.v2.task", s.Namespace, c.ID()))
 	mounts, _ := os.ReadFile("/proc/self/mountinfo")
-	left := slices.Concat(s.ContainerCgroups(c.ID()), state, bundle)
+	left := slices.Concat(s.ContainerCgroups(c.ID()), state, bundle, work)
 	if strings.Contains(string(mounts), c.Bundle()+"/") {
 		left = append(left, "a mount")
 	}

@@ -51,8 +51,13 @@ func (s *Service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 		defer s.mu.Unlock()
 		if err != nil {
 			delete(s.containers, r.ID)
+			// containerd does not ask again for a creation that it gave up.
+			if s.ending && len(s.containers) == 0 {
+				s.cfg.Shutdown()
+			}
 		} else {
 			s.containers[r.ID] = c
+			s.ending = false
 		}
 	}()
 	if c.launcher, err = newLauncher(ctx, c, r.Checkpoint); err != nil {

@@ -457,7 +457,8 @@ func (s *Service) Shutdown(ctx context.Context, r *taskapi.ShutdownRequest) (*em
 	defer s.mu.Unlock()
 	s.ending = true
 	for _, c := range s.containers {
-		s.ending = s.ending && c != nil && c.isDeleting()
+		// One that is being made (nil) may fail, and then was the last one.
+		s.ending = s.ending && (c == nil || c.isDeleting())
 	}
 	if len(s.containers) == 0 {
 		s.cfg.Shutdown()

@@ -347,7 +347,17 @@ func (p *Pod) Remove(ctx context.Context) {
 func (p *Pod) RemoveErr(ctx context.Context) error { return removePod(ctx, p.runtime(), p.ID) }
 
 func removePod(ctx context.Context, r runtimeapi.RuntimeServiceClient, id string) error {
-	if _, err := r.StopPodSandbox(ctx, &runtimeapi.StopPodSandboxRequest{PodSandboxId: id}); err != nil {
+	stop := func() error {
+		_, err := r.StopPodSandbox(ctx, &runtimeapi.StopPodSandboxRequest{PodSandboxId: id})
+		return err
+	}
+	err := stop()
+	if err != nil && strings.HasSuffix(err.Error(), "ttrpc: closed: unknown") {
+		// containerd 1.7 hangs up when it hears of the sandbox's exit, though it
+		// may wait for the answer to its kill. A kubelet tries again, too.
+		err = stop()
+	}
+	if err != nil {
 		return fmt.Errorf("stop: %w", err)
 	}
 	if _, err := r.RemovePodSandbox(ctx, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: id}); err != nil {
