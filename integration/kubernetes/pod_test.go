@@ -33,7 +33,7 @@ spec:
     command: [python3, /app.py]
     env: [{name: NAME, value: app}]
     readinessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1}
-    livenessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1, failureThreshold: 2}
+    livenessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1, failureThreshold: 5} # a start takes a while
     volumeMounts: [{name: host, mountPath: /host}]
   volumes:
   - {name: host, hostPath: {path: /var/lib/host-NAME, type: DirectoryOrCreate}}
