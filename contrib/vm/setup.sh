@@ -41,7 +41,7 @@ make_qemu() {
 }
 
 # What the machine consists of, and what of it only maintainer scripts need.
-vm_packages=(linux-image-cloud-amd64 base-files base-passwd systemd-sysv dbus kmod busybox-static bash coreutils grep sed mawk findutils
+vm_packages=(linux-image-cloud-amd64 base-files base-passwd systemd-sysv dbus kmod liblzma5 busybox-static bash coreutils dash hostname grep gzip sed tar mawk findutils
 	util-linux mount iproute2 iptables containernetworking-plugins apparmor runc crun libcriu2 criu libseccomp2)
 vm_skip='adduser|cpio|debconf|dpkg.*|dracut-install|gcc-.*-base|init-system-helpers|initramfs-tools.*|klibc-utils|libklibc|libdb5.*|libdebconfclient0|libsemanage.*|libsepol.*|linux-base|login.defs|logsave|passwd|perl.*|tzdata|udev'
 
@@ -87,6 +87,9 @@ make_vm() {
 	kernel=$(echo "$tree"/usr/lib/modules/*)
 	kernel=${kernel##*/}
 	run chroot "$tree" /usr/sbin/depmod "$kernel"
+	# It says nothing where it cannot read compressed modules.
+	grep -q '^kernel/net/bridge/bridge\.ko.*: .*llc' "$tree/usr/lib/modules/$kernel/modules.dep" ||
+		die "depmod found no dependencies among the modules of Linux $kernel"
 	run chroot "$tree" /usr/bin/runc --version
 	run chroot "$tree" /usr/sbin/criu --version
 
