@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/pkg/oci"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/stasis-run/stasis/integration/stack"
 )
@@ -91,24 +92,22 @@ func TestLimitsAfterRestore(t *testing.T) {
 	}
 }
 
-// delegated gives a container its own control groups to write to.
+// delegated gives a container its own control groups to see and to write to.
 func delegated(_ context.Context, _ oci.Client, _ *containers.Container, spec *oci.Spec) error {
-	for i, m := range spec.Mounts {
-		if m.Type == "cgroup" {
-			spec.Mounts[i].Options = slices.DeleteFunc(slices.Clone(m.Options), func(o string) bool { return o == "ro" })
-		}
-	}
+	spec.Linux.Namespaces = append(spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.CgroupNamespace})
+	spec.Mounts = append(slices.DeleteFunc(spec.Mounts, func(m specs.Mount) bool { return m.Type == "cgroup" }),
+		specs.Mount{Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup", Options: []string{"nosuid", "noexec", "nodev", "rw"}})
 	return nil
 }
 
 // nest makes sub-groups as an init system in a container does: one for itself, and
 // one with limits for a service. That is all that "no internal processes" allows.
-const nest = `set -e; cd /sys/fs/cgroup; mkdir main service
+const nest = `exec 2>&1; set -e; cd /sys/fs/cgroup; mkdir main service
 echo $$ > main/cgroup.procs
 echo "+memory +pids" > cgroup.subtree_control
 echo 33554432 > service/memory.max; echo 0 > service/memory.swap.max; echo 20 > service/pids.max
 (echo 0 > service/cgroup.procs; while true; do sleep 0.1; done) &
-cd /; echo up; while read line; do echo "got $line"; done; wait`
+cd /; echo up; wait`
 
 // TestNestedCgroups restores a container that has made control groups below its
 // own: they come back with their processes, controllers and limits, below wherever
@@ -124,6 +123,11 @@ func TestNestedCgroups(t *testing.T) {
 			c := s.NewContainer(ctx, "c", stack.Busybox, spec...)
 			c.Start(ctx)
 			c.Stdout.WaitFor(ctx, "up\n")
+			t.Cleanup(func() {
+				if t.Failed() {
+					t.Logf("the container wrote:\n%s", c.Stdout)
+				}
+			})
 			check := func(c *stack.Container) {
 				t.Helper()
 				checkNested(t, s, c)

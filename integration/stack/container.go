@@ -21,6 +21,7 @@ import (
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/pkg/cio"
 	"github.com/containerd/containerd/v2/pkg/oci"
+	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/typeurl/v2"
 	imagespec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -322,7 +323,9 @@ func (c *Container) CheckpointErr(ctx context.Context, dir string, opts *options
 		return err
 	}
 	_, err = c.s.client.TaskService().Checkpoint(ctx, &tasks.CheckpointTaskRequest{ContainerID: c.ID(), Options: any})
-	if err != nil {
+	// containerd 1.7 stores the container's spec when it is dumped, and fails then
+	// if it has done so before.
+	if again := errdefs.IsAlreadyExists(errgrpc.ToNative(err)) && c.s.opts.Version == "1.7"; err != nil && !again {
 		return fmt.Errorf("checkpoint: %w", errgrpc.ToNative(err))
 	}
 	if !opts.Exit {
