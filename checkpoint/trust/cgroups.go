@@ -47,8 +47,8 @@ func (c *checker) checkCgroups() error {
 				roots[name] = common
 			}
 		}
-		for i, dir := range ctl.GetDirs() {
-			c.checkCgroupFolder(dir, i == 0, strings.Join(ctl.GetCnames(), ","))
+		for _, dir := range ctl.GetDirs() {
+			c.checkCgroupFolder(dir, true, strings.Join(ctl.GetCnames(), ","))
 		}
 	}
 	for _, set := range e.GetSets() {
