@@ -6,8 +6,14 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
+	"unicode"
 
+	"github.com/containerd/cgroups/v3"
 	runc "github.com/containerd/go-runc"
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/stasis-run/stasis/process"
 )
 
 // criuConfigEnv names a configuration file for CRIU. It is the way to options
@@ -15,6 +21,27 @@ import (
 // for one call of it; the file that org.criu.config names is read as well, after
 // this one.
 const criuConfigEnv = "CRIU_CONFIG_FILE"
+
+// plainWord tells whether CRIU reads a word of its configuration as it is.
+func plainWord(word string) bool {
+	return word != "" && !strings.ContainsFunc(word, func(r rune) bool {
+		return unicode.IsSpace(r) || unicode.IsControl(r) || strings.ContainsRune(`#"'\\`, r)
+	})
+}
+
+// cgroupConfig is what CRIU's configuration has to say for a container to come back
+// in the control group of its spec, on a host with version 2: runc before 1.2 leaves
+// CRIU to take the group that the container was in. Newer ones say the same.
+func cgroupConfig(spec *specs.Spec) string {
+	if cgroups.Mode() != cgroups.Unified || spec.Linux == nil {
+		return ""
+	}
+	group := process.GroupOf(spec.Linux.CgroupsPath)
+	if group == "/" || !plainWord(group) {
+		return "" // the runtime chooses one
+	}
+	return "cgroup-root " + group + "\n"
+}
 
 // withCRIUConfig returns a context in which the runtime has CRIU read lines as
 // its configuration, from a file in dir, which is the container's own: a work

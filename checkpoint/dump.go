@@ -163,7 +163,7 @@ func (r *DumpRequest) subGroups(ctx context.Context) []process.SubGroup {
 	if r.Cgroup == nil {
 		return nil
 	}
-	groups, err := r.Cgroup.SubGroups()
+	groups, err := r.Cgroup.SubGroups(r.InitPid)
 	if err != nil {
 		log.G(ctx).WithError(err).WithField("container", r.Container.ID).Warn("the limits of the container's own control groups are not part of its checkpoint")
 		return nil

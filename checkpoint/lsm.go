@@ -2,8 +2,6 @@ package checkpoint
 
 import (
 	"fmt"
-	"strings"
-	"unicode"
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
 	"github.com/containerd/errdefs"
@@ -30,9 +28,7 @@ func lsmConfig(img *Image, spec *specs.Spec) (string, error) {
 		return "", nil
 	}
 	// It becomes a word of a configuration file.
-	if strings.ContainsFunc(profile, func(r rune) bool {
-		return unicode.IsSpace(r) || unicode.IsControl(r) || strings.ContainsRune(`#"'\\`, r)
-	}) {
+	if !plainWord(profile) {
 		return "", fmt.Errorf("apparmorProfile %q: CRIU cannot be given a name with such characters: %w", profile, errdefs.ErrInvalidArgument)
 	}
 	return "lsm-profile apparmor:" + profile + "\n", nil

@@ -49,7 +49,7 @@ func Restore(ctx context.Context, r RestoreRequest) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	criuConfig += profile
+	criuConfig += profile + cgroupConfig(r.Spec)
 	if err := r.amendSpec(); err != nil {
 		return 0, err
 	}
@@ -111,7 +111,7 @@ func (r *RestoreRequest) restoreSubGroups(ctx context.Context, pid int) {
 	}
 	cg, err := process.LoadCgroup(pid, path)
 	if err == nil {
-		err = cg.SetSubGroups(m.Cgroups)
+		err = cg.SetSubGroups(pid, m.Cgroups)
 	}
 	if err != nil {
 		log.G(ctx).WithError(err).WithField("container", r.ID).Warn("limits that the container had set for its own control groups are not in force")

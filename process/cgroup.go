@@ -33,7 +33,7 @@ type Cgroup struct {
 // process is in, or the named one if that is above it, for a container may make
 // groups below its own, and a restored init may be in one of them.
 func LoadCgroup(pid int, cgroupsPath string) (*Cgroup, error) {
-	named := groupOf(cgroupsPath)
+	named := GroupOf(cgroupsPath)
 	if cgroups.Mode() == cgroups.Unified {
 		group, err := cgroup2.PidGroupPath(pid)
 		if err != nil {
@@ -173,7 +173,7 @@ func (c *Cgroup) WaitFrozen(ctx context.Context) error {
 // runtime does not know: a restore that was cut short. An empty path and a group
 // that is gone are no error.
 func RemoveCgroup(cgroupsPath string) error {
-	group := groupOf(cgroupsPath)
+	group := GroupOf(cgroupsPath)
 	if group == "/" {
 		return nil
 	}
@@ -197,7 +197,7 @@ func RemoveCgroup(cgroupsPath string) error {
 // container's spec names, so that a pid out of a file is known to be still the
 // container's.
 func InCgroup(pid int, cgroupsPath string) bool {
-	group := groupOf(cgroupsPath)
+	group := GroupOf(cgroupsPath)
 	if group == "/" {
 		return false
 	}
@@ -215,9 +215,9 @@ func InCgroup(pid int, cgroupsPath string) bool {
 	return false
 }
 
-// groupOf is the group that linux.cgroupsPath names, "/" for none: a path, or
+// GroupOf is the group that linux.cgroupsPath names, "/" for none: a path, or
 // slice:prefix:name for systemd.
-func groupOf(cgroupsPath string) string {
+func GroupOf(cgroupsPath string) string {
 	if slice, rest, ok := strings.Cut(cgroupsPath, ":"); ok {
 		prefix, name, _ := strings.Cut(rest, ":")
 		cgroupsPath = systemdPath(slice, prefix, name)

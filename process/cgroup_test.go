@@ -22,8 +22,8 @@ func TestGroupOf(t *testing.T) {
 			"/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/cri-containerd-abc.scope"},
 		{"a.slice:x:y.slice", "/a.slice/y.slice"},
 	} {
-		if got := groupOf(tc.path); got != tc.want {
-			t.Errorf("groupOf(%q) = %q, want %q", tc.path, got, tc.want)
+		if got := GroupOf(tc.path); got != tc.want {
+			t.Errorf("GroupOf(%q) = %q, want %q", tc.path, got, tc.want)
 		}
 	}
 }

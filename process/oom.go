@@ -197,7 +197,7 @@ const appearInterval = 5 * time.Millisecond
 // (linux.cgroupsPath), which need not exist yet: in a restore the OCI runtime makes
 // it, and if that fails removes it again.
 func WatchOOMOf(cgroupsPath string, notify func()) (stop func()) {
-	group := groupOf(cgroupsPath)
+	group := GroupOf(cgroupsPath)
 	if group == "/" {
 		return func() {}
 	}

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/containerd/cgroups/v3/cgroup2"
 	"golang.org/x/sys/unix"
 )
 
@@ -16,6 +17,9 @@ import (
 type SubGroup struct {
 	// Path is relative to the container's own group; "." is that itself.
 	Path string `json:"path"`
+	// Init: the container's init is in this group. CRIU puts it there, and crun takes
+	// it out again.
+	Init bool `json:"init,omitempty"`
 	// Controllers are those that the groups below it may use.
 	Controllers []string `json:"controllers,omitempty"`
 	// Limits are the files that differ from what a new group has.
@@ -46,12 +50,17 @@ const controllerNames = " cpuset cpu io memory hugetlb pids rdma misc dmem "
 
 // SubGroups returns the control groups that the container has made below its own,
 // each after the one that it is in: none with version 1.
-func (c *Cgroup) SubGroups() ([]SubGroup, error) {
+func (c *Cgroup) SubGroups(init int) ([]SubGroup, error) {
 	if c.v2 == nil {
 		return nil, nil
 	}
+	inits, err := cgroup2.PidGroupPath(init)
+	if err != nil {
+		return nil, fmt.Errorf("find the control group of process %d: %w", init, err)
+	}
+	inits = filepath.Join(unifiedMount, inits)
 	var groups []SubGroup
-	err := filepath.WalkDir(c.memory, func(dir string, d fs.DirEntry, err error) error {
+	err = filepath.WalkDir(c.memory, func(dir string, d fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil // it has just been removed
 		}
@@ -62,7 +71,7 @@ func (c *Cgroup) SubGroups() ([]SubGroup, error) {
 		if err != nil {
 			return err
 		}
-		g := SubGroup{Path: path, Controllers: strings.Fields(readLimit(dir, "cgroup.subtree_control"))}
+		g := SubGroup{Path: path, Init: dir == inits, Controllers: strings.Fields(readLimit(dir, "cgroup.subtree_control"))}
 		if path != "." {
 			for name, standard := range subGroupLimits {
 				if value := readLimit(dir, name); value != "" && value != standard {
@@ -123,7 +132,7 @@ func CheckSubGroups(groups []SubGroup) error {
 
 // SetSubGroups makes the control groups below the container's own as they were when
 // SubGroups listed them. What cannot be had here is an error, after all else is done.
-func (c *Cgroup) SetSubGroups(groups []SubGroup) error {
+func (c *Cgroup) SetSubGroups(init int, groups []SubGroup) error {
 	if len(groups) == 0 {
 		return nil
 	}
@@ -146,6 +155,12 @@ func (c *Cgroup) SetSubGroups(groups []SubGroup) error {
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("set %s to %q: %w", filepath.Join(c.memory, path), value, err))
+		}
+	}
+	// A group with processes in it cannot enable controllers for those below it.
+	for _, g := range groups {
+		if g.Init && g.Path != "." {
+			write(filepath.Join(g.Path, "cgroup.procs"), fmt.Sprint(init))
 		}
 	}
 	for _, g := range groups {
