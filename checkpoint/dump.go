@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -91,21 +92,19 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 	// Before CRIU's work, as they may be gone after it.
 	groups := r.subGroups(ctx)
 	// Meanwhile, for nobody shall wait for it.
-	version := make(chan string, 1)
-	go func() { version <- r.Runtime.Version(callCtx) }()
-	callCtx, removeConfig, err := withCRIUConfig(callCtx, r.WorkDir, r.DumpOptions.criuConfig())
+	version := sync.OnceValue(func() string { return r.Runtime.Version(callCtx) })
+	go version()
+	criuCtx, removeConfig, err := withCRIUConfig(callCtx, r.WorkDir, r.DumpOptions.criuConfig())
 	if err != nil {
 		return nil, errors.Join(err, folder.Discard())
 	}
 	defer removeConfig()
 	opts := r.Options.dumpOpts(folder.Path(), r.WorkDir)
 	if r.DumpOptions.TCPClose {
-		v := <-version
-		version <- v
-		opts.ExtraArgs = skipInFlight(v)
+		opts.ExtraArgs = skipInFlight(version())
 	}
 	started := time.Now()
-	err = r.beside(ctx, func() error { return r.Runtime.Checkpoint(callCtx, opts, actions...) })
+	err = r.beside(ctx, func() error { return r.Runtime.Checkpoint(criuCtx, opts, actions...) })
 	if err != nil && r.Exit && finished(r.logPath()) {
 		// CRIU was killed while it killed the container, of which this is now
 		// all there is.
@@ -134,7 +133,7 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 		r.thaw(ctx)
 	}
 	result := &DumpResult{Stats: ReadDumpStats(filepath.Join(r.WorkDir, "stats-dump")), CRIU: LogVersion(r.logPath()),
-		Runtime: Runtime{Name: filepath.Base(r.Runtime.Name()), Version: <-version}}
+		Runtime: Runtime{Name: filepath.Base(r.Runtime.Name()), Version: version()}}
 	if r.While != nil {
 		result.Frozen = time.Since(started)
 	} else if s := result.Stats; s != nil {

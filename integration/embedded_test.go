@@ -1,10 +1,15 @@
 package integration
 
 import (
+	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 
+	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/errdefs"
 
@@ -88,5 +93,29 @@ func TestEmbeddedAgain(t *testing.T) {
 			e.Task = nil
 			e.Delete(ctx)
 		})
+	}
+}
+
+// TestEmbeddedDamaged starts a container whose root filesystem is no folder of the
+// host's, where the checkpoint is found only when it is mounted, and cannot be
+// read. That is refused, and the shim's other containers do not notice.
+func TestEmbeddedDamaged(t *testing.T) {
+	sh := startShim(t, stack.Options{})
+	tree, disk := filepath.Join(sh.s.Dir, "tree"), filepath.Join(sh.s.Dir, "disk")
+	must(t, os.MkdirAll(filepath.Join(tree, ".stasis", "checkpoint"), 0o700))
+	must(t, os.WriteFile(filepath.Join(tree, ".stasis", "info.json"), []byte(`{"version":1}`), 0o600))
+	must(t, os.WriteFile(disk, nil, 0o600))
+	must(t, os.Truncate(disk, 8<<20))
+	if out, err := exec.Command("mkfs.ext4", "-q", "-d", tree, disk).CombinedOutput(); err != nil {
+		t.Fatalf("mkfs.ext4: %v: %s (apt-get install e2fsprogs)", err, out)
+	}
+	r := sh.createRequest("c")
+	r.Rootfs = []*types.Mount{{Type: "ext4", Source: disk, Options: []string{"loop", "ro"}}}
+	_, err := sh.Create(sh.ctx, r)
+	if err == nil || !strings.Contains(err.Error(), "restore container c from its image") {
+		t.Errorf("create: %v", err)
+	}
+	if _, err := sh.State(sh.ctx, &taskapi.StateRequest{ID: "anchor"}); err != nil {
+		t.Errorf("the shim's other container: %v", err)
 	}
 }

@@ -157,6 +157,11 @@ func (r *Runtime) Pause(ctx context.Context) error {
 	return r.call("pause", func(c *runc.Runc) error { return c.Pause(ctx, r.id) })
 }
 
+// Resume thaws the container.
+func (r *Runtime) Resume(ctx context.Context) error {
+	return r.call("resume", func(c *runc.Runc) error { return c.Resume(ctx, r.id) })
+}
+
 // Update changes the container's resource limits.
 func (r *Runtime) Update(ctx context.Context, resources *specs.LinuxResources) error {
 	return r.call("update", func(c *runc.Runc) error { return c.Update(ctx, r.id, resources) })

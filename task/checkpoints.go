@@ -214,9 +214,7 @@ func sizeOf(dir string) (size int64) {
 // anonymous estimates what CRIU will write: the private memory of the
 // container's processes, in bytes.
 func (c *container) anonymous() (size int64) {
-	c.mu.Lock()
-	cg := c.cgroup
-	c.mu.Unlock()
+	cg := c.loadedCgroup()
 	if cg == nil {
 		return 0
 	}

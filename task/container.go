@@ -340,7 +340,7 @@ func (c *container) pause(ctx context.Context) error {
 	if err := c.runtime.Pause(ctx); err != nil {
 		// Cut short, it may have frozen it all the same.
 		if frozen, ferr := c.isFrozen(); ferr == nil && frozen {
-			if terr := c.thaw(); terr != nil {
+			if terr := c.thaw(ctx); terr != nil {
 				err = errors.Join(err, terr)
 			}
 		}
@@ -354,7 +354,7 @@ func (c *container) pause(ctx context.Context) error {
 // resume thaws the container. It takes no more than a write to its cgroup, and
 // whoever talks to the container waits for it: starting the runtime takes longer.
 func (c *container) resume(ctx context.Context) error {
-	_, release, err := c.exclusive(ctx)
+	ctx, release, err := c.exclusive(ctx)
 	if err != nil {
 		return err
 	}
@@ -362,7 +362,7 @@ func (c *container) resume(ctx context.Context) error {
 	if err := c.move(opResume, Paused); err != nil {
 		return err
 	}
-	if err := c.thaw(); err != nil {
+	if err := c.thaw(ctx); err != nil {
 		return fmt.Errorf("resume container %s: %w", c.id, err)
 	}
 	c.settle(Paused, Running, &events.TaskResumed{ContainerID: c.id})
@@ -417,23 +417,28 @@ func (c *container) update(ctx context.Context, resources *specs.LinuxResources)
 
 // isFrozen asks the kernel.
 func (c *container) isFrozen() (bool, error) {
-	c.mu.Lock()
-	cg := c.cgroup
-	c.mu.Unlock()
+	cg := c.loadedCgroup()
 	if cg == nil {
 		return false, errdefs.ErrNotFound
 	}
 	return cg.Frozen()
 }
 
-func (c *container) thaw() error {
-	c.mu.Lock()
-	cg := c.cgroup
-	c.mu.Unlock()
+// thaw leaves it to the runtime where the cgroup could not be loaded: the runtime
+// may have found it, and the container must not stay frozen.
+func (c *container) thaw(ctx context.Context) error {
+	cg := c.loadedCgroup()
 	if cg == nil {
-		return fmt.Errorf("its cgroup could not be loaded: %w", errdefs.ErrNotFound)
+		return c.runtime.Resume(ctx)
 	}
 	return cg.Thaw()
+}
+
+// loadedCgroup is nil before init runs, and where it could not be loaded.
+func (c *container) loadedCgroup() *process.Cgroup {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.cgroup
 }
 
 // stateOf answers a State call.

@@ -76,9 +76,11 @@ func (s *Service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 		return nil, err
 	}
 	if found := c.findMounted(); found != nil {
-		if c.launcher, err = embeddedOrCold(ctx, c, found); err != nil {
+		restore, err := embeddedOrCold(ctx, c, found)
+		if err != nil {
 			return nil, err
 		}
+		c.launcher = restore
 	}
 	// Held until the creation is published: an init that dies at once must
 	// not be heard of before.

@@ -101,7 +101,7 @@ func (c *container) restoreFetched(ctx context.Context, dir string) (*restore, e
 	if got.OtherBase != "" {
 		return nil, fault.Unusable("%s", got.OtherBase)
 	}
-	l, err := newRestore(ctx, c, filepath.Join(dir, capture.FetchedImages), "")
+	l, err := newRestore(ctx, c, filepath.Join(dir, capture.FetchedImages))
 	if err != nil {
 		return nil, err
 	}

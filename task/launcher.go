@@ -177,11 +177,11 @@ func (l *restore) setOOMScore(init int) {
 	if l.spec.Process == nil || l.spec.Process.OOMScoreAdj == nil {
 		return
 	}
-	cg, err := process.LoadCgroup(init, l.c.config.cgroupsPath())
-	if err == nil {
-		err = cg.SetOOMScore(init, *l.spec.Process.OOMScoreAdj)
+	cg := l.c.loadedCgroup()
+	if cg == nil {
+		return // as was said when it could not be loaded
 	}
-	if err != nil {
+	if err := cg.SetOOMScore(init, *l.spec.Process.OOMScoreAdj); err != nil {
 		log.L.WithError(err).WithField("container", l.c.id).Warn("give the restored processes the OOM score of the spec")
 	}
 }
@@ -276,22 +276,29 @@ func newLauncher(ctx context.Context, c *container, path string) (launcher, erro
 	if path != c.options.CriuImagePath && isTemporary(path) {
 		temp = path
 	}
-	// A folder does not tell whose its checkpoint is.
-	if err := c.mayRestore(capture.Info{}); err != nil {
+	l, err := restoreFolder(ctx, c, path, temp)
+	if err != nil {
 		if temp != "" {
 			_ = os.RemoveAll(temp)
 		}
 		return nil, fmt.Errorf("restore container %s: %w", c.id, err)
 	}
-	return launch(newRestore(ctx, c, path, temp))
+	return l, nil
 }
 
-// launch makes a launcher of what newRestore returns: nil is to stay nil.
-func launch(l *restore, err error) (launcher, error) {
-	if err != nil {
+// restoreFolder is a restore from a folder that the request or the options name.
+// temp is that folder if containerd has made it for this restore, else empty.
+func restoreFolder(ctx context.Context, c *container, path, temp string) (*restore, error) {
+	// It does not tell whose its checkpoint is.
+	if err := c.mayRestore(capture.Info{}); err != nil {
 		return nil, err
 	}
-	return l, nil
+	l, err := newRestore(ctx, c, path)
+	if err != nil || temp == "" {
+		return l, err
+	}
+	l.temp = temp
+	return l, os.WriteFile(c.bundle.path(restoreFrom), []byte(temp), 0o600)
 }
 
 // embeddedOrCold is a restore of the checkpoint in the container's image, if there
@@ -308,29 +315,34 @@ func embeddedOrCold(ctx context.Context, c *container, found *embedded) (launche
 	if !again {
 		return coldStart{c}, nil
 	}
-	info, err := found.readInfo()
-	if err == nil {
-		err = c.mayRestore(info)
-	}
+	l, err := restoreEmbedded(ctx, c, found)
 	if err != nil {
 		return nil, fmt.Errorf("restore container %s from its image: %w", c.id, err)
 	}
-	l, err := newRestore(ctx, c, found.dir, "")
-	if err == nil {
-		err = l.checkUserNamespace()
-	}
+	l.marks, l.folder = marks, found.folder
+	return l, nil
+}
+
+func restoreEmbedded(ctx context.Context, c *container, found *embedded) (*restore, error) {
+	info, err := found.readInfo()
 	if err != nil {
 		return nil, err
 	}
-	l.marks, l.folder = marks, found.folder
-	return l, nil
+	if err := c.mayRestore(info); err != nil {
+		return nil, err
+	}
+	l, err := newRestore(ctx, c, found.dir)
+	if err != nil {
+		return nil, err
+	}
+	return l, l.checkUserNamespace()
 }
 
 // checkUserNamespace refuses what CRIU and the files cannot follow: each pod with a
 // user namespace is given other IDs of the host than the last.
 func (l *restore) checkUserNamespace() error {
 	if _, inPod := l.c.config.podNamespace(); inPod && l.spec.Linux != nil && len(l.spec.Linux.UIDMappings) > 0 {
-		return fault.Unusable("restore container %s: its pod has a user namespace (hostUsers: false), where nothing can be restored yet; leave that out", l.c.id)
+		return fault.Unusable("its pod has a user namespace (hostUsers: false), where nothing can be restored yet; leave that out")
 	}
 	return nil
 }
@@ -355,25 +367,17 @@ func (c *container) mayRestore(info capture.Info) error {
 
 // newRestore opens the checkpoint in the folder path, and refuses one that asks for
 // more than the container may have.
-func newRestore(ctx context.Context, c *container, path, temp string) (*restore, error) {
+func newRestore(ctx context.Context, c *container, path string) (*restore, error) {
 	img, err := checkpoint.Open(ctx, path)
-	var spec *specs.Spec
-	if err == nil {
-		spec, err = c.bundle.spec()
-	}
-	if err == nil {
-		err = trust.Check(ctx, img, spec)
-	}
 	if err != nil {
-		if temp != "" {
-			_ = os.RemoveAll(temp)
-		}
-		return nil, fmt.Errorf("restore container %s: %w", c.id, err)
+		return nil, err
 	}
-	if temp != "" {
-		if err := os.WriteFile(c.bundle.path(restoreFrom), []byte(temp), 0o600); err != nil {
-			return nil, err
-		}
+	spec, err := c.bundle.spec()
+	if err != nil {
+		return nil, err
 	}
-	return &restore{c: c, image: img, spec: spec, temp: temp}, nil
+	if err := trust.Check(ctx, img, spec); err != nil {
+		return nil, err
+	}
+	return &restore{c: c, image: img, spec: spec}, nil
 }

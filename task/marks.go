@@ -124,12 +124,18 @@ func (m *marks) again(policy restartPolicy) (bool, error) {
 	return true, nil
 }
 
-// begin notes that a restore begins.
+// begin notes that a restore begins: both marks, or none.
 func (m *marks) begin() (err error) {
 	if m.before, err = m.pod.get(); err != nil {
 		return err
 	}
-	return errors.Join(m.own.set(fateBegun), m.pod.set(fateBegun))
+	if err := m.own.set(fateBegun); err != nil {
+		return err
+	}
+	if err := m.pod.set(fateBegun); err != nil {
+		return errors.Join(err, m.own.set(fateNone))
+	}
+	return nil
 }
 
 // failed notes that it left no process.

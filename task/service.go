@@ -421,9 +421,7 @@ func (s *Service) Stats(ctx context.Context, r *taskapi.StatsRequest) (*taskapi.
 	if err != nil {
 		return nil, err
 	}
-	c.mu.Lock()
-	cg := c.cgroup
-	c.mu.Unlock()
+	cg := c.loadedCgroup()
 	if cg == nil {
 		return nil, fmt.Errorf("container %s: cgroup does not exist: %w", c.id, errdefs.ErrNotFound)
 	}
