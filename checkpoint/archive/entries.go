@@ -10,6 +10,7 @@ import (
 	"strings"
 	"unicode/utf8"
 
+	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
@@ -50,7 +51,7 @@ const blockSize = 512
 
 // openEntries begins to read an archive, compressed or not.
 func openEntries(ctx context.Context, r io.Reader, limits Limits) (*entries, error) {
-	body, err := decompress(&contextReader{ctx, r})
+	body, err := decompress(capture.NewReader(ctx, r))
 	if err != nil {
 		return nil, truncated("the beginning", err)
 	}

@@ -136,21 +136,8 @@ func (a *writer) copy(ctx context.Context, name, path string) error {
 	if err := a.header(name, info.Size()); err != nil {
 		return err
 	}
-	if _, err := io.Copy(a.tar, &contextReader{ctx, f}); err != nil {
+	if _, err := io.Copy(a.tar, capture.NewReader(ctx, f)); err != nil {
 		return fmt.Errorf("%s: %w", path, err)
 	}
 	return nil
-}
-
-// contextReader ends with a context.
-type contextReader struct {
-	ctx context.Context
-	io.Reader
-}
-
-func (r *contextReader) Read(p []byte) (int, error) {
-	if r.ctx.Err() != nil {
-		return 0, context.Cause(r.ctx)
-	}
-	return r.Reader.Read(p)
 }

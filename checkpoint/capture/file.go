@@ -23,23 +23,25 @@ func (l FileLayer) WriteLayer(ctx context.Context, w io.Writer) error {
 		return fmt.Errorf("read the writable layer: %w", err)
 	}
 	defer f.Close()
-	if _, err := io.Copy(w, &reader{ctx, f}); err != nil {
+	if _, err := io.Copy(w, NewReader(ctx, f)); err != nil {
 		return fmt.Errorf("copy the writable layer: %w", err)
 	}
 	return nil
 }
 
-// reader ends with a context.
+// NewReader returns a reader of r that ends with ctx, whose cause is then its error.
+func NewReader(ctx context.Context, r io.Reader) io.Reader { return &reader{ctx, r} }
+
 type reader struct {
 	ctx context.Context
-	io.Reader
+	r   io.Reader
 }
 
 func (r *reader) Read(p []byte) (int, error) {
 	if err := r.ctx.Err(); err != nil {
 		return 0, context.Cause(r.ctx)
 	}
-	return r.Reader.Read(p)
+	return r.r.Read(p)
 }
 
 // OpenPlain opens a regular file of a checkpoint for reading. Its last part is not
@@ -62,4 +64,14 @@ func OpenPlain(path string) (*os.File, error) {
 		return nil, err
 	}
 	return f, nil
+}
+
+// Sync returns when a file, or the names in a folder, are on the disk.
+func Sync(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return f.Sync()
 }

@@ -49,8 +49,8 @@ type layer struct {
 	diffID digest.Digest // of the uncompressed tar
 }
 
-// writeLayer streams a tar into the store: write makes it, another goroutine
-// compresses, a third hashes, a fourth sends.
+// writeLayer streams a tar into the store: write makes it, and others compress,
+// hash and send it meanwhile.
 func writeLayer(ctx context.Context, store content.Store, o Options,
 	write func(context.Context, io.Writer) error, progress func(int64)) (l layer, err error) {
 	in, err := newIngest(ctx, store, newRef(), o.Root)
@@ -58,40 +58,29 @@ func writeLayer(ctx context.Context, store content.Store, o Options,
 		return layer{}, err
 	}
 	defer in.close(ctx)
-	var sent digest.Digester // of what is sent, where that is not the tar itself
-	var w io.Writer = in
-	if in.file != nil && o.Compression != compression.Uncompressed {
-		sent = digest.Canonical.Digester()
-		w = io.MultiWriter(in, sent.Hash())
-	}
-	sink := newPump(w)
-	z, err := compressor(sink, o.Compression)
-	if err != nil {
-		sink.Close()
-		return layer{}, err
-	}
 	count := counter{told: progress}
-	digester := digest.Canonical.Digester()
-	hash := newPump(digester.Hash())
-	if z == nil {
-		err = write(ctx, io.MultiWriter(sink, hash, &count))
+	plain, sent := digest.Canonical.Digester(), digest.Canonical.Digester() // of the tar, of what is sent
+	tar := io.MultiWriter(plain.Hash(), &count)
+	if o.Compression == compression.Uncompressed {
+		sent = plain
+		out := newPump(in, tar)
+		err = firstError(write(ctx, out), out.Close())
 	} else {
-		err = write(ctx, io.MultiWriter(z, hash, &count))
-		err = firstError(err, z.Close())
+		sink := newPump(in, sent.Hash())
+		z, zerr := compressor(sink, o.Compression)
+		if zerr != nil {
+			sink.Close()
+			return layer{}, zerr
+		}
+		out := newPump(z, tar)
+		err = firstError(write(ctx, out), out.Close(), z.Close(), sink.Close())
 	}
-	if err = firstError(err, sink.Close(), hash.Close()); err != nil {
+	if err = firstError(err, context.Cause(ctx)); err != nil {
 		return layer{}, err
 	}
 	progress(count.n)
-	l.MediaType, l.Size, l.diffID = layerTypes[o.Compression], in.n, digester.Digest()
-	sum := digest.Digest("")
-	switch {
-	case sent != nil:
-		sum = sent.Digest()
-	case z == nil:
-		sum = l.diffID
-	}
-	if l.Digest, err = in.commit(ctx, sum, map[string]string{labels.LabelUncompressed: l.diffID.String()}); err != nil {
+	l.MediaType, l.Size, l.Digest, l.diffID = layerTypes[o.Compression], in.n, sent.Digest(), plain.Digest()
+	if err := in.commit(ctx, l.Digest, map[string]string{labels.LabelUncompressed: l.diffID.String()}); err != nil {
 		return layer{}, err
 	}
 	l.Annotations = map[string]string{AnnotationUncompressed: strconv.FormatInt(count.n, 10)}

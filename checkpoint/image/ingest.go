@@ -15,6 +15,8 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint/capture"
 )
 
 // A gigabyte costs containerd four seconds of CPU when it comes through its
@@ -93,11 +95,9 @@ func (in *ingest) Write(p []byte) (n int, err error) {
 	return n, err
 }
 
-// commit makes a blob of all that was written, with its labels, and returns its
-// digest. sum is the digest if the caller knows it, which it must if the bytes
-// went past containerd. A blob that is there already is no error, and in the
-// lease.
-func (in *ingest) commit(ctx context.Context, sum digest.Digest, labels map[string]string) (digest.Digest, error) {
+// commit makes a blob of all that was written, whose digest is sum, with its labels.
+// A blob that is there already is no error, and in the lease.
+func (in *ingest) commit(ctx context.Context, sum digest.Digest, labels map[string]string) error {
 	opt := content.WithLabels(labels)
 	if in.file != nil {
 		placed, err := in.place(ctx, sum, opt)
@@ -105,18 +105,18 @@ func (in *ingest) commit(ctx context.Context, sum digest.Digest, labels map[stri
 			err = in.resume(ctx)
 		}
 		if err != nil || placed {
-			return sum, err
+			return err
 		}
 	}
 	// Without an expected digest, or a store behind gRPC would not add a blob to
 	// the lease that it has already.
 	if err := in.w.Commit(ctx, in.n, "", opt); err != nil && !errdefs.IsAlreadyExists(err) {
-		return "", fmt.Errorf("commit to the content store: %w", err)
+		return fmt.Errorf("commit to the content store: %w", err)
 	}
-	if d := in.w.Digest(); sum == "" || d == sum {
-		return d, nil
+	if d := in.w.Digest(); d != sum {
+		return fmt.Errorf("the content store has %s of what was %s", d, sum)
 	}
-	return "", fmt.Errorf("the content store has %s of what was %s", in.w.Digest(), sum)
+	return nil
 }
 
 // place commits the file as a blob, and tells whether the store had that.
@@ -141,7 +141,7 @@ func (in *ingest) place(ctx context.Context, sum digest.Digest, opt content.Opt)
 	case err != nil:
 		return false, nil
 	default:
-		if err := syncFolder(filepath.Dir(blob)); err != nil {
+		if err := capture.Sync(filepath.Dir(blob)); err != nil {
 			return false, fmt.Errorf("write to the content store: %w", err)
 		}
 	}
@@ -180,15 +180,6 @@ func (in *ingest) abort(ctx context.Context, ref string) {
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-}
-
-func syncFolder(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	return f.Sync()
 }
 
 // resume opens the writer that has all that was written to the file.

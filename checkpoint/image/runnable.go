@@ -72,7 +72,7 @@ func writeRunnable(ctx context.Context, store content.Store, baseDesc ocispec.De
 			t.file(infoPath, info)
 			t.file(specPath, c.Spec)
 			if c.DevShm != "" {
-				t.copy(ctx, devShmPath, c.DevShm, make([]byte, chunkSize))
+				t.copy(ctx, devShmPath, c.DevShm)
 			}
 			t.folder(checkpointDir)
 			t.images(ctx, checkpointDir+"/", c.Images, files)

@@ -2,8 +2,10 @@ package image
 
 import (
 	"archive/tar"
+	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -16,7 +18,7 @@ import (
 // tree writes a tar of root's own files and folders: 0600, 0700, all of the same
 // time. After an error it does nothing; close returns that.
 type tree struct {
-	tw   *tar.Writer
+	w    io.Writer
 	time time.Time
 	err  error
 }
@@ -25,43 +27,32 @@ func newTree(w io.Writer, at time.Time) *tree {
 	if at.IsZero() {
 		at = time.Unix(0, 0)
 	}
-	return &tree{tw: tar.NewWriter(w), time: at.UTC().Truncate(time.Second)}
+	return &tree{w: w, time: at.UTC().Truncate(time.Second)}
 }
 
 func (t *tree) folder(name string) {
-	if t.err == nil {
-		t.err = t.tw.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: name + "/", Mode: 0o700, ModTime: t.time})
-	}
+	t.header(&tar.Header{Typeflag: tar.TypeDir, Name: name + "/", Mode: 0o700, ModTime: t.time})
 }
 
 func (t *tree) file(name string, data []byte) {
-	if t.header(name, int64(len(data))); t.err == nil {
-		_, t.err = t.tw.Write(data)
-	}
-}
-
-func (t *tree) header(name string, size int64) {
-	if t.err == nil {
-		t.err = t.tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Size: size, Mode: 0o600, ModTime: t.time})
-	}
+	t.content(name, int64(len(data)), bytes.NewReader(data))
 }
 
 // images writes files of the folder dir, their names after prefix.
 func (t *tree) images(ctx context.Context, prefix, dir string, files []string) {
-	buf := make([]byte, chunkSize)
 	for _, name := range files {
-		t.copy(ctx, prefix+name, filepath.Join(dir, name), buf)
+		t.copy(ctx, prefix+name, filepath.Join(dir, name))
 	}
 }
 
 // copy writes the file at path under a name.
-func (t *tree) copy(ctx context.Context, name, path string, buf []byte) {
+func (t *tree) copy(ctx context.Context, name, path string) {
 	if t.err == nil {
-		t.err = t.copyFile(ctx, name, path, buf)
+		t.err = t.copyFile(ctx, name, path)
 	}
 }
 
-func (t *tree) copyFile(ctx context.Context, name, path string, buf []byte) error {
+func (t *tree) copyFile(ctx context.Context, name, path string) error {
 	f, err := capture.OpenPlain(path)
 	if err != nil {
 		return err
@@ -71,16 +62,45 @@ func (t *tree) copyFile(ctx context.Context, name, path string, buf []byte) erro
 	if err != nil {
 		return err
 	}
-	t.header(name, st.Size())
-	if t.err != nil {
-		return t.err
-	}
-	return copyContext(ctx, t.tw, io.LimitReader(f, st.Size()), buf)
+	t.content(name, st.Size(), capture.NewReader(ctx, io.LimitReader(f, st.Size())))
+	return t.err
 }
+
+func (t *tree) header(h *tar.Header) {
+	if t.err != nil {
+		return
+	}
+	// A tar.Writer would take the content too, in small pieces, where a pump reads
+	// it by itself.
+	var head bytes.Buffer
+	if t.err = tar.NewWriter(&head).WriteHeader(h); t.err == nil {
+		_, t.err = t.w.Write(head.Bytes())
+	}
+}
+
+// content writes a file of size, which is all that r has.
+func (t *tree) content(name string, size int64, r io.Reader) {
+	t.header(&tar.Header{Typeflag: tar.TypeReg, Name: name, Size: size, Mode: 0o600, ModTime: t.time})
+	if t.err != nil {
+		return
+	}
+	n, err := io.Copy(t.w, r)
+	switch {
+	case err != nil:
+		t.err = err
+	case n != size:
+		t.err = fmt.Errorf("%s: has %d bytes of %d", name, n, size)
+	default:
+		_, t.err = t.w.Write(make([]byte, -size&(block-1)))
+	}
+}
+
+// block is what everything in a tar is a multiple of.
+const block = 512
 
 func (t *tree) close() error {
 	if t.err == nil {
-		t.err = t.tw.Close()
+		_, t.err = t.w.Write(make([]byte, 2*block))
 	}
 	return t.err
 }
