@@ -10,7 +10,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
-	"github.com/stasis-run/stasis/checkpoint/image"
 )
 
 // formFlags are those of commands that write a checkpoint in some form.
@@ -70,11 +69,7 @@ made from, which is pulled if it is not here.`,
 
 // storeAs makes an image of a checkpoint and says its name.
 func (a *app) storeAs(ctx context.Context, ref string, got *capture.Capture, f formFlags) (err error) {
-	c, err := a.connect(ctx)
-	if err != nil {
-		return err
-	}
-	ctx, done, err := image.WithLease(ctx, c.LeasesService())
+	ctx, c, done, err := a.leased(ctx)
 	if err != nil {
 		return err
 	}

@@ -91,11 +91,7 @@ func isOCI(r *bufio.Reader) bool {
 
 // importOCI imports an image, and calls it ref unless that is empty.
 func (a *app) importOCI(ctx context.Context, r io.Reader, ref string) error {
-	c, err := a.connect(ctx)
-	if err != nil {
-		return err
-	}
-	ctx, done, err := image.WithLease(ctx, c.LeasesService())
+	ctx, c, done, err := a.leased(ctx)
 	if err != nil {
 		return err
 	}

@@ -101,11 +101,7 @@ func (a *app) restore(ctx context.Context, f *restoreFlags, arg, id string) (err
 			return usageError("NAME: %v", err)
 		}
 	}
-	c, err := a.connect(ctx)
-	if err != nil {
-		return err
-	}
-	ctx, done, err := image.WithLease(ctx, c.LeasesService())
+	ctx, c, done, err := a.leased(ctx)
 	if err != nil {
 		return err
 	}

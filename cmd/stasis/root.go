@@ -19,6 +19,8 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint/image"
 )
 
 // app is what the commands share: the global flags, the standard streams and
@@ -148,6 +150,17 @@ func (a *app) connect(ctx context.Context) (*client.Client, error) {
 	}
 	a.client = c
 	return c, nil
+}
+
+// leased is connect with a context that keeps what is stored with it from
+// containerd's garbage collector, until done is called.
+func (a *app) leased(ctx context.Context) (_ context.Context, _ *client.Client, done func(), _ error) {
+	c, err := a.connect(ctx)
+	if err != nil {
+		return ctx, nil, nil, err
+	}
+	ctx, done, err = image.WithLease(ctx, c.LeasesService())
+	return ctx, c, done, err
 }
 
 func connectError(address string, err error) error {

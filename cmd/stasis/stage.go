@@ -49,11 +49,7 @@ func newStageCommand(a *app) *cobra.Command {
 // stage reads from the descriptor if ref is empty. After an error, dir is not
 // there.
 func (a *app) stage(ctx context.Context, dir, ref, container string) (err error) {
-	c, err := a.connect(ctx)
-	if err != nil {
-		return err
-	}
-	ctx, done, err := image.WithLease(ctx, c.LeasesService())
+	ctx, c, done, err := a.leased(ctx)
 	if err != nil {
 		return err
 	}
