@@ -14,7 +14,6 @@ import (
 	core "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
-	"github.com/checkpoint-restore/go-criu/v8/crit/images/pagemap"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/pstree"
 	inet "github.com/checkpoint-restore/go-criu/v8/crit/images/sk-inet"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/tty"
@@ -319,13 +318,6 @@ func (im images) foreignTerminal(pids map[uint32]bool) (foreign bool, err error)
 	return foreign, err
 }
 
-// Flags of pagemap entries, CRIU's include/pagemap.h.
-const (
-	pagesParent  = 1 << 0 // in an older checkpoint
-	pagesLazy    = 1 << 1 // may be fetched later
-	pagesPresent = 1 << 2 // in pages-*.img
-)
-
 // memory checks that the page images are as long as the lists say.
 func (im images) memory() error {
 	for name := range im.files {
@@ -355,43 +347,22 @@ func pagesName(id uint32) string { return fmt.Sprintf("pages-%d.img", id) }
 // pagemap reads one list of memory pages: which image has them, and how many
 // pages long that is; 0 if that cannot be told.
 func (im images) pagemap(name string) (id uint32, pages int64, err error) {
-	first, untold := true, false
-	err = im.each(name, "PAGEMAP", func(msg []byte) error {
-		if first {
-			first = false
-			var head pagemap.PagemapHead
-			err := decode(msg, &head)
-			id = head.GetPagesId()
-			return err
-		}
-		var e pagemap.PagemapEntry
-		if err := decode(msg, &e); err != nil {
-			return err
-		}
-		// CRIU before 2.9 had in_parent instead of flags, and before 4.2 a
-		// smaller number of pages; its pagemap.c, init_compat_pagemap_entry.
-		flags, n := e.GetFlags(), e.GetNrPages()
-		if e.Flags == nil {
-			flags = pagesPresent
-		}
-		if e.NrPages == nil {
-			n = uint64(e.GetCompatNrPages())
-		}
+	untold := false
+	err = im.each(name, "PAGEMAP", Pagemap(&id, func(r PageRun) error {
 		switch {
-		case e.GetInParent() || flags&pagesParent != 0:
+		case r.InParent():
 			return fault.Invalid("some of the memory is in an older checkpoint that this one builds on; make one without pre-dump")
-		case flags&pagesPresent == 0 && flags&pagesLazy != 0:
+		case !r.Present() && r.flags&pagesLazy != 0:
 			return fault.Invalid("some of the memory was left where the checkpoint was made; make one without lazy pages")
-		case flags&pagesPresent == 0:
+		case !r.Present():
 			return nil
-		case n > 1<<40 || pages > 1<<40:
+		case pages > maxPages:
 			return fault.Invalid("lists more memory than there can be")
 		}
-		pages += int64(n)
-		// Something newer, such as compressed pages.
-		untold = untold || len(e.ProtoReflect().GetUnknown()) > 0
+		pages += int64(r.Pages)
+		untold = untold || r.newer()
 		return nil
-	})
+	}))
 	if untold {
 		pages = 0
 	}

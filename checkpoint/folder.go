@@ -18,6 +18,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
@@ -70,20 +71,30 @@ const (
 )
 
 // Reserve takes the space on the disk that Commit will need, a few KiB for most
-// containers. A container that ends with the dump would else be lost if CRIU's
-// images just fit.
+// containers, and once more what the pre-dumps have written. A container that ends
+// with the dump would else be lost if CRIU's images just fit.
 func (f *Folder) Reserve() error {
+	size := int64(reserveSize)
+	for _, dir := range f.preDumps() {
+		written, err := listFolder(dir)
+		if err != nil {
+			return wrap(f.dir, err)
+		}
+		for _, file := range written {
+			size += file.size
+		}
+	}
 	file, err := os.OpenFile(filepath.Join(f.Path(), reserveName), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return wrap(f.dir, err)
 	}
 	defer file.Close()
-	err = unix.Fallocate(int(file.Fd()), 0, 0, reserveSize)
+	err = unix.Fallocate(int(file.Fd()), 0, 0, size)
 	if errors.Is(err, unix.EOPNOTSUPP) {
-		_, err = io.CopyN(file, rand.Reader, reserveSize) // zeros might take no space
+		_, err = io.CopyN(file, rand.Reader, size) // zeros might take no space
 	}
 	if err != nil {
-		return wrap(f.dir, fmt.Errorf("reserve %d MiB: %w", reserveSize>>20, err))
+		return wrap(f.dir, fmt.Errorf("reserve %d MiB: %w", size>>20, err))
 	}
 	return nil
 }
@@ -210,6 +221,19 @@ func (f *Folder) commit(m Manifest, durable bool) error {
 	if err := repairTimers(f.Path()); err != nil {
 		return err
 	}
+	if err := thawGroups(f.Path()); err != nil {
+		return err
+	}
+	if chain := f.preDumps(); len(chain) > 0 {
+		if err := flatten(f.Path(), chain); err != nil {
+			return err
+		}
+		for _, dir := range chain {
+			if err := os.RemoveAll(dir); err != nil {
+				return err
+			}
+		}
+	}
 	files, err := f.written()
 	if err != nil {
 		return err
@@ -252,7 +276,7 @@ func (f *Folder) commit(m Manifest, durable bool) error {
 		}
 	}
 	if durable {
-		if err := syncFile(f.dir); err != nil {
+		if err := capture.Sync(f.dir); err != nil {
 			return err
 		}
 	}
@@ -260,7 +284,7 @@ func (f *Folder) commit(m Manifest, durable bool) error {
 		return err
 	}
 	if durable {
-		if err := errors.Join(syncFile(f.dir), syncFile(filepath.Dir(f.dir))); err != nil {
+		if err := errors.Join(capture.Sync(f.dir), capture.Sync(filepath.Dir(f.dir))); err != nil {
 			return err
 		}
 	}
@@ -328,7 +352,7 @@ func (f *Folder) writeManifest(m *Manifest, durable bool) error {
 		return err
 	}
 	if durable {
-		return syncFile(path)
+		return capture.Sync(path)
 	}
 	return nil
 }
@@ -373,13 +397,4 @@ func (f *Folder) stamp(m *Manifest) (some bool) {
 		}
 	}
 	return some
-}
-
-func syncFile(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	return f.Sync()
 }

@@ -2,9 +2,14 @@ package checkpoint
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
+	"os"
+	"path/filepath"
+	"slices"
 	"sync"
 
 	"github.com/checkpoint-restore/go-criu/v8/magic"
@@ -132,6 +137,52 @@ func EachMessage(r io.Reader, size int64, kind string, fn func(msg []byte) error
 			return err
 		}
 	}
+}
+
+// rewriteImage calls edit with each message of an image that is made of nothing
+// else; what edit puts is there in its place.
+func rewriteImage(path string, edit func(msg []byte, put func([]byte)) error) (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("%s: %w", filepath.Base(path), err)
+		}
+	}()
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	in, err := newFrames(bytes.NewReader(data), int64(len(data)))
+	if err != nil {
+		return err
+	}
+	out := slices.Clone(data[:int64(len(data))-in.left]) // what comes before the messages
+	for {
+		msg, err := in.next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err == nil {
+			err = edit(msg, func(msg []byte) {
+				out = binary.LittleEndian.AppendUint32(out, uint32(len(msg)))
+				out = append(out, msg...)
+			})
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if bytes.Equal(out, data) {
+		return nil
+	}
+	// Never half of it: this may be all there is of the container.
+	tmp := path + ".new"
+	if err = os.WriteFile(tmp, out, 0o600); err == nil {
+		err = os.Rename(tmp, path)
+	}
+	if err != nil {
+		_ = os.Remove(tmp)
+	}
+	return err
 }
 
 // DecodeMessage decodes a message of EachMessage leniently: a value that go-criu

@@ -1,18 +1,17 @@
 package checkpoint
 
 import (
-	"encoding/binary"
 	"errors"
-	"fmt"
-	"io"
 	"io/fs"
-	"os"
 	"path/filepath"
 
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/cgroup"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/timerfd"
 	"google.golang.org/protobuf/proto"
 )
+
+// This file puts right what CRIU's images say wrongly.
 
 const filesName = "files.img"
 
@@ -20,67 +19,64 @@ const filesName = "files.img"
 // issue 3162). One that has expired, and was not read since, starts its next
 // period when it is read; until then the kernel says that no time is left. CRIU
 // takes that for a timer that is not set, and it never ticks again.
-func repairTimers(dir string) (err error) {
-	defer func() {
-		if err != nil {
-			err = fmt.Errorf("%s: %w", filesName, err)
-		}
-	}()
-	path := filepath.Join(dir, filesName)
-	in, err := os.Open(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil // CRIU before 3.3
-	}
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	frames, err := framesOf(in)
-	if err != nil {
-		return err
-	}
-	info, err := in.Stat()
-	if err != nil {
-		return err
-	}
-	out := make([]byte, info.Size()-frames.left) // what comes before the messages
-	if _, err := in.ReadAt(out, 0); err != nil {
-		return err
-	}
-	repaired := false
-	for {
-		msg, err := frames.next()
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			return err
-		}
+func repairTimers(dir string) error {
+	err := rewriteImage(filepath.Join(dir, filesName), func(msg []byte, put func([]byte)) error {
 		var file fdinfo.FileEntry
 		if err := decode(msg, &file); err != nil {
 			return err
 		}
 		if repairTimer(file.GetTfd()) {
-			repaired = true
+			var err error
 			if msg, err = (proto.MarshalOptions{AllowPartial: true}).Marshal(&file); err != nil {
 				return err
 			}
 		}
-		out = binary.LittleEndian.AppendUint32(out, uint32(len(msg)))
-		out = append(out, msg...)
-	}
-	if !repaired {
+		put(msg)
 		return nil
-	}
-	// Never half of it: with Exit, this is all there is of the container.
-	tmp := path + ".new"
-	if err = os.WriteFile(tmp, out, 0o600); err == nil {
-		err = os.Rename(tmp, path)
-	}
-	if err != nil {
-		_ = os.Remove(tmp)
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // CRIU before 3.3
 	}
 	return err
+}
+
+// cgroupName is the image of the control groups and their properties.
+const cgroupName = "cgroup.img"
+
+// thawGroups has a checkpoint say that the container runs. It was frozen before
+// CRIU began, which has noted that, and a restore that brings back all properties
+// (cgroups_mode full) would freeze CRIU itself, which is in the same group.
+func thawGroups(dir string) error {
+	err := rewriteImage(filepath.Join(dir, cgroupName), func(msg []byte, put func([]byte)) error {
+		var groups cgroup.CgroupEntry
+		if err := decode(msg, &groups); err != nil {
+			return err
+		}
+		for _, controller := range groups.GetControllers() {
+			thawFolders(controller.GetDirs())
+		}
+		msg, err := (proto.MarshalOptions{AllowPartial: true}).Marshal(&groups)
+		put(msg)
+		return err
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // its control groups are not managed
+	}
+	return err
+}
+
+func thawFolders(dirs []*cgroup.CgroupDirEntry) {
+	for _, dir := range dirs {
+		for _, p := range dir.GetProperties() {
+			switch p.GetName() {
+			case "freezer.state":
+				p.Value = proto.String("THAWED")
+			case "cgroup.freeze":
+				p.Value = proto.String("0")
+			}
+		}
+		thawFolders(dir.GetChildren())
+	}
 }
 
 func repairTimer(t *timerfd.TimerfdEntry) bool {

@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/containerd/v2/client"
@@ -20,7 +21,9 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/typeurl/v2"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/protobuf/proto"
 
+	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/integration/stack"
 )
 
@@ -135,6 +138,9 @@ func TestCheckpointOptions(t *testing.T) {
 			}
 			args("checkpoint", strings.TrimSpace(tc.dump+" --leave-running"))
 			runsOn(t, ctx, c)
+			if got, want := locksNetwork(t, dir), tc.opts.OpenTcp; got != want {
+				t.Errorf("CRIU locked the network: %v, want %v", got, want)
+			}
 			for _, file := range []string{"dump.log", "stats-dump"} {
 				if _, err := os.Stat(filepath.Join(workPath, file)); err != nil {
 					t.Errorf("%v, want it in the work path", err)
@@ -166,6 +172,18 @@ func TestCheckpointOptions(t *testing.T) {
 	c.DeleteTask(ctx)
 	c.Restore(ctx, dir)
 	runsOn(t, ctx, c)
+}
+
+// locksNetwork tells whether CRIU kept packets from the container in a dump, and
+// expects to in the restore.
+func locksNetwork(t *testing.T, dir string) bool {
+	t.Helper()
+	img, err := checkpoint.Open(t.Context(), dir)
+	must(t, err)
+	var inv inventory.InventoryEntry
+	must(t, img.Each("inventory.img", "INVENTORY", func(msg []byte) error { return proto.Unmarshal(msg, &inv) }))
+	const skip = 2 // CRIU's include/cr_options.h
+	return inv.GetNetworkLockMethod() != skip
 }
 
 // TestCheckpointCgroups checks which limits a restored container has: those of

@@ -173,8 +173,8 @@ func TestCLIAbortedLate(t *testing.T) {
 	restoreKept(t, s, c, said)
 }
 
-// restoreKept restores a container from the folder that an error has named, where
-// its images are, as its writable layer is still its own.
+// restoreKept stores and restores a container from the folder that an error has
+// named, where its images are, as its writable layer is still its own.
 func restoreKept(t *testing.T, s *stack.Stack, c *stack.Container, said string) {
 	t.Helper()
 	ctx := s.Ctx()
@@ -185,12 +185,16 @@ func restoreKept(t *testing.T, s *stack.Stack, c *stack.Container, said string) 
 	if out := s.Stasis("prune", "--dry-run"); out != work+"\n" {
 		t.Errorf("prune --dry-run printed %q", out)
 	}
-	c.DeleteTask(ctx)
-	c.Restore(ctx, filepath.Join(work, "checkpoint"))
-	countsOn(t, s, c)
-	s.Stasis("prune")
+	ref := "stasis.test/kept:1"
+	if out := s.Stasis("checkpoint", c.ID(), ref, "--from", work); out != ref+"\n" {
+		t.Errorf("--from printed %q", out)
+	}
 	checkTidy(t, s)
-	c.Kill(ctx, syscall.SIGKILL)
+	s.Stasis("restore", ref, "again")
+	again := load(t, s, "again")
+	countsOn(t, s, again)
+	again.Kill(ctx, syscall.SIGKILL)
+	again.Delete(ctx)
 	c.Delete(ctx)
 }
 

@@ -15,6 +15,7 @@ type dump struct {
 	workDir     string // empty: the bundle's
 	options     checkpoint.Options
 	dumpOptions checkpoint.DumpOptions
+	preDumps    int
 	exit        bool // the container ends with it
 	durable     bool // the checkpoint has to survive a power cut
 	while       func(context.Context) error
@@ -70,6 +71,7 @@ func (c *container) checkpoint(ctx context.Context, d dump) (*checkpoint.DumpRes
 		WorkDir:     d.workDir,
 		Options:     d.options,
 		DumpOptions: d.dumpOptions,
+		PreDumps:    d.preDumps,
 		Exit:        d.exit,
 		Paused:      paused,
 		Durable:     d.durable,

@@ -91,6 +91,7 @@ func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, s
 			CgroupsMode:         o.CgroupsMode,
 		},
 		dumpOptions: checkpoint.DumpOptions{TCPClose: o.TcpClose, LinkRemap: o.LinkRemap, GhostLimit: o.GhostLimit},
+		preDumps:    int(r.PreDumps),
 		exit:        r.Exit,
 		durable:     r.Exit,
 	}
@@ -126,6 +127,9 @@ func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, s
 	if err := copyLogs(r.ImagePath, c.bundle.dumpDir()); err != nil {
 		// The checkpoint is whole, and with exit all there is of the container.
 		log.G(ctx).WithError(err).WithField("container", c.id).Warn("a checkpoint is without CRIU's log and figures")
+	}
+	for _, p := range dumped.PreDumps {
+		result.PreDumps = append(result.PreDumps, &api.PreDump{DurationNs: uint64(p.Took), PagesWritten: p.Pages})
 	}
 	result.FrozenNs = uint64(dumped.Frozen)
 	result.ImageBytes = uint64(sizeOf(r.ImagePath))
@@ -188,7 +192,13 @@ func (m *meter) run(send func(*api.Progress)) (stop func()) {
 				return
 			case <-tick.C:
 			}
-			send(&api.Progress{Stage: "dump", DoneBytes: uint64(sizeOf(filepath.Join(m.dir, ".partial"))), TotalBytes: uint64(total)})
+			stage, dir := "dump", filepath.Join(m.dir, ".partial")
+			if images := sizeOf(dir); images == 0 {
+				if rounds, _ := filepath.Glob(filepath.Join(dir, ".pre-*")); len(rounds) > 0 {
+					stage, dir = "pre-dump", filepath.Join(dir, fmt.Sprintf(".pre-%d", len(rounds)))
+				}
+			}
+			send(&api.Progress{Stage: stage, DoneBytes: uint64(sizeOf(dir)), TotalBytes: uint64(total)})
 			if n := m.copied.Load(); n > 0 {
 				send(&api.Progress{Stage: "rootfs", DoneBytes: uint64(n)})
 			}

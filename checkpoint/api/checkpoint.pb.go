@@ -37,8 +37,12 @@ type CheckpointRequest struct {
 	// more.
 	RootfsPath string `protobuf:"bytes,3,opt,name=rootfs_path,json=rootfsPath,proto3" json:"rootfs_path,omitempty"`
 	// The container ends with the checkpoint.
-	Exit          bool         `protobuf:"varint,4,opt,name=exit,proto3" json:"exit,omitempty"`
-	Options       *CRIUOptions `protobuf:"bytes,5,opt,name=options,proto3" json:"options,omitempty"`
+	Exit    bool         `protobuf:"varint,4,opt,name=exit,proto3" json:"exit,omitempty"`
+	Options *CRIUOptions `protobuf:"bytes,5,opt,name=options,proto3" json:"options,omitempty"`
+	// How often the memory is written before, each time what has changed since the
+	// last, while the container runs; negative: until a time has no less to write
+	// than the one before. Needs a kernel with CONFIG_MEM_SOFT_DIRTY.
+	PreDumps      int32 `protobuf:"varint,6,opt,name=pre_dumps,json=preDumps,proto3" json:"pre_dumps,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -106,6 +110,13 @@ func (x *CheckpointRequest) GetOptions() *CRIUOptions {
 		return x.Options
 	}
 	return nil
+}
+
+func (x *CheckpointRequest) GetPreDumps() int32 {
+	if x != nil {
+		return x.PreDumps
+	}
+	return 0
 }
 
 // CRIUOptions are options of CRIU's dump, under the names of
@@ -302,7 +313,7 @@ func (*CheckpointUpdate_Result) isCheckpointUpdate_Update() {}
 
 type Progress struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// "dump" or "rootfs", which go on side by side.
+	// "pre-dump"; then "dump" and "rootfs", which go on side by side.
 	Stage     string `protobuf:"bytes,1,opt,name=stage,proto3" json:"stage,omitempty"`
 	DoneBytes uint64 `protobuf:"varint,2,opt,name=done_bytes,json=doneBytes,proto3" json:"done_bytes,omitempty"`
 	// An estimate; 0: unknown.
@@ -376,8 +387,10 @@ type CheckpointResult struct {
 	CriuVersion    string `protobuf:"bytes,7,opt,name=criu_version,json=criuVersion,proto3" json:"criu_version,omitempty"`
 	RuntimeName    string `protobuf:"bytes,8,opt,name=runtime_name,json=runtimeName,proto3" json:"runtime_name,omitempty"` // "runc", "crun"
 	RuntimeVersion string `protobuf:"bytes,9,opt,name=runtime_version,json=runtimeVersion,proto3" json:"runtime_version,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// What each pre-dump has written.
+	PreDumps      []*PreDump `protobuf:"bytes,10,rep,name=pre_dumps,json=preDumps,proto3" json:"pre_dumps,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CheckpointResult) Reset() {
@@ -473,6 +486,65 @@ func (x *CheckpointResult) GetRuntimeVersion() string {
 	return ""
 }
 
+func (x *CheckpointResult) GetPreDumps() []*PreDump {
+	if x != nil {
+		return x.PreDumps
+	}
+	return nil
+}
+
+type PreDump struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	DurationNs    uint64                 `protobuf:"varint,1,opt,name=duration_ns,json=durationNs,proto3" json:"duration_ns,omitempty"`
+	PagesWritten  uint64                 `protobuf:"varint,2,opt,name=pages_written,json=pagesWritten,proto3" json:"pages_written,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PreDump) Reset() {
+	*x = PreDump{}
+	mi := &file_checkpoint_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PreDump) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PreDump) ProtoMessage() {}
+
+func (x *PreDump) ProtoReflect() protoreflect.Message {
+	mi := &file_checkpoint_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PreDump.ProtoReflect.Descriptor instead.
+func (*PreDump) Descriptor() ([]byte, []int) {
+	return file_checkpoint_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *PreDump) GetDurationNs() uint64 {
+	if x != nil {
+		return x.DurationNs
+	}
+	return 0
+}
+
+func (x *PreDump) GetPagesWritten() uint64 {
+	if x != nil {
+		return x.PagesWritten
+	}
+	return 0
+}
+
 type Stage struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -483,7 +555,7 @@ type Stage struct {
 
 func (x *Stage) Reset() {
 	*x = Stage{}
-	mi := &file_checkpoint_proto_msgTypes[5]
+	mi := &file_checkpoint_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -495,7 +567,7 @@ func (x *Stage) String() string {
 func (*Stage) ProtoMessage() {}
 
 func (x *Stage) ProtoReflect() protoreflect.Message {
-	mi := &file_checkpoint_proto_msgTypes[5]
+	mi := &file_checkpoint_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -508,7 +580,7 @@ func (x *Stage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stage.ProtoReflect.Descriptor instead.
 func (*Stage) Descriptor() ([]byte, []int) {
-	return file_checkpoint_proto_rawDescGZIP(), []int{5}
+	return file_checkpoint_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Stage) GetName() string {
@@ -540,7 +612,7 @@ type CRIUStats struct {
 
 func (x *CRIUStats) Reset() {
 	*x = CRIUStats{}
-	mi := &file_checkpoint_proto_msgTypes[6]
+	mi := &file_checkpoint_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -552,7 +624,7 @@ func (x *CRIUStats) String() string {
 func (*CRIUStats) ProtoMessage() {}
 
 func (x *CRIUStats) ProtoReflect() protoreflect.Message {
-	mi := &file_checkpoint_proto_msgTypes[6]
+	mi := &file_checkpoint_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -565,7 +637,7 @@ func (x *CRIUStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CRIUStats.ProtoReflect.Descriptor instead.
 func (*CRIUStats) Descriptor() ([]byte, []int) {
-	return file_checkpoint_proto_rawDescGZIP(), []int{6}
+	return file_checkpoint_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *CRIUStats) GetFreezingUs() uint64 {
@@ -614,7 +686,7 @@ var File_checkpoint_proto protoreflect.FileDescriptor
 
 const file_checkpoint_proto_rawDesc = "" +
 	"\n" +
-	"\x10checkpoint.proto\x12\x14stasis.checkpoint.v1\"\xb4\x01\n" +
+	"\x10checkpoint.proto\x12\x14stasis.checkpoint.v1\"\xd1\x01\n" +
 	"\x11CheckpointRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
 	"\n" +
@@ -622,7 +694,8 @@ const file_checkpoint_proto_rawDesc = "" +
 	"\vrootfs_path\x18\x03 \x01(\tR\n" +
 	"rootfsPath\x12\x12\n" +
 	"\x04exit\x18\x04 \x01(\bR\x04exit\x12;\n" +
-	"\aoptions\x18\x05 \x01(\v2!.stasis.checkpoint.v1.CRIUOptionsR\aoptions\"\xc2\x02\n" +
+	"\aoptions\x18\x05 \x01(\v2!.stasis.checkpoint.v1.CRIUOptionsR\aoptions\x12\x1b\n" +
+	"\tpre_dumps\x18\x06 \x01(\x05R\bpreDumps\"\xc2\x02\n" +
 	"\vCRIUOptions\x12\x19\n" +
 	"\bopen_tcp\x18\x01 \x01(\bR\aopenTcp\x12\x1b\n" +
 	"\ttcp_close\x18\x02 \x01(\bR\btcpClose\x122\n" +
@@ -645,7 +718,7 @@ const file_checkpoint_proto_rawDesc = "" +
 	"\n" +
 	"done_bytes\x18\x02 \x01(\x04R\tdoneBytes\x12\x1f\n" +
 	"\vtotal_bytes\x18\x03 \x01(\x04R\n" +
-	"totalBytes\"\xf4\x02\n" +
+	"totalBytes\"\xb0\x03\n" +
 	"\x10CheckpointResult\x123\n" +
 	"\x06stages\x18\x01 \x03(\v2\x1b.stasis.checkpoint.v1.StageR\x06stages\x12\x1b\n" +
 	"\tfrozen_ns\x18\x02 \x01(\x04R\bfrozenNs\x123\n" +
@@ -656,7 +729,13 @@ const file_checkpoint_proto_rawDesc = "" +
 	"\x0frootfs_is_upper\x18\x06 \x01(\bR\rrootfsIsUpper\x12!\n" +
 	"\fcriu_version\x18\a \x01(\tR\vcriuVersion\x12!\n" +
 	"\fruntime_name\x18\b \x01(\tR\vruntimeName\x12'\n" +
-	"\x0fruntime_version\x18\t \x01(\tR\x0eruntimeVersion\"<\n" +
+	"\x0fruntime_version\x18\t \x01(\tR\x0eruntimeVersion\x12:\n" +
+	"\tpre_dumps\x18\n" +
+	" \x03(\v2\x1d.stasis.checkpoint.v1.PreDumpR\bpreDumps\"O\n" +
+	"\aPreDump\x12\x1f\n" +
+	"\vduration_ns\x18\x01 \x01(\x04R\n" +
+	"durationNs\x12#\n" +
+	"\rpages_written\x18\x02 \x01(\x04R\fpagesWritten\"<\n" +
 	"\x05Stage\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1f\n" +
 	"\vduration_ns\x18\x02 \x01(\x04R\n" +
@@ -687,29 +766,31 @@ func file_checkpoint_proto_rawDescGZIP() []byte {
 	return file_checkpoint_proto_rawDescData
 }
 
-var file_checkpoint_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
+var file_checkpoint_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
 var file_checkpoint_proto_goTypes = []any{
 	(*CheckpointRequest)(nil), // 0: stasis.checkpoint.v1.CheckpointRequest
 	(*CRIUOptions)(nil),       // 1: stasis.checkpoint.v1.CRIUOptions
 	(*CheckpointUpdate)(nil),  // 2: stasis.checkpoint.v1.CheckpointUpdate
 	(*Progress)(nil),          // 3: stasis.checkpoint.v1.Progress
 	(*CheckpointResult)(nil),  // 4: stasis.checkpoint.v1.CheckpointResult
-	(*Stage)(nil),             // 5: stasis.checkpoint.v1.Stage
-	(*CRIUStats)(nil),         // 6: stasis.checkpoint.v1.CRIUStats
+	(*PreDump)(nil),           // 5: stasis.checkpoint.v1.PreDump
+	(*Stage)(nil),             // 6: stasis.checkpoint.v1.Stage
+	(*CRIUStats)(nil),         // 7: stasis.checkpoint.v1.CRIUStats
 }
 var file_checkpoint_proto_depIdxs = []int32{
 	1, // 0: stasis.checkpoint.v1.CheckpointRequest.options:type_name -> stasis.checkpoint.v1.CRIUOptions
 	3, // 1: stasis.checkpoint.v1.CheckpointUpdate.progress:type_name -> stasis.checkpoint.v1.Progress
 	4, // 2: stasis.checkpoint.v1.CheckpointUpdate.result:type_name -> stasis.checkpoint.v1.CheckpointResult
-	5, // 3: stasis.checkpoint.v1.CheckpointResult.stages:type_name -> stasis.checkpoint.v1.Stage
-	6, // 4: stasis.checkpoint.v1.CheckpointResult.criu:type_name -> stasis.checkpoint.v1.CRIUStats
-	0, // 5: stasis.checkpoint.v1.Checkpoints.Checkpoint:input_type -> stasis.checkpoint.v1.CheckpointRequest
-	2, // 6: stasis.checkpoint.v1.Checkpoints.Checkpoint:output_type -> stasis.checkpoint.v1.CheckpointUpdate
-	6, // [6:7] is the sub-list for method output_type
-	5, // [5:6] is the sub-list for method input_type
-	5, // [5:5] is the sub-list for extension type_name
-	5, // [5:5] is the sub-list for extension extendee
-	0, // [0:5] is the sub-list for field type_name
+	6, // 3: stasis.checkpoint.v1.CheckpointResult.stages:type_name -> stasis.checkpoint.v1.Stage
+	7, // 4: stasis.checkpoint.v1.CheckpointResult.criu:type_name -> stasis.checkpoint.v1.CRIUStats
+	5, // 5: stasis.checkpoint.v1.CheckpointResult.pre_dumps:type_name -> stasis.checkpoint.v1.PreDump
+	0, // 6: stasis.checkpoint.v1.Checkpoints.Checkpoint:input_type -> stasis.checkpoint.v1.CheckpointRequest
+	2, // 7: stasis.checkpoint.v1.Checkpoints.Checkpoint:output_type -> stasis.checkpoint.v1.CheckpointUpdate
+	7, // [7:8] is the sub-list for method output_type
+	6, // [6:7] is the sub-list for method input_type
+	6, // [6:6] is the sub-list for extension type_name
+	6, // [6:6] is the sub-list for extension extendee
+	0, // [0:6] is the sub-list for field type_name
 }
 
 func init() { file_checkpoint_proto_init() }
@@ -727,7 +808,7 @@ func file_checkpoint_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_checkpoint_proto_rawDesc), len(file_checkpoint_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   7,
+			NumMessages:   8,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

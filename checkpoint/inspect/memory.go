@@ -10,7 +10,6 @@ import (
 	"sort"
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/mm"
-	"github.com/checkpoint-restore/go-criu/v8/crit/images/pagemap"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/vma"
 	"golang.org/x/sys/unix"
 
@@ -33,9 +32,6 @@ const (
 	areaAIO         = 1 << 13
 	areaMemfd       = 1 << 14
 )
-
-// Flags of pagemap entries, CRIU's include/pagemap.h.
-const pagesPresent = 1 << 2
 
 // readMemory reads the mappings of a process, how much of each was dumped, and
 // its arguments.
@@ -178,42 +174,24 @@ func (r *reader) readPages(p *Process, m *mm.MmEntry) error {
 // number of the image of pages, the address, the size, and where in the image
 // they are, in bytes.
 func (r *reader) eachRun(name string, page int64, fn func(id uint32, start uint64, size, at int64) error) error {
-	first := true
 	var id uint32
 	var at int64
-	return r.folder.each(name, "PAGEMAP", func(msg []byte) error {
-		if first {
-			first = false
-			var head pagemap.PagemapHead
-			err := checkpoint.DecodeMessage(msg, &head)
-			id = head.GetPagesId()
-			return err
-		}
-		var e pagemap.PagemapEntry
-		if err := checkpoint.DecodeMessage(msg, &e); err != nil {
-			return err
-		}
-		// CRIU before 2.9 had in_parent instead of flags, and before 4.2 a
-		// smaller number of pages; its pagemap.c, init_compat_pagemap_entry.
-		n := e.GetNrPages()
-		if e.NrPages == nil {
-			n = uint64(e.GetCompatNrPages())
-		}
-		if n > 1<<36 || e.GetVaddr() > 1<<63 {
+	return r.folder.each(name, "PAGEMAP", checkpoint.Pagemap(&id, func(run checkpoint.PageRun) error {
+		if run.Pages > 1<<36 {
 			return fault.Invalid("lists more memory than there can be")
 		}
-		if e.GetInParent() || e.Flags != nil && e.GetFlags()&pagesPresent == 0 {
+		if !run.Present() {
 			return nil
 		}
-		size := int64(n) * page
-		if err := fn(id, e.GetVaddr(), size, at); err != nil {
+		size := int64(run.Pages) * page
+		if err := fn(id, run.Addr, size, at); err != nil {
 			return err
 		}
 		if at += size; at < 0 {
 			return fault.Invalid("lists more memory than there can be")
 		}
 		return nil
-	})
+	}))
 }
 
 // readShared adds the pages of shared memory, which are listed once for all

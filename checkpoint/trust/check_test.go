@@ -45,7 +45,7 @@ func newForgery(t testing.TB) *forgery {
 	pages := int64(0)
 	alter(f, "pagemap-6.img", "PAGEMAP", func(all []*pagemap.PagemapEntry) []*pagemap.PagemapEntry {
 		for _, e := range all[1:] {
-			if e.GetFlags()&pagesPresent != 0 {
+			if e.GetFlags()&(1<<2) != 0 {
 				pages += int64(e.GetNrPages())
 			}
 		}

@@ -4,8 +4,6 @@ import (
 	"os"
 	"strings"
 
-	"github.com/checkpoint-restore/go-criu/v8/crit/images/pagemap"
-
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 )
@@ -75,31 +73,17 @@ func (c *checker) checkLimits() error {
 	return nil
 }
 
-// pagesPresent marks pages that are in pages-*.img, CRIU's include/pagemap.h.
-const pagesPresent = 1 << 2
-
+// pages counts those that a restore brings back, from wherever.
 func (c *checker) pages(name string) (pages uint64, err error) {
-	first := true
-	err = c.each(name, "PAGEMAP", func(msg []byte) error {
-		if first {
-			first = false
+	var id uint32
+	err = c.each(name, "PAGEMAP", checkpoint.Pagemap(&id, func(r checkpoint.PageRun) error {
+		if !r.Present() && !r.InParent() {
 			return nil
 		}
-		var e pagemap.PagemapEntry
-		if err := checkpoint.DecodeMessage(msg, &e); err != nil {
-			return err
-		}
-		n := e.GetNrPages()
-		if e.NrPages == nil {
-			n = uint64(e.GetCompatNrPages())
-		}
-		if e.Flags != nil && e.GetFlags()&pagesPresent == 0 {
-			return nil
-		}
-		if pages += n; n > 1<<40 || pages > 1<<40 {
+		if pages += r.Pages; pages > 1<<40 {
 			return fault.Invalid("lists more memory than there can be")
 		}
 		return nil
-	})
+	}))
 	return pages, err
 }

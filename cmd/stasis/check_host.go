@@ -2,14 +2,12 @@ package main
 
 import (
 	"context"
-	"encoding/binary"
 	"fmt"
 	"net"
 	"os"
 	"path/filepath"
 	"runtime"
 	"strings"
-	"unsafe"
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/errdefs"
@@ -41,7 +39,7 @@ func checkKernel() finding {
 // checkSoftDirty tries whether the kernel tells which pages were written to,
 // which is what a pre-dump needs.
 func checkSoftDirty() finding {
-	works, err := softDirty()
+	works, err := checkpoint.SoftDirty()
 	if err == nil && works {
 		return ok("soft-dirty", "pre-dump is possible")
 	}
@@ -50,41 +48,6 @@ func checkSoftDirty() finding {
 		detail += fmt.Sprintf(" (%v)", err)
 	}
 	return warn("soft-dirty", detail, "boot a kernel with CONFIG_MEM_SOFT_DIRTY")
-}
-
-// softDirty writes to a page and asks the kernel whether it was: bit 55 of its
-// entry in pagemap(5).
-func softDirty() (bool, error) {
-	size := os.Getpagesize()
-	page, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
-	if err != nil {
-		return false, err
-	}
-	defer unix.Munmap(page)
-	page[0] = 1
-	if err := os.WriteFile("/proc/self/clear_refs", []byte("4"), 0); err != nil {
-		return false, err
-	}
-	before, err := pagemapBit(page, 55)
-	if err != nil {
-		return false, err
-	}
-	page[0] = 2
-	after, err := pagemapBit(page, 55)
-	return !before && after, err
-}
-
-func pagemapBit(page []byte, bit int) (bool, error) {
-	f, err := os.Open("/proc/self/pagemap")
-	if err != nil {
-		return false, err
-	}
-	defer f.Close()
-	var entry [8]byte
-	if _, err := f.ReadAt(entry[:], int64(uintptr(unsafe.Pointer(&page[0])))/int64(len(page))*8); err != nil {
-		return false, err
-	}
-	return binary.NativeEndian.Uint64(entry[:])>>bit&1 == 1, nil
 }
 
 // checkShim asks containerd to run our shim. One older than 2.0 cannot be asked;

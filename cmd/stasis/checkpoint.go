@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -16,6 +17,7 @@ import (
 	"github.com/docker/go-units"
 	"github.com/spf13/cobra"
 
+	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/api"
 	"github.com/stasis-run/stasis/checkpoint/archive"
 	"github.com/stasis-run/stasis/checkpoint/capture"
@@ -27,6 +29,9 @@ type checkpointFlags struct {
 	exit        bool
 	criu        api.CRIUOptions
 	ghostLimit  string
+	preDump     string
+	preDumps    int32 // as in api.CheckpointRequest
+	from        string
 	compress    choice
 	format      choice
 	file        string
@@ -74,12 +79,15 @@ Podman and CRI-O; archive is the tar file of Podman, CRI-O and the kubelet.`,
 	flags.BoolVar(&f.criu.Terminal, "shell-job", false, "allow a terminal whose session leader is outside the container")
 	flags.BoolVar(&f.criu.LinkRemap, "link-remap", false, "allow open files that were deleted and have other names; only with --exit")
 	flags.StringVar(&f.ghostLimit, "ghost-limit", "", "largest deleted file that is saved, such as 64M (CRIU's default is 1M)")
+	flags.StringVar(&f.preDump, "pre-dump", "", "write the memory `N` times before, while the container runs, each time what has changed, so that it stands still for less; auto: until that is no less than the time before")
 	flags.Var(&f.compress, "compress", "how layers or the archive are compressed: zstd, gzip or none")
 	flags.Var(&f.format, "format", "form of the checkpoint: runnable, index, podman or archive")
 	flags.StringVarP(&f.file, "output", "o", "", "write an archive to `FILE` instead of an image (json or table: what to print, as elsewhere)")
 	flags.BoolVar(&f.push, "push", false, "push the image to its registry")
 	flags.BoolVar(&f.plainHTTP, "plain-http", false, "push without TLS; implied for localhost")
+	flags.StringVar(&f.from, "from", "", "store what an earlier call with --exit has left in `FOLDER` when it could not store it")
 	flags.StringVar(&f.pod, "pod", "", "every container of the Kubernetes pod `NAME` (or NAMESPACE/NAME)")
+	must(cmd.RegisterFlagCompletionFunc("pre-dump", cobra.FixedCompletions([]string{"auto"}, cobra.ShellCompDirectiveNoFileComp)))
 	must(cmd.RegisterFlagCompletionFunc("compress", f.compress.complete))
 	must(cmd.RegisterFlagCompletionFunc("format", f.format.complete))
 	return cmd
@@ -91,11 +99,18 @@ type checkpointResult struct {
 	Ref        string        `json:"ref,omitempty"`
 	Digest     string        `json:"digest,omitempty"`
 	File       string        `json:"file,omitempty"`
+	PreDumps   []preDump     `json:"pre_dumps,omitempty"`
 	Frozen     time.Duration `json:"frozen_ns"`
 	Took       time.Duration `json:"took_ns"`
 	ImageBytes int64         `json:"image_bytes"`
 	LayerBytes int64         `json:"layer_bytes"`
 	Note       string        `json:"note,omitempty"`
+}
+
+// preDump is what one round of --pre-dump has written.
+type preDump struct {
+	Took  time.Duration `json:"took_ns"`
+	Pages uint64        `json:"pages"`
 }
 
 func (a *app) checkpoint(ctx context.Context, f *checkpointFlags, args []string) error {
@@ -124,7 +139,11 @@ func (a *app) checkpoint(ctx context.Context, f *checkpointFlags, args []string)
 	results := []checkpointResult{}
 	var failed []error
 	for _, container := range containers {
-		r, err := a.checkpointOne(ctx, c, container, ref, f)
+		one := a.checkpointOne
+		if f.from != "" {
+			one = a.storeKept
+		}
+		r, err := one(ctx, c, container, ref, f)
 		if err != nil {
 			failed = append(failed, fmt.Errorf("checkpoint %s: %w", container.ID(), err))
 			continue
@@ -188,6 +207,10 @@ func (f *checkpointFlags) complete(a *app, args []string) (ids []string, ref str
 		return nil, "", usageError("--link-remap needs --exit: CRIU removes the links again if the container runs on")
 	case f.criu.OpenTcp && f.criu.TcpClose:
 		return nil, "", usageError("either --tcp-established or --tcp-close")
+	case f.from != "" && (len(ids) != 1 || f.pod != ""):
+		return nil, "", usageError("--from takes one container")
+	case f.from != "" && (f.exit || f.preDump != ""):
+		return nil, "", usageError("--from is of a container that has ended: neither --exit nor --pre-dump")
 	case f.push && f.file != "":
 		return nil, "", usageError("either --push or --output")
 	case f.push && ref == "":
@@ -199,6 +222,17 @@ func (f *checkpointFlags) complete(a *app, args []string) (ids []string, ref str
 			return nil, "", usageError("--ghost-limit %s: it is a size, such as 64M", f.ghostLimit)
 		}
 		f.criu.GhostLimit = uint64(n)
+	}
+	switch f.preDump {
+	case "":
+	case "auto":
+		f.preDumps = checkpoint.PreDumpAuto
+	default:
+		n, err := strconv.ParseInt(f.preDump, 10, 8)
+		if err != nil || n < 1 {
+			return nil, "", usageError("--pre-dump %s: it is auto, or a number from 1 to 127", f.preDump)
+		}
+		f.preDumps = int32(n)
 	}
 	f.compression = compressions[f.compress.value]
 	return ids, ref, nil
@@ -282,7 +316,7 @@ func (a *app) checkpointOne(ctx context.Context, c *client.Client, container cli
 	keep := false
 	defer func() {
 		if keep && err != nil {
-			err = fmt.Errorf("%w; the container has ended, and its images are in %s: its files are in its snapshot still, so a new task of the same container (`criu_image_path` in its runtime options) brings it back; `stasis prune` removes them", err, work.dir)
+			err = fmt.Errorf("%w; %s", err, keptNote(container.ID(), work.dir))
 			work.release()
 			return
 		}
@@ -307,12 +341,27 @@ func (a *app) checkpointOne(ctx context.Context, c *client.Client, container cli
 	}
 	got, err := d.dump(ctx, work.dir, f, bar)
 	// Also if it was interrupted too late.
-	keep = f.exit && (err == nil || isWhole(filepath.Join(work.dir, "checkpoint")))
+	images := filepath.Join(work.dir, "checkpoint")
+	keep = f.exit && (err == nil || isWhole(images) || isWhole(filepath.Join(images, ".partial")))
 	if err != nil {
 		return nil, err
 	}
+	result, err := a.storeCapture(ctx, d, got, ref, f, bar)
+	if err != nil {
+		return nil, err
+	}
+	keep = false
+	if err := a.pushResult(ctx, c, result, f, bar); err != nil {
+		return nil, err
+	}
+	result.Took = time.Since(started)
+	return result, nil
+}
+
+// storeCapture makes an image or an archive of what was dumped.
+func (a *app) storeCapture(ctx context.Context, d *dumper, got *capture.Capture, ref string, f *checkpointFlags, bar *progress) (_ *checkpointResult, err error) {
 	result := &checkpointResult{
-		Container: container.ID(), Frozen: got.Info.Stats.Frozen, Note: d.note,
+		Container: d.container.ID(), PreDumps: d.preDumps, Frozen: got.Info.Stats.Frozen, Note: d.note,
 		ImageBytes: got.Info.Stats.ImageBytes, LayerBytes: got.Info.Stats.LayerBytes,
 	}
 	if f.file != "" {
@@ -320,22 +369,23 @@ func (a *app) checkpointOne(ctx context.Context, c *client.Client, container cli
 		err = writeArchive(ctx, f.file, got, f.compression)
 	} else {
 		if ref == "" {
-			ref = defaultRef(container.ID(), got.Info.Checkpointed)
+			ref = defaultRef(d.container.ID(), got.Info.Checkpointed)
 		}
 		result.Ref = ref
-		result.Digest, err = a.store(ctx, c, ref, got, d.base, f.format.value, f.compression, bar)
+		result.Digest, err = a.store(ctx, d.client, ref, got, d.base, f.format.value, f.compression, bar)
 	}
-	if err != nil {
-		return nil, err
+	return result, err
+}
+
+// pushResult does what --push asks for.
+func (a *app) pushResult(ctx context.Context, c *client.Client, r *checkpointResult, f *checkpointFlags, bar *progress) error {
+	if !f.push {
+		return nil
 	}
-	keep = false
-	if f.push {
-		if err := a.push(ctx, c, ref, ref, f.plainHTTP, bar); err != nil {
-			return nil, fmt.Errorf("%w (the checkpoint is here as %s)", err, ref)
-		}
+	if err := a.push(ctx, c, r.Ref, r.Ref, f.plainHTTP, bar); err != nil {
+		return fmt.Errorf("%w (the checkpoint is here as %s)", err, r.Ref)
 	}
-	result.Took = time.Since(started)
-	return result, nil
+	return nil
 }
 
 // checkRef refuses early to replace an image that is no checkpoint.

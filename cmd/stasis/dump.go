@@ -34,20 +34,34 @@ type dumper struct {
 	base      ocispec.Descriptor
 	mounts    []mount.Mount // of the root filesystem
 	note      string        // what a user should know about the checkpoint
+	preDumps  []preDump
 }
 
 func newDumper(ctx context.Context, c *client.Client, container client.Container) (*dumper, error) {
-	d := &dumper{client: c, container: container}
-	var err error
-	if d.info, err = container.Info(ctx); err != nil {
-		return nil, fmt.Errorf("look at it: %w", err)
-	}
-	d.task, err = container.Task(ctx, nil)
+	task, err := container.Task(ctx, nil)
 	if errdefs.IsNotFound(err) {
 		return nil, fmt.Errorf("it does not run, and only what runs can be checkpointed: %w", errdefs.ErrFailedPrecondition)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("look at its task: %w", err)
+	}
+	d, err := newEnded(ctx, c, container)
+	if err != nil {
+		return nil, err
+	}
+	d.task = task
+	return d, nil
+}
+
+// newEnded is newDumper for a container that was dumped.
+func newEnded(ctx context.Context, c *client.Client, container client.Container) (*dumper, error) {
+	d := &dumper{client: c, container: container}
+	var err error
+	if d.info, err = container.Info(ctx); err != nil {
+		return nil, fmt.Errorf("look at it: %w", err)
+	}
+	if d.info.Spec == nil {
+		return nil, fmt.Errorf("containerd has no spec of it, which a restore needs: %w", errdefs.ErrFailedPrecondition)
 	}
 	if d.info.Image != "" {
 		image, err := c.GetImage(ctx, d.info.Image)
@@ -83,11 +97,8 @@ func (d *dumper) dump(ctx context.Context, dir string, f *checkpointFlags, bar *
 	if err != nil {
 		return nil, err
 	}
-	if d.info.Spec == nil {
-		return nil, fmt.Errorf("containerd has no spec of it, which a restore needs: %w", errdefs.ErrFailedPrecondition)
-	}
 	c := &capture.Capture{Info: info, Images: filepath.Join(dir, "checkpoint"), Spec: d.info.Spec.GetValue()}
-	r := &api.CheckpointRequest{Id: d.container.ID(), ImagePath: c.Images, Exit: f.exit, Options: &f.criu}
+	r := &api.CheckpointRequest{Id: d.container.ID(), ImagePath: c.Images, Exit: f.exit, PreDumps: f.preDumps, Options: &f.criu}
 	if len(d.mounts) > 0 && !f.exit {
 		r.RootfsPath = filepath.Join(dir, "rootfs")
 	}
@@ -103,6 +114,9 @@ func (d *dumper) dump(ctx context.Context, dir string, f *checkpointFlags, bar *
 	}
 	if err != nil {
 		return nil, err
+	}
+	for _, p := range result.PreDumps {
+		d.preDumps = append(d.preDumps, preDump{time.Duration(p.DurationNs), p.PagesWritten})
 	}
 	c.Info.CRIU = result.CriuVersion
 	c.Info.OCIRuntime = capture.Program{Name: result.RuntimeName, Version: result.RuntimeVersion}
@@ -162,6 +176,9 @@ func (t *wholeTree) WriteLayer(ctx context.Context, w io.Writer) error {
 
 // checkpointByTask does without Stasis's own service what r asks for.
 func (d *dumper) checkpointByTask(ctx context.Context, r *api.CheckpointRequest) (_ *api.CheckpointResult, err error) {
+	if r.PreDumps != 0 {
+		return nil, fmt.Errorf("its runtime %s makes no pre-dumps; one of Stasis does: %w", d.info.Runtime.Name, errdefs.ErrNotImplemented)
+	}
 	if o := r.Options; o.TcpClose || o.LinkRemap || o.GhostLimit != 0 {
 		return nil, fmt.Errorf("its runtime %s takes no --tcp-close, --link-remap or --ghost-limit; a CRIU configuration file (annotation org.criu.config) does: %w",
 			d.info.Runtime.Name, errdefs.ErrNotImplemented)
@@ -208,15 +225,22 @@ func (d *dumper) checkpointByTask(ctx context.Context, r *api.CheckpointRequest)
 	}
 	result.FrozenNs = uint64(time.Since(started))
 	result.CriuVersion = checkpoint.LogVersion(filepath.Join(r.ImagePath, "dump.log"))
-	err = filepath.WalkDir(r.ImagePath, func(_ string, e os.DirEntry, err error) error {
+	size, err := sizeOf(r.ImagePath)
+	result.ImageBytes = uint64(size)
+	return result, err
+}
+
+// sizeOf is what the files in a folder and below take, in bytes.
+func sizeOf(dir string) (size int64, err error) {
+	err = filepath.WalkDir(dir, func(_ string, e os.DirEntry, err error) error {
 		if err == nil && e.Type().IsRegular() {
 			if info, err := e.Info(); err == nil {
-				result.ImageBytes += uint64(info.Size())
+				size += info.Size()
 			}
 		}
 		return err
 	})
-	return result, err
+	return size, err
 }
 
 // describe says what the checkpoint is of.

@@ -102,7 +102,12 @@ func (s *shim) checkpoint(ctx context.Context, r *api.CheckpointRequest, bar *pr
 			}
 			return nil, errgrpc.ToNative(err)
 		}
-		if p := update.GetProgress(); p != nil {
+		switch p := update.GetProgress(); {
+		case p == nil:
+		case p.Stage == "pre-dump":
+			bar.Stage(p.Stage)
+			bar.Set(int64(p.DoneBytes), int64(max(p.TotalBytes, p.DoneBytes)))
+		default:
 			bar.Stage("dump")
 			bar.Set(sum.add(p))
 		}

@@ -72,19 +72,24 @@ func (b *bench) checkpoint(size size) {
 		toContent(stasis), toContent(upstream))
 
 	b.logf("restore, %v: %d times each", size, size.rounds)
-	dir := b.dumpFolder()
-	defer os.RemoveAll(dir)
-	containers[stasis].Checkpoint(b.ctx, dir, nil)
+	// Each restores its own: how a checkpoint was made decides what there is to do.
+	dirs := map[string]string{}
+	for _, name := range []string{stasis, upstream, raw} {
+		dirs[name] = b.dumpFolder()
+		defer os.RemoveAll(dirs[name])
+	}
 	for _, shim := range shims {
+		containers[shim].Checkpoint(b.ctx, dirs[shim], nil)
 		b.endTask(containers[shim])
 	}
+	bundle.checkpoint(dirs[raw])
 	bundle.kill()
 	restore := func(name string) contender {
 		c := containers[name]
 		return contender{name, func() []float64 {
 			b.warm(size)
 			start := time.Now()
-			c.Restore(b.ctx, dir)
+			c.Restore(b.ctx, dirs[name])
 			figures := since(start)
 			b.askProbe(pid(name)())
 			b.endTask(c)
@@ -96,7 +101,7 @@ func (b *bench) checkpoint(size size) {
 		contender{raw, func() []float64 {
 			b.warm(size)
 			start := time.Now()
-			bundle.restore(dir)
+			bundle.restore(dirs[raw])
 			figures := since(start)
 			b.askProbe(bundle.pid())
 			bundle.kill()

@@ -88,15 +88,24 @@ func attributesNow() ([]string, error) {
 
 // heap is memory that does not compress.
 func heap(p *probe) (func() error, error) {
-	mem, err := unix.Mmap(-1, 0, p.mib<<20, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	mem, err := randomBytes(p.mib << 20)
+	if err != nil {
+		return nil, err
+	}
+	sum := sha256.Sum256(mem)
+	return func() error { return equal("sha256", sha256.Sum256(mem), sum) }, nil
+}
+
+// randomBytes are outside of what Go's collector knows.
+func randomBytes(size int) ([]byte, error) {
+	mem, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
 		return nil, err
 	}
 	var seed [32]byte
 	rand.Read(seed[:])
 	mrand.NewChaCha8(seed).Read(mem)
-	sum := sha256.Sum256(mem)
-	return func() error { return equal("sha256", sha256.Sum256(mem), sum) }, nil
+	return mem, nil
 }
 
 // threads are some with names of their own.

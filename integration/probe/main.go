@@ -62,6 +62,7 @@ func main() {
 		}
 	case "gap":
 		flags.IntVar(&p.mib, "mib", 0, "size of a heap of random bytes")
+		flags.IntVar(&p.dirty, "dirty", 0, "per cent of the heap that are written to all the time")
 		flags.Parse(os.Args[2:])
 		fatal(p.gap())
 	case "agent":
@@ -97,7 +98,7 @@ func ask(socket, request string) {
 // A probe is the running one.
 type probe struct {
 	socket, dir, connect string
-	mib                  int
+	mib, dirty           int
 	counter              atomic.Int64
 }
 
@@ -191,9 +192,17 @@ func (p *probe) count() {
 // that looks every tenth of a millisecond.
 func (p *probe) gap() error {
 	if p.mib > 0 {
-		if _, err := heap(p); err != nil {
+		mem, err := randomBytes(p.mib << 20)
+		if err != nil {
 			return err
 		}
+		go func() {
+			for range time.Tick(10 * time.Millisecond) {
+				for i := 0; i < len(mem)/100*p.dirty; i += os.Getpagesize() {
+					mem[i]++
+				}
+			}
+		}()
 	}
 	var longest atomic.Int64
 	go func() {

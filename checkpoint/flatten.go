@@ -1,0 +1,247 @@
+package checkpoint
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"sort"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/pagemap"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
+)
+
+// A dump after a pre-dump has the pages that were written to since, and says of the
+// others that its parent has them. flatten puts all of them into the one folder:
+// whatever reads, checks, stores or ships a checkpoint has to know one kind only,
+// and none depends on another that somebody may remove.
+
+// flatten makes the checkpoint in dir one that needs no parent. chain are the
+// folders of the pre-dumps that it builds on, the oldest first, each of which
+// builds on the one before. dir is as it was after an error, but for files whose
+// name ends in .new.
+func flatten(dir string, chain []string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	lists := map[string]*pageList{}
+	highest := uint32(0)
+	for _, e := range entries {
+		if !isPagemap(e.Name()) {
+			continue
+		}
+		l, err := openPageList(dir, e.Name())
+		if err != nil {
+			return fmt.Errorf("%s: %w", e.Name(), err)
+		}
+		defer l.close()
+		lists[e.Name()], highest = l, max(highest, l.id)
+	}
+	for name, l := range lists {
+		if err := l.flatten(dir, name, highest+l.id, chain); err != nil {
+			return fmt.Errorf("put memory of the pre-dumps into %s: %w", name, err)
+		}
+	}
+	if err := os.Remove(filepath.Join(dir, parentName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// parentName is the link to the parent that CRIU makes.
+const parentName = "parent"
+
+// flatten makes an image with the number id of all the pages in a list, and then a
+// list that refers to it: at any moment there are a list and its pages.
+func (l *pageList) flatten(dir, name string, id uint32, chain []string) (err error) {
+	if !slices.ContainsFunc(l.runs, func(r placedRun) bool { return r.InParent() }) {
+		return nil
+	}
+	var parents []*pageList
+	for _, parent := range slices.Backward(chain) {
+		list, err := openPageList(parent, name)
+		if errors.Is(err, fs.ErrNotExist) {
+			break // the process is younger
+		}
+		if err != nil {
+			return fmt.Errorf("%s: %w", filepath.Base(parent), err)
+		}
+		defer list.close()
+		parents = append(parents, list)
+	}
+	out, err := os.OpenFile(filepath.Join(dir, pagesName(id)), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if cerr := out.Close(); err == nil {
+			err = cerr
+		}
+		if err == nil {
+			err = l.rewrite(filepath.Join(dir, name), id)
+		}
+		if err != nil {
+			_ = os.Remove(out.Name())
+		} else if l.pages != nil {
+			err = os.Remove(l.pages.Name())
+		}
+	}()
+	w := &pageWriter{out: out, buf: make([]byte, 0, 1<<20)}
+	for _, r := range l.runs {
+		if r.Present() || r.InParent() {
+			if err := l.copy(w, r.Addr, r.end(), parents); err != nil {
+				return err
+			}
+		}
+	}
+	return w.flush()
+}
+
+// pageWriter writes what it takes from many places of other files.
+type pageWriter struct {
+	out *os.File
+	buf []byte
+}
+
+// take takes n bytes of a file.
+func (w *pageWriter) take(from *os.File, at, n int64) error {
+	for n > 0 {
+		have := len(w.buf)
+		part := min(n, int64(cap(w.buf)-have))
+		if _, err := from.ReadAt(w.buf[have:have+int(part)], at); err != nil {
+			if errors.Is(err, io.EOF) {
+				err = io.ErrUnexpectedEOF
+			}
+			return fmt.Errorf("%s: %w", filepath.Base(from.Name()), err)
+		}
+		w.buf = w.buf[:have+int(part)]
+		at, n = at+part, n-part
+		if len(w.buf) == cap(w.buf) {
+			if err := w.flush(); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (w *pageWriter) flush() error {
+	_, err := w.out.Write(w.buf)
+	w.buf = w.buf[:0]
+	return err
+}
+
+// pageList is a list of pages, and the file that has those of them that are not in
+// the parent.
+type pageList struct {
+	id    uint32
+	runs  []placedRun
+	pages *os.File
+}
+
+// placedRun knows where in the file its pages are, in bytes.
+type placedRun struct {
+	PageRun
+	at int64
+}
+
+func (r placedRun) end() uint64 { return r.Addr + r.Pages*uint64(os.Getpagesize()) }
+
+func openPageList(dir, name string) (*pageList, error) {
+	f, err := openIn(dir, name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	l := &pageList{}
+	at := int64(0)
+	err = EachMessage(f, info.Size(), "PAGEMAP", Pagemap(&l.id, func(r PageRun) error {
+		if n := len(l.runs); n > 0 && l.runs[n-1].end() > r.Addr {
+			return fault.Invalid("its runs of pages are not in order")
+		}
+		if r.newer() {
+			return fault.Invalid("of a CRIU that is newer than this program")
+		}
+		l.runs = append(l.runs, placedRun{r, at})
+		if r.Present() {
+			at += int64(r.Pages) * int64(os.Getpagesize())
+		}
+		return nil
+	}))
+	if err != nil {
+		return nil, err
+	}
+	if l.pages, err = openIn(dir, pagesName(l.id)); errors.Is(err, fs.ErrNotExist) && at == 0 {
+		err = nil // CRIU makes none for no pages
+	}
+	return l, err
+}
+
+func (l *pageList) close() {
+	if l.pages != nil {
+		l.pages.Close()
+	}
+}
+
+// copy writes the pages from an address to another, each from the youngest of l and
+// parents that has it.
+func (l *pageList) copy(w *pageWriter, addr, end uint64, parents []*pageList) error {
+	missing := func() error { return fault.Invalid("the page at %x is in none of the images", addr) }
+	first := sort.Search(len(l.runs), func(i int) bool { return l.runs[i].end() > addr })
+	for _, r := range l.runs[first:] {
+		if addr == end || r.Addr > addr {
+			break
+		}
+		stop := min(r.end(), end)
+		var err error
+		switch {
+		case r.Present():
+			err = w.take(l.pages, r.at+int64(addr-r.Addr), int64(stop-addr))
+		case r.InParent() && len(parents) > 0:
+			err = parents[0].copy(w, addr, stop, parents[1:])
+		default:
+			err = missing()
+		}
+		if err != nil {
+			return err
+		}
+		addr = stop
+	}
+	if addr < end {
+		return missing()
+	}
+	return nil
+}
+
+// rewrite makes a list of it that has all its pages in the image with a number.
+func (l *pageList) rewrite(path string, id uint32) error {
+	runs := l.runs
+	first := true
+	return rewriteImage(path, func(_ []byte, put func([]byte)) error {
+		var m proto.Message = &pagemap.PagemapHead{PagesId: &id}
+		if !first {
+			r := runs[0]
+			runs = runs[1:]
+			if r.InParent() {
+				r.entry.InParent = nil
+				r.entry.Flags = proto.Uint32(r.flags&^pagesParent | pagesPresent)
+			}
+			m = r.entry
+		}
+		first = false
+		msg, err := (proto.MarshalOptions{AllowPartial: true}).Marshal(m)
+		put(msg)
+		return err
+	})
+}

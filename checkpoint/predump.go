@@ -1,0 +1,121 @@
+package checkpoint
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+	"unsafe"
+
+	runc "github.com/containerd/go-runc"
+	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
+)
+
+// A pre-dump writes the memory while the container runs, but for the moment in which
+// CRIU notes which pages there are; the kernel tells the next one, and the dump,
+// which of them were written to since. So the dump, for which the container stands
+// still, has little left to write.
+
+// PreDumpAuto makes pre-dumps until one has no less to write than the one before.
+const PreDumpAuto = -1
+
+// maxPreDumps ends PreDumpAuto for a container that writes less and less for ever.
+const maxPreDumps = 16
+
+// PreDump is what a pre-dump has done.
+type PreDump struct {
+	Took  time.Duration
+	Pages uint64 // written
+}
+
+// preDumpName is the subfolder, of the one that CRIU dumps into, of the nth pre-dump.
+func preDumpName(n int) string { return ".pre-" + strconv.Itoa(n) }
+
+// preDump makes the pre-dumps that were asked for and tells what each has done.
+func (r *DumpRequest) preDump(ctx, callCtx context.Context, folder *Folder) (done []PreDump, err error) {
+	if r.PreDumps == 0 || r.Paused {
+		return nil, nil // in a frozen container nothing changes
+	}
+	if works, err := SoftDirty(); err != nil || !works {
+		return nil, &ownError{fault.Unusable("there is no pre-dump on this kernel, which does not track changes of memory; boot one with CONFIG_MEM_SOFT_DIRTY, or leave the pre-dump out")}
+	}
+	stats := filepath.Join(r.WorkDir, "stats-dump")
+	for n := 1; r.PreDumps == PreDumpAuto || n <= r.PreDumps; n++ {
+		dir := filepath.Join(folder.Path(), preDumpName(n))
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			return nil, &ownError{err}
+		}
+		opts := r.Options.dumpOpts(dir, r.WorkDir)
+		if n > 1 {
+			opts.ParentPath = filepath.Join("..", preDumpName(n-1))
+		}
+		_ = os.Remove(stats) // of the one before
+		started := time.Now()
+		if err := r.Runtime.Checkpoint(callCtx, opts, runc.PreDump); err != nil {
+			return nil, fmt.Errorf("pre-dump %d: %w", n, err)
+		}
+		round := PreDump{Took: time.Since(started)}
+		if s := ReadDumpStats(stats); s != nil {
+			round.Pages = s.GetPagesWritten()
+		}
+		done = append(done, round)
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		if r.PreDumps == PreDumpAuto && (n == maxPreDumps || n > 1 && round.Pages >= done[n-2].Pages) {
+			break
+		}
+	}
+	return done, nil
+}
+
+// preDumps are the folders of a folder's pre-dumps, the oldest first.
+func (f *Folder) preDumps() (dirs []string) {
+	for n := 1; ; n++ {
+		dir := filepath.Join(f.Path(), preDumpName(n))
+		if _, err := os.Lstat(dir); err != nil {
+			return dirs
+		}
+		dirs = append(dirs, dir)
+	}
+}
+
+// SoftDirty tells whether the kernel tracks which pages are written to
+// (CONFIG_MEM_SOFT_DIRTY): it writes to one and looks at bit 55 of pagemap(5).
+func SoftDirty() (bool, error) {
+	size := os.Getpagesize()
+	page, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+	if err != nil {
+		return false, err
+	}
+	defer unix.Munmap(page)
+	page[0] = 1
+	if err := os.WriteFile("/proc/self/clear_refs", []byte("4"), 0); err != nil {
+		return false, err
+	}
+	before, err := softDirty(page)
+	if err != nil {
+		return false, err
+	}
+	page[0] = 2
+	after, err := softDirty(page)
+	return !before && after, err
+}
+
+func softDirty(page []byte) (bool, error) {
+	f, err := os.Open("/proc/self/pagemap")
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	var entry [8]byte
+	if _, err := f.ReadAt(entry[:], int64(uintptr(unsafe.Pointer(&page[0])))/int64(len(page))*8); err != nil {
+		return false, err
+	}
+	return binary.NativeEndian.Uint64(entry[:])>>55&1 == 1, nil
+}

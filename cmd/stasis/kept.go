@@ -1,0 +1,110 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/image"
+)
+
+// keptNote says what there is of a container that ended with its dump, when that
+// could not be stored.
+func keptNote(id, dir string) string {
+	return fmt.Sprintf("the container has ended, and its images are in %s: `stasis checkpoint %s --from %s` stores them, `stasis prune` removes them", dir, id, dir)
+}
+
+// storeKept stores what keptNote told of.
+func (a *app) storeKept(ctx context.Context, c *client.Client, container client.Container, ref string, f *checkpointFlags) (_ *checkpointResult, err error) {
+	started := time.Now()
+	bar := a.progress(container.ID())
+	defer bar.Done()
+	dir, err := filepath.Abs(f.from)
+	if err != nil {
+		return nil, err
+	}
+	kept, err := lockWork(dir, unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return nil, fmt.Errorf("another command is at work in %s: %w", dir, errdefs.ErrFailedPrecondition)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", dir, err)
+	}
+	defer kept.release()
+	ctx, done, err := image.WithLease(ctx, c.LeasesService())
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	d, err := newEnded(ctx, c, container)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.checkBase(f.format.value); err != nil {
+		return nil, err
+	}
+	if err := checkRef(ctx, c, ref); err != nil {
+		return nil, err
+	}
+	got, err := d.kept(ctx, filepath.Join(dir, "checkpoint"))
+	if err != nil {
+		return nil, err
+	}
+	result, err := a.storeCapture(ctx, d, got, ref, f, bar)
+	if err != nil {
+		return nil, err
+	}
+	if filepath.Dir(dir) == filepath.Join(a.state, "work") {
+		if err := kept.remove(); err != nil {
+			return nil, err
+		}
+	}
+	if err := a.pushResult(ctx, c, result, f, bar); err != nil {
+		return nil, err
+	}
+	result.Took = time.Since(started)
+	return result, nil
+}
+
+// kept makes a Capture of the images of a container that ended with their dump, and
+// of its files, which nothing has written to since.
+func (d *dumper) kept(ctx context.Context, images string) (*capture.Capture, error) {
+	img, err := checkpoint.Open(ctx, images)
+	if err != nil {
+		return nil, err
+	}
+	m := img.Manifest()
+	if m == nil || !m.Exit || m.Container.ID != d.info.ID {
+		return nil, fmt.Errorf("%s holds no checkpoint that container %s has ended with: %w", images, d.info.ID, errdefs.ErrFailedPrecondition)
+	}
+	task, err := d.container.Task(ctx, nil)
+	if err == nil {
+		status, serr := task.Status(ctx)
+		if err = serr; err == nil && status.Status != client.Stopped {
+			return nil, fmt.Errorf("it runs again, and its files are not those of the checkpoint any more: %w", errdefs.ErrFailedPrecondition)
+		}
+	}
+	if err != nil && !errdefs.IsNotFound(err) {
+		return nil, fmt.Errorf("look at its task: %w", err)
+	}
+	info, err := d.describe(ctx)
+	if err != nil {
+		return nil, err
+	}
+	size, err := sizeOf(images)
+	if err != nil {
+		return nil, err
+	}
+	info.Checkpointed, info.CRIU = m.Created, m.CRIU
+	info.OCIRuntime = capture.Program{Name: m.Runtime.Name, Version: m.Runtime.Version}
+	info.Stats = &capture.Stats{ImageBytes: size}
+	return &capture.Capture{Info: info, Images: images, Spec: d.info.Spec.GetValue(), Layer: d.layer("", false)}, nil
+}
