@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -41,6 +42,7 @@ type ingest struct {
 	file  *os.File // nil: through w
 	n     int64
 	begun int64 // up to where the disk was told to write
+	flush sync.WaitGroup
 }
 
 // newIngest begins an upload. root is the store's folder, or empty.
@@ -88,8 +90,12 @@ func (in *ingest) Write(p []byte) (n int, err error) {
 	if in.file == nil {
 		n, err = in.w.Write(p)
 	} else if n, err = in.file.Write(p); in.n+int64(n)-in.begun >= flushEvery {
-		_ = unix.SyncFileRange(int(in.file.Fd()), in.begun, in.n+int64(n)-in.begun, unix.SYNC_FILE_RANGE_WRITE)
-		in.begun = in.n + int64(n)
+		from, size := in.begun, in.n+int64(n)-in.begun
+		in.begun += size
+		// It takes a while to tell the disk so much.
+		in.flush.Go(func() {
+			_ = unix.SyncFileRange(int(in.file.Fd()), from, size, unix.SYNC_FILE_RANGE_WRITE)
+		})
 	}
 	in.n += int64(n)
 	return n, err
@@ -207,6 +213,7 @@ func (in *ingest) resume(ctx context.Context) error {
 // be there until the lease ends.
 func (in *ingest) close(ctx context.Context) {
 	if in.file != nil {
+		in.flush.Wait()
 		in.file.Close()
 	}
 	in.w.Close()
