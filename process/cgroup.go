@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/cgroups/v3"
@@ -55,7 +56,7 @@ func LoadCgroup(pid int, cgroupsPath string) (*Cgroup, error) {
 	cg, err := cgroup1.Load(func(controller cgroup1.Name) (string, error) {
 		group, err := own(controller)
 		return above(group, named), err
-	})
+	}, cgroup1.WithHierarchy(hierarchy))
 	if err != nil {
 		return nil, fmt.Errorf("load the cgroup of process %d: %w", pid, err)
 	}
@@ -65,6 +66,10 @@ func LoadCgroup(pid int, cgroupsPath string) (*Cgroup, error) {
 		memory:  filepath.Join(unifiedMount, "memory", above(paths["memory"], named)),
 	}, nil
 }
+
+// hierarchy are the controllers of version 1. To find them takes 100 KB, of which a
+// shim has a pod's many containers.
+var hierarchy = sync.OnceValues(cgroup1.Default)
 
 // above returns the named group if the other is below it, else the other.
 func above(group, named string) string {

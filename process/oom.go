@@ -239,6 +239,6 @@ func loadGroup(group string) (*Cgroup, error) {
 	if _, err := os.Stat(memory); err != nil {
 		return nil, err
 	}
-	c, err := cgroup1.Load(cgroup1.StaticPath(group))
+	c, err := cgroup1.Load(cgroup1.StaticPath(group), cgroup1.WithHierarchy(hierarchy))
 	return &Cgroup{v1: c, freezer: filepath.Join(unifiedMount, "freezer", group), memory: memory}, err
 }

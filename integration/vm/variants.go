@@ -49,7 +49,7 @@ var core = []string{
 	"TestTerminal", "TestStats", "TestOOM", "TestOOMOfExec", "TestOneShimPerPod",
 	"TestRestoreEverywhere/(stasis|crun|native)", "TestRestoredContainer", "TestRestoreTerminal", "TestRestoreElsewhere",
 	"TestLimitsAfterRestore", "TestNestedCgroups", "TestAppArmor",
-	"TestCheckpointState", "TestStoppedProcess", "TestFreeze", "TestRestoreTCP",
+	"TestCheckpointState", "TestStoppedProcess", "TestFreeze", "TestRestoreTCP", "TestPreDump",
 	"TestSmokeCRI", "TestEmbeddedAgain", "TestRunnableUnderCRI", "TestCLIRestore",
 }
 
