@@ -171,14 +171,9 @@ func TestCLIRegistry(t *testing.T) {
 // TestCLICredentials logs in with what Docker and Podman have in their files.
 func TestCLICredentials(t *testing.T) {
 	s := stack.Start(t, stack.Options{})
-	ctx := s.Ctx()
 	r := startRegistry(t, s, registryConfig{password: true})
-	c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sleep", "1000"))
-	c.Start(ctx)
 	ref := r.host + "/backup/c:1"
-	s.Stasis("checkpoint", "c", ref, "--exit")
-	c.Wait(ctx)
-	c.Delete(ctx)
+	storeSleeper(s, ref)
 
 	home := t.TempDir()
 	push := func(env ...string) error {
@@ -209,17 +204,12 @@ func TestCLICredentials(t *testing.T) {
 // TestCLITLS pushes to a registry with TLS, whose certificate has to be known.
 func TestCLITLS(t *testing.T) {
 	s := stack.Start(t, stack.Options{})
-	ctx := s.Ctx()
 	dir := t.TempDir()
 	o := registryConfig{address: ownAddress(t), certificate: filepath.Join(dir, "cert.pem"), key: filepath.Join(dir, "key.pem")}
 	selfSigned(t, o)
 	r := startRegistry(t, s, o)
-	c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sleep", "1000"))
-	c.Start(ctx)
 	ref := r.host + "/backup/c:1"
-	s.Stasis("checkpoint", "c", ref, "--exit")
-	c.Wait(ctx)
-	c.Delete(ctx)
+	storeSleeper(s, ref)
 	known := "SSL_CERT_FILE=" + o.certificate
 	run := func(env string, args ...string) (string, error) {
 		cmd := s.StasisCommand(args...)
@@ -296,12 +286,8 @@ func TestCLITransferAborted(t *testing.T) {
 		target.ServeHTTP(w, q)
 	}))
 	defer proxy.Close()
-	c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sleep", "1000"))
-	c.Start(ctx)
 	ref := strings.TrimPrefix(proxy.URL, "http://") + "/backup/c:1"
-	s.Stasis("checkpoint", "c", ref, "--exit")
-	c.Wait(ctx)
-	c.Delete(ctx)
+	storeSleeper(s, ref)
 
 	aborted := func(command string, match func(*http.Request) bool) {
 		t.Helper()
@@ -334,4 +320,14 @@ func TestCLITransferAborted(t *testing.T) {
 	s.Stasis("pull", ref)
 	s.Stasis("rm", ref)
 	checkTidy(t, s)
+}
+
+// storeSleeper makes a checkpoint to send about.
+func storeSleeper(s *stack.Stack, ref string) {
+	ctx := s.Ctx()
+	c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sleep", "1000"))
+	c.Start(ctx)
+	s.Stasis("checkpoint", "c", ref, "--exit")
+	c.Wait(ctx)
+	c.Delete(ctx)
 }

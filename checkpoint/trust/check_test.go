@@ -180,6 +180,16 @@ func (f *forgery) accepted() {
 	}
 }
 
+// judged is accepted where nothing is wanted, else refused with want and parts.
+func (f *forgery) judged(want string, parts ...string) {
+	f.t.Helper()
+	if want == "" {
+		f.accepted()
+	} else {
+		f.refused(append(parts, want)...)
+	}
+}
+
 // The checkpoint of a container passes with the container's own spec.
 func TestOwnSpec(t *testing.T) { newForgery(t).accepted() }
 

@@ -151,11 +151,7 @@ func TestFiles(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			f := confined(t)
 			tc.fn(f)
-			if tc.want == "" {
-				f.accepted()
-				return
-			}
-			f.refused(tc.want)
+			f.judged(tc.want)
 		})
 	}
 }
@@ -192,11 +188,7 @@ func TestTmpfs(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			f := confined(t)
 			f.raw("tmpfs-dev-99.tar.gz.img", tc.data)
-			if tc.want == "" {
-				f.accepted()
-				return
-			}
-			f.refused("tmpfs-dev-99.tar.gz.img", tc.want)
+			f.judged(tc.want, "tmpfs-dev-99.tar.gz.img")
 		})
 	}
 	// One that leads a mount astray. /dev is tmpfs-dev-N, and /dev/shm a mount.
