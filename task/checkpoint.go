@@ -2,6 +2,8 @@ package task
 
 import (
 	"context"
+	"os"
+	"path/filepath"
 
 	"github.com/containerd/containerd/api/events"
 	"github.com/containerd/containerd/api/types/runc/options"
@@ -95,4 +97,26 @@ func (c *container) checkpoint(ctx context.Context, d dump) (*checkpoint.DumpRes
 		}
 	}
 	return result, nil
+}
+
+// criFolder is where containerd's CRI is collecting an archive of the container for
+// the kubelet (2.4, container_checkpoint_linux.go), or "". It asks for CRIU's log and
+// figures to be put there only where the runtime is called io.containerd.runc.v2;
+// another's archive would be without. The pod's resolv.conf tells where CRI keeps
+// its files.
+func (c *container) criFolder() string {
+	if _, inPod := c.config.podNamespace(); !inPod {
+		return ""
+	}
+	for _, m := range c.config.Mounts {
+		root, name := filepath.Split(filepath.Dir(filepath.Dir(m.Source)))
+		if name != "sandboxes" || filepath.Base(m.Source) != "resolv.conf" || filepath.Base(root) != "io.containerd.grpc.v1.cri" {
+			continue
+		}
+		dir := filepath.Join(root, "containers", c.id, "ctrd-checkpoint")
+		if info, err := os.Lstat(dir); err == nil && info.IsDir() {
+			return dir
+		}
+	}
+	return ""
 }

@@ -162,13 +162,26 @@ func copyLogs(dir, workDir string) error {
 			continue
 		}
 		if err == nil {
-			err = os.WriteFile(filepath.Join(dir, name), data, 0o600)
+			err = replaceFile(filepath.Join(dir, name), data)
 		}
 		if err != nil {
 			return fmt.Errorf("copy %s to the checkpoint: %w", name, err)
 		}
 	}
 	return nil
+}
+
+// replaceFile writes a file, and through no link that is there in its place.
+func replaceFile(path string, data []byte) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(data)
+	return errors.Join(err, f.Close())
 }
 
 // meter tells how far a checkpoint is.

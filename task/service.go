@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	runc "github.com/containerd/go-runc"
+	"github.com/containerd/log"
 	"github.com/containerd/ttrpc"
 	"github.com/containerd/typeurl/v2"
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -374,6 +375,11 @@ func (s *Service) Checkpoint(ctx context.Context, r *taskapi.CheckpointTaskReque
 	defer release()
 	if _, err := c.checkpoint(ctx, dumpOf(dir, opts)); err != nil {
 		return done(err)
+	}
+	if cri := c.criFolder(); cri != "" && opts.WorkPath == "" {
+		if err := copyLogs(cri, c.bundle.dumpDir()); err != nil {
+			log.G(ctx).WithError(err).WithField("container", c.id).Warn("the kubelet's archive is without CRIU's log and figures")
+		}
 	}
 	if r.Path != "" && r.Path != dir {
 		// containerd makes content of its folder, and of an empty one only

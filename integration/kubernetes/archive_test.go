@@ -47,10 +47,6 @@ func (e *env) testArchive(t *testing.T) {
 	}
 	for _, want := range []string{"checkpoint/pstree.img", "config.dump", "spec.dump", "status.dump", "container.log", "dump.log", "stats-dump"} {
 		for class, list := range entries {
-			// containerd gives runtimes of other types no folder for these two.
-			if class == "stasis-own" && (want == "dump.log" || want == "stats-dump") {
-				continue
-			}
 			if !slices.Contains(list, want) {
 				t.Errorf("handler %q: the archive has no %s: %v", class, want, list)
 			}
