@@ -65,7 +65,7 @@ func (l limits) check(t *testing.T, s *stack.Stack, name string) {
 func TestLimitsAfterRestore(t *testing.T) {
 	for name, opts := range runtimes {
 		t.Run(name, func(t *testing.T) {
-			s := stack.Start(t, leaksOf(opts))
+			s := stack.Start(t, opts)
 			ctx := s.Ctx()
 			watch := watchEvents(t, s)
 			before, after := limits{96 << 20, 50, 150_000}, limits{48 << 20, 40, 120_000}
@@ -116,7 +116,7 @@ func TestNestedCgroups(t *testing.T) {
 	onlyV2(t)
 	for name, opts := range runtimes {
 		t.Run(name, func(t *testing.T) {
-			s := stack.Start(t, leaksOf(opts))
+			s := stack.Start(t, opts)
 			ctx := s.Ctx()
 			watch := watchEvents(t, s)
 			spec := []oci.SpecOpts{stack.Args("sh", "-c", nest), delegated, oci.WithMemoryLimit(128 << 20)}
@@ -212,7 +212,7 @@ func TestAppArmor(t *testing.T) {
 	}
 	for name, opts := range runtimes {
 		t.Run(name, func(t *testing.T) {
-			s := stack.Start(t, leaksOf(opts))
+			s := stack.Start(t, opts)
 			ctx := s.Ctx()
 			profile := func(name string, rules ...string) string {
 				name += "-" + s.ID

@@ -55,19 +55,6 @@ func startProbe(ctx context.Context, s *stack.Stack, name string, opts ...oci.Sp
 	return c
 }
 
-// leaksOf are those of a stack of the given kind that are not our fault.
-func leaksOf(opts stack.Options) stack.Options {
-	if opts.Crun {
-		opts.KnownLeaks = append(opts.KnownLeaks,
-			// The stack hides this hierarchy from crun, so the container is in
-			// its root, and CRIU makes all groups anew that are below that.
-			"/sys/fs/cgroup/unified/",
-			// Crun's own folder, which it does not remove.
-			"/tmp/crun")
-	}
-	return opts
-}
-
 // TestRestoreItems restores a container for each kind of state that there is.
 func TestRestoreItems(t *testing.T) {
 	s := stack.Start(t, stack.Options{})
@@ -123,7 +110,7 @@ func TestRestoreEverywhere(t *testing.T) {
 		"native":       {Snapshotter: "native"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := stack.Start(t, leaksOf(opts))
+			s := stack.Start(t, opts)
 			ctx := s.Ctx()
 			var c *stack.Container
 			if opts.Crun {
@@ -273,7 +260,7 @@ func TestRestoredContainer(t *testing.T) {
 func TestRestoreTerminal(t *testing.T) {
 	for name, opts := range map[string]stack.Options{"runc": {}, "crun": {Crun: true}} {
 		t.Run(name, func(t *testing.T) {
-			s := stack.Start(t, leaksOf(opts))
+			s := stack.Start(t, opts)
 			ctx := s.Ctx()
 			c := s.NewContainer(ctx, "c", stack.Busybox, oci.WithTTY,
 				stack.Args("sh", "-c", `trap 'stty size' WINCH; echo up; while read line || true; do echo "got $line"; done`))

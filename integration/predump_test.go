@@ -20,7 +20,7 @@ func TestPreDump(t *testing.T) {
 	must(t, err)
 	for name, opts := range map[string]stack.Options{"runc": {}, "crun": {Crun: true}} {
 		t.Run(name, func(t *testing.T) {
-			s := stack.Start(t, leaksOf(opts))
+			s := stack.Start(t, opts)
 			if !works {
 				preDumpRefused(t, s)
 				return

@@ -110,12 +110,16 @@ func Start(tb TB, opts Options) *Stack {
 	if os.Getenv("STASIS_UPSTREAM") != "" {
 		opts.Upstream = true
 	}
+	opts.KnownLeaks = slices.Clone(opts.KnownLeaks)
 	if opts.hidesUnified() {
 		// The half that is hidden is where CRIU then restores what it takes
-		// for the container's cgroups; and crun keeps its state where XDG
-		// says, for commands that are not told where.
-		opts.KnownLeaks = append(opts.KnownLeaks[:len(opts.KnownLeaks):len(opts.KnownLeaks)],
-			"cgroup /sys/fs/cgroup/unified/", filepath.Join("tmp", "crun"))
+		// for the container's cgroups.
+		opts.KnownLeaks = append(opts.KnownLeaks, "cgroup /sys/fs/cgroup/unified/")
+	}
+	if opts.Crun {
+		// It keeps its state there, for commands that are not told where, even
+		// if it is only asked for its version.
+		opts.KnownLeaks = append(opts.KnownLeaks, filepath.Join("tmp", "crun"))
 	}
 	bins, err := findBinaries(opts)
 	if err != nil {
