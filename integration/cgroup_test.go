@@ -173,7 +173,12 @@ func TestNestedCgroups(t *testing.T) {
 func checkNested(t *testing.T, s *stack.Stack, c *stack.Container) {
 	t.Helper()
 	ctx := s.Ctx()
-	group := s.Cgroup(c.ID())
+	// Below systemd's scope, crun makes a group for the container.
+	own := ""
+	if _, err := readCgroup(s, "", c.ID(), "container/cgroup.procs"); err == nil {
+		own = "container/"
+	}
+	group := strings.TrimSuffix(s.Cgroup(c.ID())+"/"+own, "/")
 	in := map[string]int{}
 	pids, err := c.Task.Pids(ctx)
 	if err != nil {
@@ -188,8 +193,8 @@ func checkNested(t *testing.T, s *stack.Stack, c *stack.Container) {
 		t.Errorf("processes in %v; want one in %s/main, the others in %[2]s/service", in, group)
 	}
 	for file, want := range map[string]string{
-		"cgroup.subtree_control": "memory pids", "memory.max": fmt.Sprint(128 << 20),
-		"service/memory.max": "33554432", "service/memory.swap.max": "0", "service/pids.max": "20", "main/memory.max": "max",
+		own + "cgroup.subtree_control": "memory pids", "memory.max": fmt.Sprint(128 << 20),
+		own + "service/memory.max": "33554432", own + "service/memory.swap.max": "0", own + "service/pids.max": "20", own + "main/memory.max": "max",
 	} {
 		if got, err := readCgroup(s, "", c.ID(), file); err != nil || got != want {
 			t.Errorf("%s is %q, %v; want %q", file, got, err, want)

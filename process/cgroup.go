@@ -124,6 +124,16 @@ func (c *Cgroup) EnableControllers() error {
 	return c.v2.ToggleControllers(controllers, cgroup2.Enable)
 }
 
+// FreezeIn has Freeze, Thaw, and what tells of them, be about the group that the
+// runtime uses for that (Runtime.FreezerGroup), "" for the container's own. With
+// version 2, a group is frozen as long as one above it is: CRIU, which thaws the
+// group that it was given, would wait for ever.
+func (c *Cgroup) FreezeIn(group string) {
+	if c.v2 != nil && group != "" {
+		c.freezer = filepath.Join(unifiedMount, group)
+	}
+}
+
 // Frozen tells whether the group is frozen, or on its way to be.
 func (c *Cgroup) Frozen() (bool, error) {
 	name := "freezer.state"

@@ -128,6 +128,24 @@ func (r *Runtime) Create(ctx context.Context, opts *runc.CreateOpts) (int, error
 // InitPidFile is where the runtime leaves init's pid.
 func (r *Runtime) InitPidFile() string { return filepath.Join(r.bundle, "init.pid") }
 
+// FreezerGroup is the control group in which the runtime freezes the container, and
+// has CRIU do so, as it has noted; "" if it has not. crun does (libcrun/status.c),
+// and under systemd makes a group of its own below the scope. runc takes the one of
+// the spec.
+func (r *Runtime) FreezerGroup() string {
+	data, err := os.ReadFile(filepath.Join(r.runc.Root, r.id, "status"))
+	if err != nil {
+		return ""
+	}
+	var status struct {
+		Group string `json:"cgroup-path"`
+	}
+	if err := json.Unmarshal(data, &status); err != nil {
+		return ""
+	}
+	return status.Group
+}
+
 // Start lets the created init run.
 func (r *Runtime) Start(ctx context.Context) error {
 	return r.call("start", func(c *runc.Runc) error { return c.Start(ctx, r.id) })

@@ -40,7 +40,7 @@ func Cleanup(ctx context.Context, namespace, bundlePath, id string) (*taskapi.De
 	}
 	pid, err := b.initPid()
 	if err == nil && process.InCgroup(pid, cgroup) {
-		freeFromCRIU(ctx, pid, cgroup, filepath.Join(b.dumpDir(), "dump.log"))
+		freeFromCRIU(ctx, rt, pid, cgroup, filepath.Join(b.dumpDir(), "dump.log"))
 	}
 	if err := rt.Delete(ctx); err != nil {
 		logger.WithError(err).Warn("delete the container from the runtime")
@@ -123,7 +123,7 @@ func (b bundle) removeTemporary(ctx context.Context) {
 // traces init, opens the network, which others may share, and thaws the container
 // so that it can die. logPath is where CRIU's log is, unless the caller of the
 // checkpoint wanted it elsewhere.
-func freeFromCRIU(ctx context.Context, init int, cgroup, logPath string) {
+func freeFromCRIU(ctx context.Context, rt *process.Runtime, init int, cgroup, logPath string) {
 	tracer := process.TracerOf(init)
 	if tracer > 1 {
 		pid := tracer
@@ -145,6 +145,7 @@ func freeFromCRIU(ctx context.Context, init int, cgroup, logPath string) {
 	if err != nil {
 		return // init is gone
 	}
+	cg.FreezeIn(rt.FreezerGroup())
 	if frozen, err := cg.Frozen(); err != nil || !frozen {
 		return
 	}

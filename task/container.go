@@ -144,6 +144,7 @@ func (c *container) watch(init *process.Child) {
 		logger.WithError(err).Warn("no stats and OOM events")
 		return
 	}
+	cg.FreezeIn(c.runtime.FreezerGroup())
 	if err := cg.EnableControllers(); err != nil {
 		logger.WithError(err).Debug("enable the cgroup's controllers")
 	}
