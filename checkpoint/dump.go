@@ -105,10 +105,15 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 	}
 	preDumps, err := r.preDump(ctx, callCtx, folder)
 	if err == nil && r.Exit {
-		if rerr := folder.Reserve(); rerr != nil {
+		more := int64(0)
+		if len(preDumps) > 0 {
+			more = r.resident()
+		}
+		if rerr := folder.Reserve(more); rerr != nil {
 			err = &ownError{rerr}
 		}
 	}
+	_ = os.Remove(filepath.Join(r.WorkDir, "stats-dump"))
 	started := time.Now()
 	if err == nil {
 		if n := len(preDumps); n > 0 {

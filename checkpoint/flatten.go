@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -24,28 +25,21 @@ import (
 
 // flatten makes the checkpoint in dir one that needs no parent. chain are the
 // folders of the pre-dumps that it builds on, the oldest first, each of which
-// builds on the one before. dir is as it was after an error, but for files whose
-// name ends in .new.
+// builds on the one before. After an error dir is a whole checkpoint still, with
+// the chain, of which it may need less.
 func flatten(dir string, chain []string) error {
-	entries, err := os.ReadDir(dir)
+	ids, err := pageLists(dir)
 	if err != nil {
 		return err
 	}
-	lists := map[string]*pageList{}
-	highest := uint32(0)
-	for _, e := range entries {
-		if !isPagemap(e.Name()) {
-			continue
+	highest := slices.Max(append(slices.Collect(maps.Values(ids)), 0))
+	for name, id := range ids {
+		l, err := openPageList(dir, name)
+		if err == nil {
+			err = l.flatten(dir, name, highest+id, chain)
+			l.close()
 		}
-		l, err := openPageList(dir, e.Name())
 		if err != nil {
-			return fmt.Errorf("%s: %w", e.Name(), err)
-		}
-		defer l.close()
-		lists[e.Name()], highest = l, max(highest, l.id)
-	}
-	for name, l := range lists {
-		if err := l.flatten(dir, name, highest+l.id, chain); err != nil {
 			return fmt.Errorf("put memory of the pre-dumps into %s: %w", name, err)
 		}
 	}
@@ -53,6 +47,34 @@ func flatten(dir string, chain []string) error {
 		return err
 	}
 	return nil
+}
+
+// pageLists returns the lists of pages in a folder, and the number of the image that
+// each refers to.
+func pageLists(dir string) (map[string]uint32, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	ids := map[string]uint32{}
+	for _, e := range entries {
+		if !isPagemap(e.Name()) {
+			continue
+		}
+		l, err := openPageList(dir, e.Name())
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", e.Name(), err)
+		}
+		ids[e.Name()] = l.id
+		l.close()
+	}
+	return ids, nil
+}
+
+// checkPageLists refuses what flatten could not read, when the container runs still.
+func checkPageLists(dir string) error {
+	_, err := pageLists(dir)
+	return err
 }
 
 // parentName is the link to the parent that CRIU makes.

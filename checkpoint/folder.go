@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
@@ -70,20 +71,11 @@ const (
 	reserveSize = 4 << 20
 )
 
-// Reserve takes the space on the disk that Commit will need, a few KiB for most
-// containers, and once more what the pre-dumps have written. A container that ends
+// Reserve takes the space on the disk that Commit will need: a few KiB for most
+// containers, and more bytes where it puts memory together. A container that ends
 // with the dump would else be lost if CRIU's images just fit.
-func (f *Folder) Reserve() error {
-	size := int64(reserveSize)
-	for _, dir := range f.preDumps() {
-		written, err := listFolder(dir)
-		if err != nil {
-			return wrap(f.dir, err)
-		}
-		for _, file := range written {
-			size += file.size
-		}
-	}
+func (f *Folder) Reserve(more int64) error {
+	size := reserveSize + more
 	file, err := os.OpenFile(filepath.Join(f.Path(), reserveName), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return wrap(f.dir, err)
@@ -222,7 +214,7 @@ func (f *Folder) commit(m Manifest, durable bool) error {
 		return err
 	}
 	if err := thawGroups(f.Path()); err != nil {
-		return err
+		log.L.WithError(err).Warn("a checkpoint says that its container is frozen, and can be restored with other cgroups_modes than full")
 	}
 	if chain := f.preDumps(); len(chain) > 0 {
 		if err := flatten(f.Path(), chain); err != nil {

@@ -59,6 +59,9 @@ func (r *DumpRequest) preDump(ctx, callCtx context.Context, folder *Folder) (don
 		if err := r.Runtime.Checkpoint(callCtx, opts, runc.PreDump); err != nil {
 			return nil, fmt.Errorf("pre-dump %d: %w", n, err)
 		}
+		if err := checkPageLists(dir); err != nil {
+			return nil, &ownError{fmt.Errorf("read pre-dump %d, on which the dump is to build: %w", n, err)}
+		}
 		round := PreDump{Took: time.Since(started)}
 		if s := ReadDumpStats(stats); s != nil {
 			round.Pages = s.GetPagesWritten()
@@ -72,6 +75,29 @@ func (r *DumpRequest) preDump(ctx, callCtx context.Context, folder *Folder) (don
 		}
 	}
 	return done, nil
+}
+
+// resident is how much memory the container's processes have, in bytes: at most so
+// much is put together.
+func (r *DumpRequest) resident() (size int64) {
+	if r.Cgroup == nil {
+		return 0
+	}
+	pids, err := r.Cgroup.Pids()
+	if err != nil {
+		return 0
+	}
+	for _, pid := range pids {
+		data, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", pid))
+		if err != nil {
+			continue // it has ended
+		}
+		var total, pages int64
+		if _, err := fmt.Sscan(string(data), &total, &pages); err == nil {
+			size += pages * int64(os.Getpagesize())
+		}
+	}
+	return size
 }
 
 // preDumps are the folders of a folder's pre-dumps, the oldest first.

@@ -224,7 +224,7 @@ func Interrupted(logPath string) bool {
 	if err != nil {
 		return false
 	}
-	for _, end := range []string{"Dumping finished successfully", "Dumping FAILED", "Restore finished successfully", "Restoring FAILED"} {
+	for _, end := range []string{"Dumping finished successfully", "Dumping FAILED", "Pre-dumping finished successfully", "Pre-dumping FAILED", "Restore finished successfully", "Restoring FAILED"} {
 		if bytes.Contains(data, []byte(end)) {
 			return false
 		}

@@ -65,7 +65,7 @@ func TestReserve(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "checkpoint")
 	f, err := NewFolder(dir)
 	must(t, err)
-	must(t, f.Reserve())
+	must(t, f.Reserve(0))
 	info, err := os.Stat(filepath.Join(f.Path(), reserveName))
 	must(t, err)
 	if info.Size() != reserveSize {

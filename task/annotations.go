@@ -113,6 +113,7 @@ const (
 	criSandbox          = "sandbox" // a value of it
 	criContainerName    = "io.kubernetes.cri.container-name"
 	criSandboxNamespace = "io.kubernetes.cri.sandbox-namespace"
+	criSandboxID        = "io.kubernetes.cri.sandbox-id"
 	criSandboxUID       = "io.kubernetes.cri.sandbox-uid"
 )
 

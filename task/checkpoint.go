@@ -110,7 +110,8 @@ func (c *container) criFolder() string {
 	}
 	for _, m := range c.config.Mounts {
 		root, name := filepath.Split(filepath.Dir(filepath.Dir(m.Source)))
-		if name != "sandboxes" || filepath.Base(m.Source) != "resolv.conf" || filepath.Base(root) != "io.containerd.grpc.v1.cri" {
+		if name != "sandboxes" || filepath.Base(root) != "io.containerd.grpc.v1.cri" ||
+			filepath.Base(m.Source) != "resolv.conf" || filepath.Base(filepath.Dir(m.Source)) != c.config.Annotations[criSandboxID] {
 			continue
 		}
 		dir := filepath.Join(root, "containers", c.id, "ctrd-checkpoint")

@@ -25,6 +25,9 @@ import (
 // than what has to see the container stand still.
 type checkpoints struct{ s *Service }
 
+// maxPreDumps are more than ever help.
+const maxPreDumps = 127
+
 // progressEvery is how often a client hears how far its checkpoint is.
 const progressEvery = 200 * time.Millisecond
 
@@ -56,6 +59,13 @@ func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, s
 	}
 	if r.RootfsPath != "" && r.Exit {
 		return nil, invalid("rootfs_path with exit: nothing writes to the writable layer any more, and a copy that fails would come too late")
+	}
+	preDumps := int(r.PreDumps)
+	if preDumps < 0 {
+		preDumps = checkpoint.PreDumpAuto
+	}
+	if preDumps > maxPreDumps {
+		return nil, invalid("pre_dumps %d: at most %d", preDumps, maxPreDumps)
 	}
 	o := r.Options
 	if o == nil {
@@ -91,7 +101,7 @@ func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, s
 			CgroupsMode:         o.CgroupsMode,
 		},
 		dumpOptions: checkpoint.DumpOptions{TCPClose: o.TcpClose, LinkRemap: o.LinkRemap, GhostLimit: o.GhostLimit},
-		preDumps:    int(r.PreDumps),
+		preDumps:    preDumps,
 		exit:        r.Exit,
 		durable:     r.Exit,
 	}
@@ -227,7 +237,8 @@ func (m *meter) run(send func(*api.Progress)) (stop func()) {
 func sizeOf(dir string) (size int64) {
 	entries, _ := os.ReadDir(dir)
 	for _, e := range entries {
-		if info, err := e.Info(); err == nil && info.Mode().IsRegular() {
+		// What begins with a dot is no image.
+		if info, err := e.Info(); err == nil && info.Mode().IsRegular() && !strings.HasPrefix(e.Name(), ".") {
 			size += info.Size()
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -43,6 +44,7 @@ type ingest struct {
 	n     int64
 	begun int64 // up to where the disk was told to write
 	flush sync.WaitGroup
+	busy  atomic.Bool // one flush at a time
 }
 
 // newIngest begins an upload. root is the store's folder, or empty.
@@ -89,11 +91,12 @@ const flushEvery = 64 << 20
 func (in *ingest) Write(p []byte) (n int, err error) {
 	if in.file == nil {
 		n, err = in.w.Write(p)
-	} else if n, err = in.file.Write(p); in.n+int64(n)-in.begun >= flushEvery {
+	} else if n, err = in.file.Write(p); in.n+int64(n)-in.begun >= flushEvery && in.busy.CompareAndSwap(false, true) {
 		from, size := in.begun, in.n+int64(n)-in.begun
 		in.begun += size
 		// It takes a while to tell the disk so much.
 		in.flush.Go(func() {
+			defer in.busy.Store(false)
 			_ = unix.SyncFileRange(int(in.file.Fd()), from, size, unix.SYNC_FILE_RANGE_WRITE)
 		})
 	}

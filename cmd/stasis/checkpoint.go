@@ -16,6 +16,7 @@ import (
 	"github.com/distribution/reference"
 	"github.com/docker/go-units"
 	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/api"
@@ -85,7 +86,7 @@ Podman and CRI-O; archive is the tar file of Podman, CRI-O and the kubelet.`,
 	flags.StringVarP(&f.file, "output", "o", "", "write an archive to `FILE` instead of an image (json or table: what to print, as elsewhere)")
 	flags.BoolVar(&f.push, "push", false, "push the image to its registry")
 	flags.BoolVar(&f.plainHTTP, "plain-http", false, "push without TLS; implied for localhost")
-	flags.StringVar(&f.from, "from", "", "store what an earlier call with --exit has left in `FOLDER` when it could not store it")
+	flags.StringVar(&f.from, "from", "", "store what an earlier call with --exit has left in `FOLDER` when it could not store it; the container must not have run since")
 	flags.StringVar(&f.pod, "pod", "", "every container of the Kubernetes pod `NAME` (or NAMESPACE/NAME)")
 	must(cmd.RegisterFlagCompletionFunc("pre-dump", cobra.FixedCompletions([]string{"auto"}, cobra.ShellCompDirectiveNoFileComp)))
 	must(cmd.RegisterFlagCompletionFunc("compress", f.compress.complete))
@@ -158,7 +159,7 @@ func (a *app) checkpoint(ctx context.Context, f *checkpointFlags, args []string)
 	}
 	for _, r := range results {
 		fmt.Fprintln(a.out, r.Ref+r.File)
-		if !a.quiet {
+		if !a.quiet && r.Frozen > 0 {
 			fmt.Fprintf(a.err, "stasis: %s stood still for %s; %s of memory and state, %s of files; done in %s\n", r.Container,
 				r.Frozen.Round(time.Millisecond), size(r.ImageBytes), size(r.LayerBytes), r.Took.Round(time.Millisecond))
 		}
@@ -209,8 +210,8 @@ func (f *checkpointFlags) complete(a *app, args []string) (ids []string, ref str
 		return nil, "", usageError("either --tcp-established or --tcp-close")
 	case f.from != "" && (len(ids) != 1 || f.pod != ""):
 		return nil, "", usageError("--from takes one container")
-	case f.from != "" && (f.exit || f.preDump != ""):
-		return nil, "", usageError("--from is of a container that has ended: neither --exit nor --pre-dump")
+	case f.from != "" && (f.exit || f.preDump != "" || f.ghostLimit != "" || proto.Size(&f.criu) > 0):
+		return nil, "", usageError("--from is of a container that was dumped: it takes no options of a dump")
 	case f.push && f.file != "":
 		return nil, "", usageError("either --push or --output")
 	case f.push && ref == "":
@@ -313,10 +314,10 @@ func (a *app) checkpointOne(ctx context.Context, c *client.Client, container cli
 		return nil, err
 	}
 	// With exit, what was dumped is all that is left of the container.
-	keep := false
+	note := ""
 	defer func() {
-		if keep && err != nil {
-			err = fmt.Errorf("%w; %s", err, keptNote(container.ID(), work.dir))
+		if note != "" && err != nil {
+			err = fmt.Errorf("%w; the container has ended, and %s", err, note)
 			work.release()
 			return
 		}
@@ -342,7 +343,15 @@ func (a *app) checkpointOne(ctx context.Context, c *client.Client, container cli
 	got, err := d.dump(ctx, work.dir, f, bar)
 	// Also if it was interrupted too late.
 	images := filepath.Join(work.dir, "checkpoint")
-	keep = f.exit && (err == nil || isWhole(images) || isWhole(filepath.Join(images, ".partial")))
+	if partial := filepath.Join(images, ".partial"); f.exit {
+		// In this order, as the shim may be moving them up just now.
+		begun := isWhole(partial)
+		if err == nil || isWhole(images) {
+			note = keptNote(container.ID(), work.dir)
+		} else if begun {
+			note = fmt.Sprintf("what CRIU wrote of it is in %s, and its files are in its snapshot still", partial)
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -350,7 +359,7 @@ func (a *app) checkpointOne(ctx context.Context, c *client.Client, container cli
 	if err != nil {
 		return nil, err
 	}
-	keep = false
+	note = ""
 	if err := a.pushResult(ctx, c, result, f, bar); err != nil {
 		return nil, err
 	}

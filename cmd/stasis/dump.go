@@ -115,6 +115,9 @@ func (d *dumper) dump(ctx context.Context, dir string, f *checkpointFlags, bar *
 	if err != nil {
 		return nil, err
 	}
+	if f.preDumps != 0 && len(result.PreDumps) == 0 {
+		d.note = "no pre-dump was made: it is paused, or its shim is of an older version"
+	}
 	for _, p := range result.PreDumps {
 		d.preDumps = append(d.preDumps, preDump{time.Duration(p.DurationNs), p.PagesWritten})
 	}

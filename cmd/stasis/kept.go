@@ -19,7 +19,7 @@ import (
 // keptNote says what there is of a container that ended with its dump, when that
 // could not be stored.
 func keptNote(id, dir string) string {
-	return fmt.Sprintf("the container has ended, and its images are in %s: `stasis checkpoint %s --from %s` stores them, `stasis prune` removes them", dir, id, dir)
+	return fmt.Sprintf("its images are in %s: `stasis checkpoint %s --from %s` stores them, `stasis prune` removes them", dir, id, dir)
 }
 
 // storeKept stores what keptNote told of.
@@ -62,16 +62,13 @@ func (a *app) storeKept(ctx context.Context, c *client.Client, container client.
 	if err != nil {
 		return nil, err
 	}
+	result.Took = time.Since(started)
 	if filepath.Dir(dir) == filepath.Join(a.state, "work") {
 		if err := kept.remove(); err != nil {
-			return nil, err
+			result.Note = err.Error()
 		}
 	}
-	if err := a.pushResult(ctx, c, result, f, bar); err != nil {
-		return nil, err
-	}
-	result.Took = time.Since(started)
-	return result, nil
+	return result, a.pushResult(ctx, c, result, f, bar)
 }
 
 // kept makes a Capture of the images of a container that ended with their dump, and
@@ -82,7 +79,8 @@ func (d *dumper) kept(ctx context.Context, images string) (*capture.Capture, err
 		return nil, err
 	}
 	m := img.Manifest()
-	if m == nil || !m.Exit || m.Container.ID != d.info.ID {
+	namespace, _ := namespaceOf(ctx)
+	if m == nil || !m.Exit || m.Container.ID != d.info.ID || m.Container.Namespace != namespace || d.info.CreatedAt.After(m.Created) {
 		return nil, fmt.Errorf("%s holds no checkpoint that container %s has ended with: %w", images, d.info.ID, errdefs.ErrFailedPrecondition)
 	}
 	task, err := d.container.Task(ctx, nil)
