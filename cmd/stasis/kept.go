@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"time"
 
@@ -78,9 +79,18 @@ func (d *dumper) kept(ctx context.Context, images string) (*capture.Capture, err
 	if err != nil {
 		return nil, err
 	}
-	m := img.Manifest()
 	namespace, _ := namespaceOf(ctx)
-	if m == nil || !m.Exit || m.Container.ID != d.info.ID || m.Container.Namespace != namespace || d.info.CreatedAt.After(m.Created) {
+	m := img.Manifest()
+	if m == nil {
+		// Another runtime's, which tells nothing but when it was made.
+		made, err := os.Stat(filepath.Join(images, "inventory.img"))
+		if err != nil {
+			return nil, err
+		}
+		m = &checkpoint.Manifest{Exit: true, Created: made.ModTime(), CRIU: checkpoint.LogVersion(filepath.Join(images, "dump.log")),
+			Container: checkpoint.Container{ID: d.info.ID, Namespace: namespace}}
+	}
+	if !m.Exit || m.Container.ID != d.info.ID || m.Container.Namespace != namespace || d.info.CreatedAt.After(m.Created) {
 		return nil, fmt.Errorf("%s holds no checkpoint that container %s has ended with: %w", images, d.info.ID, errdefs.ErrFailedPrecondition)
 	}
 	task, err := d.container.Task(ctx, nil)
