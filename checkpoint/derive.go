@@ -360,7 +360,7 @@ func (im images) pagemap(name string) (id uint32, pages int64, err error) {
 			return fault.Invalid("lists more memory than there can be")
 		}
 		pages += int64(r.Pages)
-		untold = untold || r.newer()
+		untold = untold || r.newer
 		return nil
 	}))
 	if untold {

@@ -63,18 +63,12 @@ func pageLists(dir string) (map[string]uint32, error) {
 		}
 		l, err := openPageList(dir, e.Name())
 		if err != nil {
-			return nil, fmt.Errorf("%s: %w", e.Name(), err)
+			return nil, err
 		}
 		ids[e.Name()] = l.id
 		l.close()
 	}
 	return ids, nil
-}
-
-// checkPageLists refuses what flatten could not read, when the container runs still.
-func checkPageLists(dir string) error {
-	_, err := pageLists(dir)
-	return err
 }
 
 // parentName is the link to the parent that CRIU makes.
@@ -107,7 +101,7 @@ func (l *pageList) flatten(dir, name string, id uint32, chain []string) (err err
 			err = cerr
 		}
 		if err == nil {
-			err = l.rewrite(filepath.Join(dir, name), id)
+			err = rewritePageList(filepath.Join(dir, name), id)
 		}
 		if err != nil {
 			_ = os.Remove(out.Name())
@@ -177,22 +171,13 @@ type placedRun struct {
 func (r placedRun) end() uint64 { return r.Addr + r.Pages*uint64(os.Getpagesize()) }
 
 func openPageList(dir, name string) (*pageList, error) {
-	f, err := openIn(dir, name)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
 	l := &pageList{}
 	at := int64(0)
-	err = EachMessage(f, info.Size(), "PAGEMAP", Pagemap(&l.id, func(r PageRun) error {
+	err := images{dir: dir}.each(name, "PAGEMAP", Pagemap(&l.id, func(r PageRun) error {
 		if n := len(l.runs); n > 0 && l.runs[n-1].end() > r.Addr {
 			return fault.Invalid("its runs of pages are not in order")
 		}
-		if r.newer() {
+		if r.newer {
 			return fault.Invalid("of a CRIU that is newer than this program")
 		}
 		l.runs = append(l.runs, placedRun{r, at})
@@ -246,20 +231,21 @@ func (l *pageList) copy(w *pageWriter, addr, end uint64, parents []*pageList) er
 	return nil
 }
 
-// rewrite makes a list of it that has all its pages in the image with a number.
-func (l *pageList) rewrite(path string, id uint32) error {
-	runs := l.runs
+// rewritePageList makes a list one that has all its pages in the image with a number.
+func rewritePageList(path string, id uint32) error {
 	first := true
-	return rewriteImage(path, func(_ []byte, put func([]byte)) error {
+	return rewriteImage(path, func(msg []byte, put func([]byte)) error {
 		var m proto.Message = &pagemap.PagemapHead{PagesId: &id}
 		if !first {
-			r := runs[0]
-			runs = runs[1:]
-			if r.InParent() {
-				r.entry.InParent = nil
-				r.entry.Flags = proto.Uint32(r.flags&^pagesParent | pagesPresent)
+			var e pagemap.PagemapEntry
+			if err := decode(msg, &e); err != nil {
+				return err
 			}
-			m = r.entry
+			if flags := pageFlags(&e); flags&pagesParent != 0 {
+				e.InParent = nil
+				e.Flags = proto.Uint32(flags&^pagesParent | pagesPresent)
+			}
+			m = &e
 		}
 		first = false
 		msg, err := (proto.MarshalOptions{AllowPartial: true}).Marshal(m)

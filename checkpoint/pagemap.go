@@ -22,7 +22,9 @@ type PageRun struct {
 	Pages uint64
 
 	flags uint32
-	entry *pagemap.PagemapEntry
+	// newer: CRIU has said something of the pages that go-criu does not know, such
+	// as that they are compressed.
+	newer bool
 }
 
 // Present: the pages are in the checkpoint's own images, after those of the runs
@@ -31,10 +33,6 @@ func (r PageRun) Present() bool { return r.flags&pagesPresent != 0 }
 
 // InParent: they are in the images of a checkpoint that this one builds on.
 func (r PageRun) InParent() bool { return r.flags&pagesParent != 0 }
-
-// newer tells that CRIU has said something of the pages that go-criu does not know,
-// such as that they are compressed.
-func (r PageRun) newer() bool { return len(r.entry.ProtoReflect().GetUnknown()) > 0 }
 
 // Pagemap returns what reads the messages of an image of kind PAGEMAP: the first
 // sets pagesID, the number of the image that has the pages, and fn is called for
@@ -53,21 +51,25 @@ func Pagemap(pagesID *uint32, fn func(PageRun) error) func(msg []byte) error {
 		if err := decode(msg, &e); err != nil {
 			return err
 		}
-		// CRIU before 2.9 had in_parent instead of flags, and before 4.2 a
-		// smaller number of pages; its pagemap.c, init_compat_pagemap_entry.
-		r := PageRun{Addr: e.GetVaddr(), Pages: e.GetNrPages(), flags: e.GetFlags(), entry: &e}
+		r := PageRun{Addr: e.GetVaddr(), Pages: e.GetNrPages(), flags: pageFlags(&e), newer: len(e.ProtoReflect().GetUnknown()) > 0}
 		if e.NrPages == nil {
-			r.Pages = uint64(e.GetCompatNrPages())
-		}
-		switch {
-		case e.GetInParent():
-			r.flags |= pagesParent
-		case e.Flags == nil:
-			r.flags = pagesPresent
+			r.Pages = uint64(e.GetCompatNrPages()) // CRIU before 4.2
 		}
 		if r.Pages > maxPages || r.Addr > 1<<63 {
 			return fault.Invalid("lists more memory than there can be")
 		}
 		return fn(r)
 	}
+}
+
+// pageFlags are those of a run. CRIU before 2.9 had in_parent instead; its pagemap.c,
+// init_compat_pagemap_entry.
+func pageFlags(e *pagemap.PagemapEntry) uint32 {
+	switch {
+	case e.GetInParent():
+		return e.GetFlags() | pagesParent
+	case e.Flags == nil:
+		return pagesPresent
+	}
+	return e.GetFlags()
 }

@@ -334,10 +334,7 @@ func (a *app) checkpointOne(ctx context.Context, c *client.Client, container cli
 		return nil, err
 	}
 	// Before the container is frozen, and maybe ended.
-	if err := d.checkBase(f.format.value); err != nil {
-		return nil, err
-	}
-	if err := checkRef(ctx, c, ref); err != nil {
+	if err := d.checkTarget(ctx, ref, f.format.value); err != nil {
 		return nil, err
 	}
 	got, err := d.dump(ctx, work.dir, f, bar)

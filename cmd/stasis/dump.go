@@ -80,7 +80,7 @@ func newEnded(ctx context.Context, c *client.Client, container client.Container)
 	return d, nil
 }
 
-// checkBase tells early what would make storing the checkpoint fail late.
+// checkBase refuses a form that builds on an image that is not there.
 func (d *dumper) checkBase(format string) error {
 	if d.image != nil || format == "archive" || format == "podman" {
 		return nil
@@ -89,6 +89,14 @@ func (d *dumper) checkBase(format string) error {
 		return fmt.Errorf("it was not made from an image, which --format %s builds on; use --output FILE: %w", format, errdefs.ErrFailedPrecondition)
 	}
 	return fmt.Errorf("its image %s is gone, which --format %s builds on; pull it, or use --output FILE: %w", d.info.Image, format, errdefs.ErrFailedPrecondition)
+}
+
+// checkTarget tells early what would make storing it under a name fail late.
+func (d *dumper) checkTarget(ctx context.Context, ref, format string) error {
+	if err := d.checkBase(format); err != nil {
+		return err
+	}
+	return checkRef(ctx, d.client, ref)
 }
 
 // dump freezes the container, writes it to dir, and lets it run again.

@@ -49,10 +49,7 @@ func (a *app) storeKept(ctx context.Context, c *client.Client, container client.
 	if err != nil {
 		return nil, err
 	}
-	if err := d.checkBase(f.format.value); err != nil {
-		return nil, err
-	}
-	if err := checkRef(ctx, c, ref); err != nil {
+	if err := d.checkTarget(ctx, ref, f.format.value); err != nil {
 		return nil, err
 	}
 	got, err := d.kept(ctx, filepath.Join(dir, "checkpoint"))
