@@ -28,7 +28,8 @@ func compressor(w io.Writer, c compression.Compression) (io.WriteCloser, error) 
 	case compression.Gzip:
 		return gzip.NewWriterLevel(w, gzip.BestSpeed)
 	case compression.Zstd:
-		return zstd.NewWriter(w, zstd.WithEncoderLevel(zstd.SpeedFastest))
+		// A blob has a digest: no sum of zstd's own.
+		return zstd.NewWriter(w, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderCRC(false))
 	}
 	return nil, fault.Invalid("unknown compression %d", c)
 }

@@ -8,8 +8,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -36,15 +34,13 @@ import (
 
 // ingest is the upload of one blob.
 type ingest struct {
-	store content.Store
-	root  string
-	ref   string
-	w     content.Writer
-	file  *os.File // nil: through w
-	n     int64
-	begun int64 // up to where the disk was told to write
-	flush sync.WaitGroup
-	busy  atomic.Bool // one flush at a time
+	store  content.Store
+	root   string
+	ref    string
+	w      content.Writer
+	file   *os.File // nil: through w
+	n      int64
+	direct bool // file is written past the page cache
 }
 
 // newIngest begins an upload. root is the store's folder, or empty.
@@ -55,7 +51,9 @@ func newIngest(ctx context.Context, store content.Store, ref, root string) (*ing
 	}
 	in := &ingest{store: store, root: root, ref: ref, w: w}
 	if root != "" {
-		in.file = openIngest(root, ref)
+		if in.file = openIngest(root, ref); in.file != nil {
+			in.setDirect(true)
+		}
 	}
 	return in, nil
 }
@@ -84,24 +82,38 @@ func openIngest(root, ref string) *os.File {
 	return nil
 }
 
-// flushEvery is how often the disk is told to write what it got, so that the sync
-// at the end has little left; in bytes.
-const flushEvery = 64 << 20
-
+// Write writes past the page cache where the file system can, from whole and
+// aligned chunks: a checkpoint is as large as the memory that is in use, would
+// drive out of the cache what the host works with, and has to be on the disk
+// anyway before the blob has its name.
 func (in *ingest) Write(p []byte) (n int, err error) {
 	if in.file == nil {
 		n, err = in.w.Write(p)
-	} else if n, err = in.file.Write(p); in.n+int64(n)-in.begun >= flushEvery && in.busy.CompareAndSwap(false, true) {
-		from, size := in.begun, in.n+int64(n)-in.begun
-		in.begun += size
-		// It takes a while to tell the disk so much.
-		in.flush.Go(func() {
-			defer in.busy.Store(false)
-			_ = unix.SyncFileRange(int(in.file.Fd()), from, size, unix.SYNC_FILE_RANGE_WRITE)
-		})
+	} else {
+		if in.direct && len(p)%chunkSize != 0 { // the end
+			in.setDirect(false)
+		}
+		n, err = in.file.Write(p)
+		if in.direct && n == 0 && errors.Is(err, unix.EINVAL) {
+			in.setDirect(false)
+			n, err = in.file.Write(p)
+		}
 	}
 	in.n += int64(n)
 	return n, err
+}
+
+// setDirect has the file written past the page cache, or not.
+func (in *ingest) setDirect(direct bool) {
+	flags, err := unix.FcntlInt(in.file.Fd(), unix.F_GETFL, 0)
+	if err == nil {
+		flags &^= unix.O_DIRECT
+		if direct {
+			flags |= unix.O_DIRECT
+		}
+		_, err = unix.FcntlInt(in.file.Fd(), unix.F_SETFL, flags)
+	}
+	in.direct = direct && err == nil
 }
 
 // commit makes a blob of all that was written, whose digest is sum, with its labels.
@@ -216,7 +228,6 @@ func (in *ingest) resume(ctx context.Context) error {
 // be there until the lease ends.
 func (in *ingest) close(ctx context.Context) {
 	if in.file != nil {
-		in.flush.Wait()
 		in.file.Close()
 	}
 	in.w.Close()

@@ -16,16 +16,18 @@ import (
 // TestIngest uploads through the store's folder and through its API, and by the
 // API where the folder is not what it should be.
 func TestIngest(t *testing.T) {
-	data := bytes.Repeat([]byte("0123456789abcdef"), 70<<16) // more than flushEvery
+	data := append(bytes.Repeat([]byte("0123456789abcdef"), 2*chunkSize/16), "the end"...)
 	other := t.TempDir()
 	for name, tc := range map[string]struct {
-		root   func(s *store) string
-		direct bool
+		root      func(s *store) string
+		direct    bool
+		unaligned bool // at addresses that no file system takes past its cache
 	}{
-		"folder":        {func(s *store) string { return s.dir }, true},
-		"no folder":     {func(*store) string { return "" }, false},
-		"other folder":  {func(*store) string { return other }, false},
-		"no such thing": {func(*store) string { return "/nonexistent" }, false},
+		"folder":        {root: func(s *store) string { return s.dir }, direct: true},
+		"unaligned":     {root: func(s *store) string { return s.dir }, direct: true, unaligned: true},
+		"no folder":     {root: func(*store) string { return "" }},
+		"other folder":  {root: func(*store) string { return other }},
+		"no such thing": {root: func(*store) string { return "/nonexistent" }},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newStore(t)
@@ -38,8 +40,13 @@ func TestIngest(t *testing.T) {
 			if direct := in.file != nil; direct != tc.direct {
 				t.Errorf("through the folder: %v", direct)
 			}
-			if n, err := in.Write(data); err != nil || n != len(data) {
-				t.Fatal(n, err)
+			for _, part := range [][]byte{data[:chunkSize], data[chunkSize : 2*chunkSize], data[2*chunkSize:]} {
+				if tc.unaligned {
+					part = append(make([]byte, 1, len(part)+1), part...)[1:]
+				}
+				if n, err := in.Write(part); err != nil || n != len(part) {
+					t.Fatal(n, err)
+				}
 			}
 			got := digest.FromBytes(data)
 			if err := in.commit(ctx, got, map[string]string{"stasis.run/x": "y"}); err != nil {

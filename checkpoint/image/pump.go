@@ -7,10 +7,10 @@ import (
 	"sync/atomic"
 )
 
-// Chunks of a pump: large enough that a message for each costs little, and few
-// enough to stay in the CPU's cache.
+// Chunks of a pump: large enough that a disk that is waited for, and a message for
+// each, cost little.
 const (
-	chunkSize = 1 << 20
+	chunkSize = 4 << 20
 	chunks    = 4
 )
 
