@@ -2,14 +2,15 @@ package checkpoint
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
-	"os/exec"
 	"slices"
 	"strings"
 
-	runc "github.com/containerd/go-runc"
 	"github.com/google/nftables"
+
+	"github.com/stasis-run/stasis/process"
 )
 
 // unlockNetwork removes CRIU's rules from the network namespace that the calling
@@ -44,7 +45,7 @@ func unlockNFT(ids []string) error {
 // unlockIPTables removes CRIU's iptables rules: those that match its packet
 // mark 0xC114, and the chain CRIU that locks a whole namespace.
 func unlockIPTables(tool string) error {
-	out, err := output(tool+"-save", "-t", "filter")
+	out, err := process.Output(context.Background(), tool+"-save", "-t", "filter")
 	if err != nil {
 		return nil
 	}
@@ -69,26 +70,6 @@ func unlockIPTables(tool string) error {
 }
 
 func run(name string, args ...string) error {
-	_, err := output(name, args...)
+	_, err := process.Output(context.Background(), name, args...)
 	return err
-}
-
-// output runs a command and returns what it writes. It waits through go-runc's
-// monitor, which in a shim is the reaper: nobody else may wait for a child.
-func output(name string, args ...string) ([]byte, error) {
-	var stdout, stderr bytes.Buffer
-	cmd := exec.Command(name, args...)
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	exits, err := runc.Monitor.Start(cmd)
-	if err != nil {
-		return nil, err
-	}
-	status, err := runc.Monitor.Wait(cmd, exits)
-	if err == nil && status != 0 {
-		err = fmt.Errorf("exit status %d", status)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w: %s", cmd, err, bytes.TrimSpace(stderr.Bytes()))
-	}
-	return stdout.Bytes(), nil
 }

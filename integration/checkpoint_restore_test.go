@@ -21,6 +21,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/integration/stack"
 )
 
@@ -271,6 +272,13 @@ func TestRestoreTerminal(t *testing.T) {
 			dir := filepath.Join(s.Dir, "checkpoint")
 			for round := range 3 {
 				c.Checkpoint(ctx, dir, &options.CheckpointOptions{Exit: true})
+				made, err := checkpoint.Open(ctx, dir)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if r := made.Manifest().Runtime; r.Name != name || r.Version == "" {
+					t.Errorf("the manifest has runtime %+v", r)
+				}
 				stdin, feed := io.Pipe()
 				c.Stdin = stdin
 				c.Stdout.Reset()

@@ -175,14 +175,13 @@ const (
 // deleted by now.
 func checkNoFiles(ctx context.Context, t *testing.T, s *stack.Stack) {
 	t.Helper()
-	s.Poll(ctx, "containerd to collect the snapshots", func() bool {
-		clean := true
-		must(t, s.Client().SnapshotService("overlayfs").Walk(ctx, func(_ context.Context, i snapshots.Info) error {
-			clean = clean && !strings.Contains(i.Name, "-files-")
-			return nil
-		}))
-		return clean
-	})
+	collect(ctx, t, s)
+	must(t, s.Client().SnapshotService("overlayfs").Walk(ctx, func(_ context.Context, i snapshots.Info) error {
+		if strings.Contains(i.Name, "-files-") {
+			t.Errorf("snapshot %s is left", i.Name)
+		}
+		return nil
+	}))
 }
 
 // restoreForeign has `stasis restore` restore what another program made.
@@ -217,6 +216,10 @@ func TestRestoreImageOfPodman(t *testing.T) {
 	p.run("push", "--quiet", "--tls-verify=false", ref)
 	p.run("rm", "--force", "--time=0", "probe")
 	const imported = "stasis.test/imported:1"
+	// Podman gives it no name in the file.
+	if out := s.Stasis("import", file); !strings.HasPrefix(out, "localhost/probe:") {
+		t.Errorf("import without a name printed %q", out)
+	}
 	if out := s.Stasis("import", file, imported); out != imported+"\n" {
 		t.Errorf("import printed %q", out)
 	}

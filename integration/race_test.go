@@ -263,7 +263,7 @@ func (c *story) tell(e taskEvent, crashes bool) string {
 	}
 	switch e.topic {
 	case "create":
-		if c.created || c.started || c.exited {
+		if c.created && !crashes || c.started || c.exited {
 			return "the container was created before"
 		}
 		c.created, c.pid = true, e.pid

@@ -2,6 +2,7 @@ package process
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -253,14 +254,20 @@ func (r *Runtime) Restore(ctx context.Context, opts *runc.RestoreOpts) (int, err
 }
 
 // Version is the runtime's version as it prints it, such as "1.5.2"; "" if it
-// cannot be asked.
+// cannot be asked. go-runc knows runc's only.
 func (r *Runtime) Version(ctx context.Context) string {
-	c := runc.Runc{Command: r.runc.Command}
-	v, err := c.Version(ctx)
+	out, err := Output(ctx, cmp.Or(r.runc.Command, runc.DefaultCommand), "--version")
 	if err != nil {
 		return ""
 	}
-	return v.Runc
+	return parseVersion(string(out))
+}
+
+// parseVersion reads the first line, such as "crun version 1.21".
+func parseVersion(out string) string {
+	line, _, _ := strings.Cut(out, "\n")
+	_, version, _ := strings.Cut(line, " version ")
+	return strings.TrimSpace(version)
 }
 
 func readPid(path string) (int, error) {

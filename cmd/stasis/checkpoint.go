@@ -245,6 +245,11 @@ var compressions = map[string]compression.Compression{
 
 // defaultRef is the name of a checkpoint that was given none.
 func defaultRef(id string, at time.Time) string {
+	return "localhost/" + imageName(id) + ":" + at.UTC().Format("20060102-150405")
+}
+
+// imageName makes a part of an image's name of a container's.
+func imageName(id string) string {
 	name := strings.Map(func(r rune) rune {
 		switch {
 		case r >= 'a' && r <= 'z', r >= '0' && r <= '9', r == '.', r == '-', r == '_':
@@ -254,7 +259,7 @@ func defaultRef(id string, at time.Time) string {
 		}
 		return '-'
 	}, id)
-	return "localhost/" + strings.Trim(name, ".-_") + ":" + at.UTC().Format("20060102-150405")
+	return strings.Trim(name, ".-_")
 }
 
 // podContainers are the IDs of a pod's containers in containerd, but for its

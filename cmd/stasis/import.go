@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
 	ctrarchive "github.com/containerd/containerd/v2/core/images/archive"
 	"github.com/containerd/containerd/v2/pkg/archive/compression"
@@ -28,8 +29,9 @@ func newImportCommand(a *app) *cobra.Command {
 		Long: `Read a checkpoint from a file, or from stdin if that is "-", and keep it as the
 image REF. The file is an archive of Podman, CRI-O or the kubelet, or an image in
 an OCI layout, as "stasis export" writes them, compressed or not. From an archive
-an image is made in the form of --format; an OCI image stays what it is, and has
-a name already.`,
+an image is made in the form of --format; an OCI image stays what it is. Without
+REF it keeps its name in the file, if there is one, and is else called by the
+container and the time, or the digest if it does not say when it was made.`,
 		Example: `  stasis import checkpoint.tar.zst backup/db:1
   stasis import db-image.tar
   ssh other podman container checkpoint -e /dev/stdout db | stasis import - db:1`,
@@ -141,10 +143,7 @@ func nameCheckpoints(ctx context.Context, c *client.Client, index ocispec.Descri
 		}
 		name := ref
 		if name == "" {
-			if name = top.Annotations[images.AnnotationImageName]; name == "" {
-				return nil, fmt.Errorf("the image in the file has no name: give it one: %w", errdefs.ErrInvalidArgument)
-			}
-			if name, err = fullName(name); err != nil {
+			if name, err = nameOf(ctx, store, top); err != nil {
 				return nil, err
 			}
 		}
@@ -165,4 +164,24 @@ func nameCheckpoints(ctx context.Context, c *client.Client, index ocispec.Descri
 		return nil, fmt.Errorf("the image in the file is no checkpoint: %w", errdefs.ErrInvalidArgument)
 	}
 	return results, nil
+}
+
+// nameOf is the name that an image has in the file, or, as Podman gives it none,
+// that of a new checkpoint of the container.
+func nameOf(ctx context.Context, store content.Provider, top ocispec.Descriptor) (string, error) {
+	if name := top.Annotations[images.AnnotationImageName]; name != "" {
+		return fullName(name)
+	}
+	summary, err := image.ReadInfo(ctx, store, top)
+	if err != nil {
+		return "", fmt.Errorf("read %s in the file: %w", top.Digest, err)
+	}
+	i := summary.Info
+	if i.ContainerName == "" {
+		return "", fmt.Errorf("the image in the file has no name, nor has its container: give it one: %w", errdefs.ErrInvalidArgument)
+	}
+	if i.Checkpointed.IsZero() { // no other engine says when
+		return "localhost/" + imageName(i.ContainerName) + ":" + top.Digest.Encoded()[:12], nil
+	}
+	return defaultRef(i.ContainerName, i.Checkpointed), nil
 }
