@@ -92,7 +92,7 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 	// Before CRIU's work, as they may be gone after it.
 	groups := r.subGroups(ctx)
 	// Meanwhile, for nobody shall wait for it.
-	version := sync.OnceValue(func() string { return r.Runtime.Version(callCtx) })
+	version := sync.OnceValues(func() (name, version string) { return r.Runtime.Version(callCtx) })
 	go version()
 	criuCtx, removeConfig, err := withCRIUConfig(callCtx, r.WorkDir, r.criuConfig())
 	if err != nil {
@@ -149,7 +149,10 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 		r.thaw(ctx)
 	}
 	result := &DumpResult{Frozen: time.Since(started), PreDumps: preDumps, Stats: ReadDumpStats(filepath.Join(r.WorkDir, "stats-dump")),
-		CRIU: LogVersion(r.logPath()), Runtime: Runtime{Name: filepath.Base(r.Runtime.Name()), Version: version()}}
+		CRIU: LogVersion(r.logPath()), Runtime: Runtime{Name: filepath.Base(r.Runtime.Name())}}
+	if name, v := version(); name != "" {
+		result.Runtime = Runtime{Name: name, Version: v}
+	}
 	// Where this host's configuration has CRIU lock the network all the same, it
 	// leaves a namespace locked that outlives the container. Without connections
 	// to keep, that would only harm who shares the namespace.

@@ -49,12 +49,12 @@ func (o DumpOptions) criuConfig() string {
 	return lines
 }
 
-// skipInFlight is the flag with which runc of a version tells CRIU to skip
-// connections that nobody has accepted yet. Since 1.3 it tells CRIU not to without
-// the flag, whatever the configuration says.
-func skipInFlight(version string) []string {
+// skipInFlight is the flag with which a runtime tells CRIU to skip connections that
+// nobody has accepted yet. Since 1.3 runc tells CRIU not to without the flag,
+// whatever the configuration says.
+func skipInFlight(runtime, version string) []string {
 	var major, minor int
-	if n, _ := fmt.Sscanf(version, "%d.%d", &major, &minor); n == 2 && (major > 1 || minor >= 3) {
+	if n, _ := fmt.Sscanf(version, "%d.%d", &major, &minor); runtime == "runc" && n == 2 && (major > 1 || minor >= 3) {
 		return []string{"--tcp-skip-in-flight"}
 	}
 	return nil

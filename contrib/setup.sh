@@ -11,7 +11,8 @@
 #
 # The cache ($STASIS_CACHE, else ~/.cache/stasis):
 #   bin/               containerd, ctr, containerd-shim-runc-v2, runc, crun, criu,
-#                      podman, checkpointctl, docker-registry, mkfs.btrfs
+#                      podman, checkpointctl, docker-registry, mkfs.btrfs,
+#                      mkfs.erofs
 #   containerd-1.7/, containerd-2.1/
 #                      the same containerd programs of older releases
 #   private/           Debian trees behind what is in bin/
@@ -438,13 +439,13 @@ debian_containerd() {
 want_tools() { want_containerd17; }
 ok_tools() {
 	"$cache/bin/checkpointctl" --help >/dev/null 2>&1 && "$cache/bin/docker-registry" --version >/dev/null 2>&1 &&
-		"$cache/bin/mkfs.btrfs" --version >/dev/null 2>&1
+		"$cache/bin/mkfs.btrfs" --version >/dev/null 2>&1 && "$cache/bin/mkfs.erofs" --version >/dev/null 2>&1
 }
 make_tools() {
 	local path
-	local -a programs=(usr/bin/checkpointctl usr/bin/docker-registry usr/sbin/mkfs.btrfs)
-	say "checkpointctl, docker-registry, mkfs.btrfs: fetching Debian $newer's privately"
-	unpack "$newer" "$tmp/tree" "$skip_in_rootfs" checkpointctl docker-registry btrfs-progs
+	local -a programs=(usr/bin/checkpointctl usr/bin/docker-registry usr/sbin/mkfs.btrfs usr/bin/mkfs.erofs)
+	say "checkpointctl, docker-registry, mkfs.btrfs, mkfs.erofs: fetching Debian $newer's privately"
+	unpack "$newer" "$tmp/tree" "$skip_in_rootfs" checkpointctl docker-registry btrfs-progs erofs-utils
 	for path in "${programs[@]}"; do wrap "$cache/private/tools" "$path" "$tmp/${path##*/}"; done
 	place "$tmp/tree" "$cache/private/tools"
 	for path in "${programs[@]}"; do place "$tmp/${path##*/}" "$cache/bin/${path##*/}"; done

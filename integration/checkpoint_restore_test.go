@@ -105,6 +105,7 @@ func TestRestoreEverywhere(t *testing.T) {
 	for name, opts := range map[string]stack.Options{
 		"stasis":       {},
 		"drop-in":      {DropIn: true},
+		"2.1":          {Version: "2.1"},
 		"1.7":          {Version: "1.7"},
 		"1.7, drop-in": {Version: "1.7", DropIn: true},
 		"crun":         {Crun: true},

@@ -157,7 +157,7 @@ func (c *cluster) nothingFetched() {
 // TestCRIRestore restores in pods of other names: by the image, by an annotation
 // that names an image, and one that names an archive.
 func TestCRIRestore(t *testing.T) {
-	for _, version := range []string{"2.4", "1.7"} {
+	for _, version := range []string{"2.4", "2.1", "1.7"} {
 		t.Run(version, func(t *testing.T) {
 			c := newCluster(t, stack.Options{Version: version})
 			for _, handler := range []string{stack.HandlerStasis, stack.HandlerDropIn} {
@@ -235,7 +235,7 @@ func TestCRIRestoreCrun(t *testing.T) {
 // A container that is started once more is the same, with files that have changed
 // since.
 func TestAnnotationWithoutPod(t *testing.T) {
-	for _, snapshotter := range []string{"overlayfs", "native"} {
+	for _, snapshotter := range []string{"overlayfs", "native", "erofs"} {
 		t.Run(snapshotter, func(t *testing.T) {
 			s := stack.Start(t, stack.Options{Snapshotter: snapshotter})
 			ctx := s.Ctx()

@@ -20,7 +20,7 @@ import (
 // once: after a restore that failed it is restored, after one that was done it
 // starts afresh on its files, and after one of which nobody knows it is refused.
 func TestEmbeddedAgain(t *testing.T) {
-	for _, snapshotter := range []string{"overlayfs", "native"} {
+	for _, snapshotter := range []string{"overlayfs", "native", "erofs", "blockfile"} {
 		t.Run(snapshotter, func(t *testing.T) {
 			// What a killed shim's runtime leaves.
 			s := stack.Start(t, stack.Options{Snapshotter: snapshotter, KnownLeaks: []string{"runc-process"}})
@@ -92,6 +92,9 @@ func TestEmbeddedAgain(t *testing.T) {
 			}
 			e.Task = nil
 			e.Delete(ctx)
+			// What containerd's mount manager has made for a task whose shim was
+			// killed goes with the container, as garbage.
+			collect(ctx, t, s)
 		})
 	}
 }

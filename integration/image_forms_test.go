@@ -138,6 +138,7 @@ func TestImageUnderRunc(t *testing.T) {
 		{"overlayfs", compression.Zstd},
 		{"overlayfs", compression.Uncompressed},
 		{"native", compression.Gzip},
+		{"erofs", compression.Zstd},
 	} {
 		t.Run(c.snapshotter, func(t *testing.T) {
 			s := stack.Start(t, stack.Options{Snapshotter: c.snapshotter})

@@ -20,6 +20,7 @@ func TestPreDump(t *testing.T) {
 	must(t, err)
 	for name, opts := range map[string]stack.Options{"runc": {}, "crun": {Crun: true}} {
 		t.Run(name, func(t *testing.T) {
+			opts.KnownLeaks = []string{"runc-process"} // what a killed shim's runtime leaves
 			s := stack.Start(t, opts)
 			if !works {
 				preDumpRefused(t, s)
@@ -27,6 +28,7 @@ func TestPreDump(t *testing.T) {
 			}
 			t.Run("state", func(t *testing.T) { preDumpState(t, s) })
 			t.Run("pages", func(t *testing.T) { preDumpPages(t, s) })
+			t.Run("killed", func(t *testing.T) { preDumpKilled(t, s) })
 		})
 	}
 }
@@ -100,4 +102,61 @@ func preDumpPages(t *testing.T, s *stack.Stack) {
 			t.Logf("--pre-dump %s: %d pages of %d", rounds, last, full)
 		}
 	}
+}
+
+// preDumpKilled kills CRIU, the runtime's work, the command line and the shim in the
+// middle of a pre-dump.
+func preDumpKilled(t *testing.T, s *stack.Stack) {
+	ctx := s.Ctx()
+	f := s.Faults()
+	const ref = "localhost/killed:1"
+	command := []string{"checkpoint", "k", ref, "--pre-dump", "2", "--exit"}
+	c := counter(ctx, s, "k")
+	fails := func(what, want string) {
+		t.Helper()
+		_, err := s.StasisErr(command...)
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q in it", what, err, want)
+		}
+		f.Clear("checkpoint")
+		countsOn(t, s, c)
+		checkNone(t, s, ref)
+		checkTidy(t, s)
+	}
+	for _, stage := range []string{"Collecting netns", "Pre-dumping task (", "Pre-dumping tasks' memory"} {
+		f.KillCRIU("checkpoint", stage)
+		fails("CRIU, at "+stage, "pre-dump 1")
+	}
+	f.Fail("checkpoint", stack.After, "as requested")
+	fails("the runtime", "pre-dump 1: ")
+	for _, when := range []stack.When{stack.Before, stack.During("Pre-dumping task ("), stack.After} {
+		cmd, said := heldCheckpoint(t, s, when, command[1:]...)
+		interrupt(t, cmd, said)
+		f.Clear("checkpoint")
+		s.Poll(ctx, "the container to run on", func() bool {
+			r, err := c.ExecErr(ctx, "true")
+			return err == nil && r.Code == 0
+		})
+		countsOn(t, s, c)
+		checkNone(t, s, ref)
+		checkTidy(t, s)
+	}
+	s.Stasis(command...) // as if nothing had been
+	c.Wait(ctx)
+	c.DeleteTask(ctx)
+	s.Stasis("rm", ref)
+
+	c.Start(ctx)
+	exited, err := c.Task.Wait(ctx)
+	must(t, err)
+	f.KillShim("checkpoint", stack.After)
+	if _, err := s.StasisErr(command...); err == nil {
+		t.Error("a checkpoint without a shim")
+	}
+	<-exited
+	f.Clear("checkpoint")
+	c.Task = nil // containerd has deleted it
+	c.Delete(ctx)
+	checkNone(t, s, ref)
+	checkTidy(t, s)
 }

@@ -28,6 +28,7 @@ func TestTaskCore(t *testing.T) {
 		"by path":              {opts: stack.Options{Upstream: true}, byPath: true},
 		"drop-in":              {opts: stack.Options{DropIn: true}},
 		"crun":                 {opts: stack.Options{Crun: true}},
+		"2.1, by name":         {opts: stack.Options{Version: "2.1"}},
 		"1.7, by name":         {opts: stack.Options{Version: "1.7"}},
 		"1.7, by path":         {opts: stack.Options{Version: "1.7", Upstream: true}, byPath: true},
 		"1.7, drop-in":         {opts: stack.Options{Version: "1.7", DropIn: true}},

@@ -253,21 +253,24 @@ func (r *Runtime) Restore(ctx context.Context, opts *runc.RestoreOpts) (int, err
 	return readPid(opts.PidFile)
 }
 
-// Version is the runtime's version as it prints it, such as "1.5.2"; "" if it
-// cannot be asked. go-runc knows runc's only.
-func (r *Runtime) Version(ctx context.Context) string {
+// Version is the runtime's name and version as it prints them, such as "runc",
+// "1.5.2"; they are empty if it cannot be asked. go-runc knows runc's only.
+func (r *Runtime) Version(ctx context.Context) (name, version string) {
 	out, err := Output(ctx, cmp.Or(r.runc.Command, runc.DefaultCommand), "--version")
 	if err != nil {
-		return ""
+		return "", ""
 	}
 	return parseVersion(string(out))
 }
 
 // parseVersion reads the first line, such as "crun version 1.21".
-func parseVersion(out string) string {
+func parseVersion(out string) (name, version string) {
 	line, _, _ := strings.Cut(out, "\n")
-	_, version, _ := strings.Cut(line, " version ")
-	return strings.TrimSpace(version)
+	name, version, ok := strings.Cut(line, " version ")
+	if !ok {
+		return "", ""
+	}
+	return name, strings.TrimSpace(version)
 }
 
 func readPid(path string) (int, error) {

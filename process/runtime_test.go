@@ -32,15 +32,14 @@ func TestFreezerGroup(t *testing.T) {
 }
 
 func TestParseVersion(t *testing.T) {
-	for out, want := range map[string]string{
-		"runc version 1.5.2\ncommit: v1.5.2-0-g1\nspec: 1.3.0\n": "1.5.2",
-		"crun version 1.21\ncommit: 10269840aa\nrundir: /run\n":  "1.21",
-		"youki version 0.5.5":                                    "0.5.5",
-		"something else":                                         "",
-		"":                                                       "",
+	for out, want := range map[string][2]string{
+		"runc version 1.5.2\ncommit: v1.5.2-0-g1\nspec: 1.3.0\n": {"runc", "1.5.2"},
+		"crun version 1.21\ncommit: 10269840aa\nrundir: /run\n":  {"crun", "1.21"},
+		"something else": {},
+		"":               {},
 	} {
-		if got := parseVersion(out); got != want {
-			t.Errorf("%q: %q, want %q", out, got, want)
+		if name, version := parseVersion(out); name != want[0] || version != want[1] {
+			t.Errorf("%q: %q, %q, want %q", out, name, version, want)
 		}
 	}
 }

@@ -2,19 +2,24 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
+	"github.com/moby/sys/mountinfo"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
@@ -146,43 +151,103 @@ func (d *dumper) layer(copied string, isUpper bool) capture.Layer {
 	if len(d.mounts) == 0 {
 		return nil
 	}
-	if copied == "" {
-		copied, isUpper = rootfs.Writable(d.mounts)
-	}
-	if isUpper {
-		return &rootfs.OverlayLayer{Upper: copied, Lower: rootfs.Lower(d.mounts)}
-	}
-	return &wholeTree{dumper: d, copied: copied}
+	return &writableLayer{dumper: d, copied: copied, isUpper: isUpper}
 }
 
-// wholeTree is the layer of a snapshotter that knows no upper folder: all of the
-// root filesystem is compared with all of the image's.
-type wholeTree struct {
+// writableLayer is the layer of a container in a snapshotter.
+type writableLayer struct {
 	*dumper
-	copied string // empty: the container has ended, and its snapshot is it
+	copied  string // empty: the container has ended, and its snapshot is it
+	isUpper bool
 }
 
-// WriteLayer mounts what it compares with for as long as that takes.
-func (t *wholeTree) WriteLayer(ctx context.Context, w io.Writer) error {
-	snapshots := t.client.SnapshotService(t.info.Snapshotter)
-	stat, err := snapshots.Stat(ctx, t.info.SnapshotKey)
+// WriteLayer mounts what it needs for as long as that takes.
+func (l *writableLayer) WriteLayer(ctx context.Context, w io.Writer) error {
+	return withMounts(ctx, l.client, l.mounts, func(mounts []mount.Mount) error {
+		from, upper := l.copied, l.isUpper
+		if from == "" {
+			from, upper = rootfs.Writable(mounts)
+		}
+		switch {
+		case upper:
+			return (&rootfs.OverlayLayer{Upper: from, Lower: rootfs.Lower(mounts)}).WriteLayer(ctx, w)
+		case from != "":
+			return l.compare(ctx, w, from)
+		}
+		root, err := l.mountedRoot(ctx)
+		if err != nil {
+			return err
+		}
+		if root != "" {
+			return l.compare(ctx, w, root)
+		}
+		return mount.WithReadonlyTempMount(ctx, mounts, func(root string) error { return l.compare(ctx, w, root) })
+	})
+}
+
+// mountedRoot is where the root filesystem of a container that has ended is mounted
+// still, until its task is deleted; empty if it is not. A block device could not be
+// mounted once more meanwhile, or not with all that was written to it.
+func (l *writableLayer) mountedRoot(ctx context.Context) (string, error) {
+	namespace, err := namespaces.NamespaceRequired(ctx)
 	if err != nil {
-		return fmt.Errorf("look at snapshot %s: %w", t.info.SnapshotKey, err)
+		return "", err
 	}
-	key := fmt.Sprintf("stasis-view-%d-%s", os.Getpid(), t.info.SnapshotKey)
-	base, err := snapshots.View(ctx, key, stat.Parent)
+	bundle := filepath.Join("/", namespace, l.info.ID, "rootfs") // below containerd's state folder
+	found, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
+		return !strings.HasSuffix(m.Mountpoint, bundle), false
+	})
+	if err != nil {
+		return "", err
+	}
+	if len(found) > 1 {
+		return "", fmt.Errorf("there are root filesystems of several containers %s, of different containerds (%s, %s): delete its task, and try again with --from: %w",
+			l.info.ID, found[0].Mountpoint, found[1].Mountpoint, errdefs.ErrFailedPrecondition)
+	}
+	if len(found) == 0 {
+		return "", nil
+	}
+	return found[0].Mountpoint, nil
+}
+
+// compare is for a snapshotter that knows no upper folder: all of the root
+// filesystem is compared with all of the image's.
+func (l *writableLayer) compare(ctx context.Context, w io.Writer, root string) error {
+	snapshots := l.client.SnapshotService(l.info.Snapshotter)
+	stat, err := snapshots.Stat(ctx, l.info.SnapshotKey)
+	if err != nil {
+		return fmt.Errorf("look at snapshot %s: %w", l.info.SnapshotKey, err)
+	}
+	key := fmt.Sprintf("stasis-view-%d-%s", os.Getpid(), l.info.SnapshotKey)
+	view, err := snapshots.View(ctx, key, stat.Parent)
 	if err != nil {
 		return fmt.Errorf("view the image's files: %w", err)
 	}
 	defer snapshots.Remove(context.WithoutCancel(ctx), key)
-	return mount.WithReadonlyTempMount(ctx, base, func(baseRoot string) error {
-		if t.copied != "" {
-			return (&rootfs.TreeLayer{Root: t.copied, Base: baseRoot}).WriteLayer(ctx, w)
-		}
-		return mount.WithReadonlyTempMount(ctx, t.mounts, func(root string) error {
-			return (&rootfs.TreeLayer{Root: root, Base: baseRoot}).WriteLayer(ctx, w)
+	return withMounts(ctx, l.client, view, func(mounts []mount.Mount) error {
+		return mount.WithReadonlyTempMount(ctx, mounts, func(base string) error {
+			return (&rootfs.TreeLayer{Root: root, Base: base}).WriteLayer(ctx, w)
 		})
 	})
+}
+
+// withMounts calls fn with mounts that the system can make. Those of erofs,
+// which containerd's mount manager makes (2.2 and later), need others before,
+// which are there for as long.
+func withMounts(ctx context.Context, c *client.Client, mounts []mount.Mount, fn func([]mount.Mount) error) (err error) {
+	if !slices.ContainsFunc(mounts, func(m mount.Mount) bool { return m.Type == "erofs" || strings.Contains(m.Type, "/") }) {
+		return fn(mounts)
+	}
+	manager, name := c.MountManager(), "stasis-"+rand.Text()
+	active, err := manager.Activate(ctx, name, mounts)
+	if errdefs.IsNotImplemented(err) {
+		return fn(mounts)
+	}
+	if err != nil {
+		return fmt.Errorf("mount what a snapshot consists of: %w", err)
+	}
+	defer func() { err = errors.Join(err, manager.Deactivate(context.WithoutCancel(ctx), name)) }()
+	return fn(active.System)
 }
 
 // checkpointByTask does without Stasis's own service what r asks for.
@@ -224,15 +289,18 @@ func (d *dumper) checkpointByTask(ctx context.Context, r *api.CheckpointRequest)
 	}
 	result := &api.CheckpointResult{}
 	if r.RootfsPath != "" {
-		from, upper := rootfs.Writable(d.mounts)
-		if from == "" {
-			return nil, fmt.Errorf("snapshotter %s keeps no folder that could be copied: %w", d.info.Snapshotter, errdefs.ErrNotImplemented)
-		}
-		n, err := rootfs.Copy(ctx, r.RootfsPath, from, func(int64) {})
+		err := withMounts(ctx, d.client, d.mounts, func(mounts []mount.Mount) error {
+			from, upper := rootfs.Writable(mounts)
+			if from == "" {
+				return fmt.Errorf("snapshotter %s keeps no folder that could be copied: %w", d.info.Snapshotter, errdefs.ErrNotImplemented)
+			}
+			n, err := rootfs.Copy(ctx, r.RootfsPath, from, func(int64) {})
+			result.RootfsBytes, result.RootfsIsUpper = uint64(n), upper
+			return err
+		})
 		if err != nil {
 			return nil, fmt.Errorf("copy its writable layer: %w", err)
 		}
-		result.RootfsBytes, result.RootfsIsUpper = uint64(n), upper
 	}
 	result.FrozenNs = uint64(time.Since(started))
 	result.CriuVersion = checkpoint.LogVersion(filepath.Join(r.ImagePath, "dump.log"))

@@ -40,19 +40,21 @@ func withEmbedded(ctx context.Context, c *client.Client, container *containers.C
 		defer root.Close()
 		return fn(root)
 	}
-	folders := rootfs.Lower(mounts)
-	if dir, upper := rootfs.Writable(mounts); dir != "" && !upper {
-		folders = []string{dir}
-	}
-	for _, dir := range folders {
-		if _, err := os.Lstat(filepath.Join(dir, embeddedSpec)); err == nil {
-			return in(dir)
+	return withMounts(ctx, c, mounts, func(mounts []mount.Mount) error {
+		folders := rootfs.Lower(mounts)
+		if dir, upper := rootfs.Writable(mounts); dir != "" && !upper {
+			folders = []string{dir}
 		}
-	}
-	if folders != nil {
-		return fmt.Errorf("the image has no /%s: %w", embeddedSpec, errdefs.ErrInvalidArgument)
-	}
-	return mount.WithReadonlyTempMount(ctx, mounts, in)
+		for _, dir := range folders {
+			if _, err := os.Lstat(filepath.Join(dir, embeddedSpec)); err == nil {
+				return in(dir)
+			}
+		}
+		if folders != nil {
+			return fmt.Errorf("the image has no /%s: %w", embeddedSpec, errdefs.ErrInvalidArgument)
+		}
+		return mount.WithReadonlyTempMount(ctx, mounts, in)
+	})
 }
 
 // What a runnable image has besides CRIU's images.

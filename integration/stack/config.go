@@ -3,6 +3,8 @@ package stack
 import (
 	"fmt"
 	"os"
+	"os/exec"
+	"slices"
 	"strings"
 	"time"
 )
@@ -30,6 +32,7 @@ func (s *Stack) writeConfig() error {
 			"io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime",
 			"io.containerd.podsandbox.controller.v1.podsandbox")
 	}
+	disabled = slices.DeleteFunc(disabled, func(id string) bool { return id == "io.containerd.snapshotter.v1."+s.opts.Snapshotter })
 	level := "info"
 	if os.Getenv("STASIS_DEBUG") != "" {
 		level = "debug"
@@ -82,6 +85,33 @@ disabled_plugins = ["%s"]
 			return err
 		}
 	}
+	if err := s.snapshotterConfig(&b); err != nil {
+		return err
+	}
 	b.WriteString("\n" + s.opts.ExtraConfig)
 	return os.WriteFile(s.path("config.toml"), []byte(b.String()), 0o600)
+}
+
+// snapshotterConfig is what a snapshotter needs that does not work by itself.
+func (s *Stack) snapshotterConfig(b *strings.Builder) error {
+	switch s.opts.Snapshotter {
+	case "erofs":
+		fmt.Fprintf(b, `
+[plugins."io.containerd.service.v1.diff-service"]
+  default = ["erofs", "walking"]
+`)
+	case "blockfile":
+		scratch := s.path("scratch.ext4")
+		for _, command := range [][]string{{"truncate", "--size", "256M", scratch}, {"mkfs.ext4", "-q", scratch}} {
+			if out, err := exec.Command(command[0], command[1:]...).CombinedOutput(); err != nil {
+				return fmt.Errorf("%q: %w: %s (`make setup` installs it)", command, err, out)
+			}
+		}
+		fmt.Fprintf(b, `
+[plugins."io.containerd.snapshotter.v1.blockfile"]
+  scratch_file = %q
+  fs_type = "ext4"
+`, scratch)
+	}
+	return nil
 }

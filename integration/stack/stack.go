@@ -39,7 +39,7 @@ type Options struct {
 	// SystemdCgroup has systemd make the containers' cgroups (the driver that
 	// kubelets on most distributions use). It must be what runs this host.
 	SystemdCgroup bool
-	// Snapshotter is "overlayfs" or "native".
+	// Snapshotter is "overlayfs", "native", "erofs" or "blockfile".
 	Snapshotter string
 	// CRI enables Kubernetes' runtime interface; see Stack.RunPod.
 	CRI bool

@@ -45,9 +45,9 @@ var variants = []variant{
 
 // core are the tests that ask something of the kernel or of cgroups.
 var core = []string{
-	"TestTaskCore/(by_name|drop-in|crun|1.7,_by_name)",
+	"TestTaskCore/(by_name|drop-in|crun|1.7,_by_name|2.1,_by_name)",
 	"TestTerminal", "TestStats", "TestOOM", "TestOOMOfExec", "TestOneShimPerPod",
-	"TestRestoreEverywhere/(stasis|crun|native)", "TestRestoredContainer", "TestRestoreTerminal", "TestRestoreElsewhere",
+	"TestRestoreEverywhere/(stasis|crun|native|2.1)", "TestRoundTrip/(erofs|blockfile)", "TestRestoredContainer", "TestRestoreTerminal", "TestRestoreElsewhere",
 	"TestLimitsAfterRestore", "TestNestedCgroups", "TestAppArmor",
 	"TestCheckpointState", "TestStoppedProcess", "TestFreeze", "TestRestoreTCP", "TestPreDump",
 	"TestSmokeCRI", "TestEmbeddedAgain", "TestRunnableUnderCRI", "TestCLIRestore",
