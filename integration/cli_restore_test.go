@@ -78,8 +78,14 @@ func TestCLIRestore(t *testing.T) {
 			t.Errorf("it begins anew: %q", out.String())
 		}
 		d := restored(t, "attached")
+		// Beside the old one's, and made by who made that.
+		spec, err := d.Spec(ctx)
+		must(t, err)
+		if want := s.CgroupPath("attached"); spec.Linux.CgroupsPath != want {
+			t.Errorf("its control group is %s, want %s", spec.Linux.CgroupsPath, want)
+		}
 		must(t, d.Task.Kill(ctx, syscall.SIGKILL))
-		err := cmd.Wait()
+		err = cmd.Wait()
 		var exit *exec.ExitError
 		if !errors.As(err, &exit) || exit.ExitCode() != 137 {
 			t.Errorf("%v, want the container's exit code, 137; %s", err, errs.String())

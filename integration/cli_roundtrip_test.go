@@ -28,8 +28,10 @@ func count(t *testing.T, text string) int {
 // checkpoint as an image, and a restore under the same and another name.
 func TestRoundTrip(t *testing.T) {
 	for name, opts := range map[string]stack.Options{
-		"runc": {}, "crun": {Crun: true}, "native": {Snapshotter: "native"}, "erofs": {Snapshotter: "erofs"}, "blockfile": {Snapshotter: "blockfile"},
-		"1.7 drop-in": {Version: "1.7", DropIn: true},
+		"runc": {}, "crun": {Crun: true}, "native": {Snapshotter: "native"}, "erofs": {Snapshotter: "erofs"},
+		"erofs of fixed size": {Snapshotter: "erofs", ExtraConfig: "[plugins.'io.containerd.snapshotter.v1.erofs']\ndefault_size = '128MiB'\n"},
+		"blockfile":           {Snapshotter: "blockfile"},
+		"1.7 drop-in":         {Version: "1.7", DropIn: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := stack.Start(t, opts)

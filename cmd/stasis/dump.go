@@ -163,7 +163,7 @@ type writableLayer struct {
 
 // WriteLayer mounts what it needs for as long as that takes.
 func (l *writableLayer) WriteLayer(ctx context.Context, w io.Writer) error {
-	return withMounts(ctx, l.client, l.mounts, func(mounts []mount.Mount) error {
+	return withMounts(ctx, l.client, l.info.ID, l.mounts, func(mounts []mount.Mount) error {
 		from, upper := l.copied, l.isUpper
 		if from == "" {
 			from, upper = rootfs.Writable(mounts)
@@ -224,21 +224,33 @@ func (l *writableLayer) compare(ctx context.Context, w io.Writer, root string) e
 		return fmt.Errorf("view the image's files: %w", err)
 	}
 	defer snapshots.Remove(context.WithoutCancel(ctx), key)
-	return withMounts(ctx, l.client, view, func(mounts []mount.Mount) error {
+	return withMounts(ctx, l.client, "", view, func(mounts []mount.Mount) error {
 		return mount.WithReadonlyTempMount(ctx, mounts, func(base string) error {
 			return (&rootfs.TreeLayer{Root: root, Base: base}).WriteLayer(ctx, w)
 		})
 	})
 }
 
-// withMounts calls fn with mounts that the system can make. Those of erofs,
-// which containerd's mount manager makes (2.2 and later), need others before,
-// which are there for as long.
-func withMounts(ctx context.Context, c *client.Client, mounts []mount.Mount, fn func([]mount.Mount) error) (err error) {
+// withMounts calls fn with mounts that the system can make. Those of erofs need
+// others before, which containerd's mount manager makes (2.2 and later): it has those
+// of a container, if one is given, as long as that has a task. One of them may be a
+// file system that must not be mounted twice (erofs with default_size). Without a
+// task, and for a view, it makes them for as long as fn runs.
+func withMounts(ctx context.Context, c *client.Client, container string, mounts []mount.Mount, fn func([]mount.Mount) error) (err error) {
 	if !slices.ContainsFunc(mounts, func(m mount.Mount) bool { return m.Type == "erofs" || strings.Contains(m.Type, "/") }) {
 		return fn(mounts)
 	}
-	manager, name := c.MountManager(), "stasis-"+rand.Text()
+	manager := c.MountManager()
+	if container != "" {
+		active, err := manager.Info(ctx, container)
+		if err == nil {
+			return fn(active.System)
+		}
+		if !errdefs.IsNotFound(err) && !errdefs.IsNotImplemented(err) {
+			return fmt.Errorf("look at what is mounted for container %s: %w", container, err)
+		}
+	}
+	name := "stasis-" + rand.Text()
 	active, err := manager.Activate(ctx, name, mounts)
 	if errdefs.IsNotImplemented(err) {
 		return fn(mounts)
@@ -289,7 +301,7 @@ func (d *dumper) checkpointByTask(ctx context.Context, r *api.CheckpointRequest)
 	}
 	result := &api.CheckpointResult{}
 	if r.RootfsPath != "" {
-		err := withMounts(ctx, d.client, d.mounts, func(mounts []mount.Mount) error {
+		err := withMounts(ctx, d.client, d.info.ID, d.mounts, func(mounts []mount.Mount) error {
 			from, upper := rootfs.Writable(mounts)
 			if from == "" {
 				return fmt.Errorf("snapshotter %s keeps no folder that could be copied: %w", d.info.Snapshotter, errdefs.ErrNotImplemented)

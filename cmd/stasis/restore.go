@@ -177,7 +177,6 @@ func (a *app) newRestored(ctx context.Context, c *client.Client, img client.Imag
 		client.WithImage(img),
 		client.WithSnapshotter(f.snapshotter),
 		client.WithNewSnapshot(id, img),
-		client.WithRuntime(f.runtime, &options.Options{BinaryName: f.runcBinary}),
 		client.WithAdditionalContainerLabels(map[string]string{"stasis.run/restored-from": img.Name()}),
 		func(ctx context.Context, c *client.Client, container *containers.Container) error {
 			err := withEmbedded(ctx, c, container, func(root *os.Root) (err error) {
@@ -189,7 +188,10 @@ func (a *app) newRestored(ctx context.Context, c *client.Client, img client.Imag
 			if err != nil {
 				return err
 			}
-			return client.WithSpec(spec)(ctx, c, container)
+			if err := client.WithSpec(spec)(ctx, c, container); err != nil {
+				return err
+			}
+			return client.WithRuntime(f.runtime, &options.Options{BinaryName: f.runcBinary, SystemdCgroup: bySystemd(spec)})(ctx, c, container)
 		},
 	}
 	container, err := c.NewContainer(ctx, id, opts...)

@@ -40,7 +40,7 @@ func withEmbedded(ctx context.Context, c *client.Client, container *containers.C
 		defer root.Close()
 		return fn(root)
 	}
-	return withMounts(ctx, c, mounts, func(mounts []mount.Mount) error {
+	return withMounts(ctx, c, "", mounts, func(mounts []mount.Mount) error {
 		folders := rootfs.Lower(mounts)
 		if dir, upper := rootfs.Writable(mounts); dir != "" && !upper {
 			folders = []string{dir}
@@ -95,7 +95,7 @@ func amend(ctx context.Context, c *client.Client, container *containers.Containe
 	if err != nil {
 		return err
 	}
-	spec.Linux.CgroupsPath = cgroupsPath(spec.Linux.CgroupsPath, namespace, container.ID)
+	spec.Linux.CgroupsPath = cgroupsPath(spec.Linux.CgroupsPath, namespace, container.ID, exists("/run/systemd/system")) // sd_booted(3)
 	// It is in no pod any more: by these the shim would look for its sandbox.
 	for key := range spec.Annotations {
 		if strings.HasPrefix(key, "io.kubernetes.") || strings.HasPrefix(key, "io.containerd.runc.v2.group") || strings.HasPrefix(key, "cdi.k8s.io") {
@@ -125,14 +125,23 @@ func amend(ctx context.Context, c *client.Client, container *containers.Containe
 }
 
 // cgroupsPath is where a container goes whose old one was at a path: below the
-// same parent, unless that was of another engine, or of systemd's form
-// (slice:prefix:name), as the new one's cgroup is not made by systemd.
-func cgroupsPath(old, namespace, id string) string {
+// same parent, unless that was of another engine. A path of systemd's form
+// (slice:prefix:name) stays one where systemd is there to make it.
+func cgroupsPath(old, namespace, id string, systemd bool) string {
+	if parts := strings.Split(old, ":"); systemd && len(parts) == 3 {
+		if slice, prefix := parts[0], parts[1]; !strings.Contains(slice, "kubepods") && !slices.Contains([]string{"cri-containerd", "crio", "libpod"}, prefix) {
+			return slice + ":" + prefix + ":" + id
+		}
+		return "system.slice:stasis:" + id
+	}
 	if old == "" || strings.Contains(old, ":") || strings.Contains(old, "/kubepods") || strings.Contains(old, "/libpod") {
 		return filepath.Join("/", namespace, id)
 	}
 	return filepath.Join(filepath.Dir(old), id)
 }
+
+// bySystemd tells whether the runtime is to have systemd make the control group.
+func bySystemd(spec *specs.Spec) bool { return strings.Contains(spec.Linux.CgroupsPath, ":") }
 
 // ofProcess tells whether a namespace is named by the number of a process in it,
 // which is somebody else's by now, or will be.

@@ -8,17 +8,21 @@ import (
 )
 
 func TestCgroupsPath(t *testing.T) {
-	for old, want := range map[string]string{
-		"":                              "/ns/new",
-		"/ns/old":                       "/ns/new",
-		"/apps/db/old":                  "/apps/db/new",
-		"/kubepods/besteffort/pod1/old": "/ns/new",
-		"/libpod_parent/libpod-old":     "/ns/new",
-		"machine.slice:libpod:old":      "/ns/new",
-		"system.slice:cri-containerd:a": "/ns/new",
+	for old, want := range map[string][2]string{ // without systemd, and with it
+		"":                              {"/ns/new", "/ns/new"},
+		"/ns/old":                       {"/ns/new", "/ns/new"},
+		"/apps/db/old":                  {"/apps/db/new", "/apps/db/new"},
+		"/kubepods/besteffort/pod1/old": {"/ns/new", "/ns/new"},
+		"/libpod_parent/libpod-old":     {"/ns/new", "/ns/new"},
+		"db.slice:ctr:old":              {"/ns/new", "db.slice:ctr:new"},
+		"machine.slice:libpod:old":      {"/ns/new", "system.slice:stasis:new"},
+		"system.slice:cri-containerd:a": {"/ns/new", "system.slice:stasis:new"},
+		"kubepods-pod1.slice:x:a":       {"/ns/new", "system.slice:stasis:new"},
 	} {
-		if got := cgroupsPath(old, "ns", "new"); got != want {
-			t.Errorf("%q: %q, want %q", old, got, want)
+		for i, systemd := range []bool{false, true} {
+			if got := cgroupsPath(old, "ns", "new", systemd); got != want[i] {
+				t.Errorf("%q, systemd %v: %q, want %q", old, systemd, got, want[i])
+			}
 		}
 	}
 }

@@ -42,7 +42,7 @@ make_qemu() {
 
 # What the machine consists of, and what of it only maintainer scripts need.
 vm_packages=(linux-image-cloud-amd64 base-files base-passwd systemd-sysv dbus kmod liblzma5 busybox-static bash coreutils dash hostname grep gzip sed tar mawk findutils
-	util-linux mount iproute2 iptables containernetworking-plugins apparmor runc crun libcriu2 criu libseccomp2)
+	util-linux e2fsprogs mount iproute2 iptables containernetworking-plugins apparmor runc crun libcriu2 criu libseccomp2)
 vm_skip='adduser|cpio|debconf|dpkg.*|dracut-install|gcc-.*-base|init-system-helpers|initramfs-tools.*|klibc-utils|libklibc|libdb5.*|libdebconfclient0|libsemanage.*|libsepol.*|linux-base|login.defs|logsave|passwd|perl.*|tzdata|udev'
 
 # What the initrd loads to see a disk and mount it.
