@@ -72,6 +72,9 @@ func preDumpState(t *testing.T, s *stack.Stack) {
 		d.Delete(ctx)
 	}
 	must(t, os.Remove(file))
+	for _, made := range listCheckpoints(t, s) {
+		s.Stasis("rm", made.Ref)
+	}
 }
 
 // preDumpPages counts what is written while a process stands still that changes one

@@ -94,9 +94,11 @@ func (in *ingest) Write(p []byte) (n int, err error) {
 			in.setDirect(false)
 		}
 		n, err = in.file.Write(p)
-		if in.direct && n == 0 && errors.Is(err, unix.EINVAL) {
+		if in.direct && errors.Is(err, unix.EINVAL) {
 			in.setDirect(false)
-			n, err = in.file.Write(p)
+			var rest int
+			rest, err = in.file.Write(p[n:])
+			n += rest
 		}
 	}
 	in.n += int64(n)

@@ -1,11 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -248,19 +250,19 @@ func defaultRef(id string, at time.Time) string {
 	return "localhost/" + imageName(id) + ":" + at.UTC().Format("20060102-150405")
 }
 
-// imageName makes a part of an image's name of a container's.
+// imageName makes a part of an image's name of a container's: lower case, with one
+// separator between letters and digits.
 func imageName(id string) string {
-	name := strings.Map(func(r rune) rune {
-		switch {
-		case r >= 'a' && r <= 'z', r >= '0' && r <= '9', r == '.', r == '-', r == '_':
-			return r
-		case r >= 'A' && r <= 'Z':
-			return r + 'a' - 'A'
+	name := separators.ReplaceAllStringFunc(strings.ToLower(id), func(s string) string {
+		if s == "." || s == "_" {
+			return s
 		}
-		return '-'
-	}, id)
-	return strings.Trim(name, ".-_")
+		return "-"
+	})
+	return cmp.Or(strings.Trim(name, ".-_"), "container")
 }
+
+var separators = regexp.MustCompile(`[^a-z0-9]+`)
 
 // podContainers are the IDs of a pod's containers in containerd, but for its
 // sandbox.

@@ -132,7 +132,7 @@ func cgroupsPath(old, namespace, id string, systemd bool) string {
 		if slice, prefix := parts[0], parts[1]; !strings.Contains(slice, "kubepods") && !slices.Contains([]string{"cri-containerd", "crio", "libpod"}, prefix) {
 			return slice + ":" + prefix + ":" + id
 		}
-		return "system.slice:stasis:" + id
+		return "system.slice:stasis-" + namespace + ":" + id
 	}
 	if old == "" || strings.Contains(old, ":") || strings.Contains(old, "/kubepods") || strings.Contains(old, "/libpod") {
 		return filepath.Join("/", namespace, id)

@@ -15,9 +15,9 @@ func TestCgroupsPath(t *testing.T) {
 		"/kubepods/besteffort/pod1/old": {"/ns/new", "/ns/new"},
 		"/libpod_parent/libpod-old":     {"/ns/new", "/ns/new"},
 		"db.slice:ctr:old":              {"/ns/new", "db.slice:ctr:new"},
-		"machine.slice:libpod:old":      {"/ns/new", "system.slice:stasis:new"},
-		"system.slice:cri-containerd:a": {"/ns/new", "system.slice:stasis:new"},
-		"kubepods-pod1.slice:x:a":       {"/ns/new", "system.slice:stasis:new"},
+		"machine.slice:libpod:old":      {"/ns/new", "system.slice:stasis-ns:new"},
+		"system.slice:cri-containerd:a": {"/ns/new", "system.slice:stasis-ns:new"},
+		"kubepods-pod1.slice:x:a":       {"/ns/new", "system.slice:stasis-ns:new"},
 	} {
 		for i, systemd := range []bool{false, true} {
 			if got := cgroupsPath(old, "ns", "new", systemd); got != want[i] {
@@ -82,5 +82,19 @@ func TestMakeFile(t *testing.T) {
 	}
 	if engineFile("/data") {
 		t.Error("a volume is made")
+	}
+}
+
+func TestImageName(t *testing.T) {
+	for id, want := range map[string]string{
+		"web": "web", "Web_1.a": "web_1.a", "a._b": "a-b", "web_-1": "web-1", "-x-": "x", "äb": "b", "___": "container", "a--b": "a-b",
+	} {
+		got := imageName(id)
+		if got != want {
+			t.Errorf("%q: %q, want %q", id, got, want)
+		}
+		if _, err := fullName("localhost/" + got + ":1"); err != nil {
+			t.Errorf("%q: %v", id, err)
+		}
 	}
 }
