@@ -101,13 +101,13 @@ func delegated(_ context.Context, _ oci.Client, _ *containers.Container, spec *o
 }
 
 // nest makes sub-groups as an init system in a container does: one for itself, and
-// one with limits for a service. That is all that "no internal processes" allows.
+// one with limits for a service. That is all that "no internal processes" allows. The
+// service is started again if the kernel kills it instead of who takes its memory.
 const nest = `exec 2>&1; set -e; cd /sys/fs/cgroup; mkdir main service
 echo $$ > main/cgroup.procs
 echo "+memory +pids" > cgroup.subtree_control
 echo 33554432 > service/memory.max; echo 0 > service/memory.swap.max; echo 20 > service/pids.max
-(echo 0 > service/cgroup.procs; while true; do sleep 0.1; done) &
-cd /; echo up; wait`
+cd /; while true; do (echo 0 > /sys/fs/cgroup/service/cgroup.procs; echo up; while true; do sleep 0.1; done) || true; done`
 
 // TestNestedCgroups restores a container that has made control groups below its
 // own: they come back with their processes, controllers and limits, below wherever
