@@ -135,6 +135,9 @@ func (b *bench) newPodman() *podman {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		b.tb.Fatalf("%v", err)
 	}
+	if words := strings.Fields(p.run("--version")); len(words) > 0 {
+		b.report.Machine.Versions = append(b.report.Machine.Versions, version{podmanName, words[len(words)-1]})
+	}
 	b.s.Image(b.ctx, stack.Probe)
 	file := filepath.Join(dir, "image.tar")
 	f, err := os.Create(file)
@@ -150,7 +153,7 @@ func (b *bench) newPodman() *podman {
 }
 
 func (p *podman) command(ctx context.Context, args ...string) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, "podman", append(p.flags, args...)...)
+	cmd := exec.CommandContext(ctx, p.b.podman, append(p.flags, args...)...)
 	cmd.Env = append(os.Environ(), "STASIS_TEST_ID="+p.b.s.ID, "TMPDIR="+p.b.s.TempDir())
 	return cmd
 }

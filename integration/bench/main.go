@@ -40,6 +40,7 @@ var shims = []string{stasis, upstream}
 func main() {
 	quick := flag.Bool("quick", false, "fewer runs and smaller heaps")
 	only := flag.String("only", strings.Join(parts, ","), "comma-separated parts to run")
+	podman := flag.String("podman", "podman", "the Podman to measure beside, a `program`; default: the setup's")
 	file := flag.String("json", "bin/bench.json", "`file` to write the figures to; empty for none")
 	flag.Parse()
 	chosen := strings.Split(*only, ",")
@@ -51,6 +52,7 @@ func main() {
 	}
 	os.Exit(stack.Main("bench", func(tb stack.TB) {
 		b := newBench(tb, *quick)
+		b.podman = *podman
 		// Also of a run that fails in the middle: it took minutes.
 		defer b.report.print(os.Stdout)
 		for _, p := range chosen {
@@ -73,6 +75,7 @@ type bench struct {
 	s      *stack.Stack
 	ctx    context.Context
 	quick  bool
+	podman string
 	start  time.Time
 	report report
 	next   int // makes names unique
