@@ -27,6 +27,9 @@ type Options struct {
 	// "checkpoint") are done, before compression. total is 0 if nobody knows.
 	// Stages may run at the same time and call it from different goroutines.
 	Progress func(stage string, done, total int64)
+	// Begun, if not nil, is the layer with the processes of the form Runnable, in
+	// which it is taken if it fits. Whoever has begun it discards it in the end.
+	Begun *Begun
 }
 
 // compressed returns o with another compression.
@@ -49,42 +52,69 @@ type layer struct {
 	diffID digest.Digest // of the uncompressed tar
 }
 
-// writeLayer streams a tar into the store: write makes it, and others compress,
-// hash and send it meanwhile.
+// writeLayer streams a tar into the store: write makes it.
 func writeLayer(ctx context.Context, store content.Store, o Options,
-	write func(context.Context, io.Writer) error, progress func(int64)) (l layer, err error) {
-	in, err := newIngest(ctx, store, newRef(), o.Root)
+	write func(context.Context, io.Writer) error, progress func(int64)) (layer, error) {
+	l, err := newLayerWriter(ctx, store, o, progress)
 	if err != nil {
 		return layer{}, err
 	}
-	defer in.close(ctx)
-	count := counter{told: progress}
-	plain, sent := digest.Canonical.Digester(), digest.Canonical.Digester() // of the tar, of what is sent
-	tar := io.MultiWriter(plain.Hash(), &count)
+	return l.finish(ctx, write(ctx, l.tar))
+}
+
+// layerWriter is a layer on its way into the store. While its tar is written,
+// others compress, hash and send it.
+type layerWriter struct {
+	tar *pump // takes the tar
+
+	compression compression.Compression
+	z           io.WriteCloser // nil: not compressed
+	sink        *pump          // takes what z gives
+	in          *ingest
+	plain, sent digest.Digester // of the tar, of what is sent
+	count       counter         // of the tar
+}
+
+// newLayerWriter begins a layer; finish has to end it.
+func newLayerWriter(ctx context.Context, store content.Store, o Options, progress func(int64)) (*layerWriter, error) {
+	in, err := newIngest(ctx, store, newRef(), o.Root)
+	if err != nil {
+		return nil, err
+	}
+	l := &layerWriter{compression: o.Compression, in: in, plain: digest.Canonical.Digester(), count: counter{told: progress}}
+	tar := io.MultiWriter(l.plain.Hash(), &l.count)
 	if o.Compression == compression.Uncompressed {
-		sent = plain
-		out := newPump(in, tar)
-		err = firstError(write(ctx, out), out.Close())
-	} else {
-		sink := newPump(in, sent.Hash())
-		z, zerr := compressor(sink, o.Compression)
-		if zerr != nil {
-			sink.Close()
-			return layer{}, zerr
-		}
-		out := newPump(z, tar)
-		err = firstError(write(ctx, out), out.Close(), z.Close(), sink.Close())
+		l.sent = l.plain
+		l.tar = newPump(in, tar)
+		return l, nil
+	}
+	l.sent = digest.Canonical.Digester()
+	l.sink = newPump(in, l.sent.Hash())
+	if l.z, err = compressor(l.sink, o.Compression); err != nil {
+		l.sink.Close()
+		in.close(ctx)
+		return nil, err
+	}
+	l.tar = newPump(l.z, tar)
+	return l, nil
+}
+
+// finish commits the layer, unless err, which is what came of writing the tar, is
+// an error: then nothing stays of it.
+func (l *layerWriter) finish(ctx context.Context, err error) (layer, error) {
+	defer l.in.close(ctx)
+	err = firstError(err, l.tar.Close())
+	if l.z != nil {
+		err = firstError(err, l.z.Close(), l.sink.Close())
 	}
 	if err = firstError(err, context.Cause(ctx)); err != nil {
 		return layer{}, err
 	}
-	progress(count.n)
-	l.MediaType, l.Size, l.Digest, l.diffID = layerTypes[o.Compression], in.n, sent.Digest(), plain.Digest()
-	if err := in.commit(ctx, l.Digest, map[string]string{labels.LabelUncompressed: l.diffID.String()}); err != nil {
-		return layer{}, err
-	}
-	l.Annotations = map[string]string{AnnotationUncompressed: strconv.FormatInt(count.n, 10)}
-	return l, nil
+	l.count.told(l.count.n)
+	done := layer{diffID: l.plain.Digest()}
+	done.MediaType, done.Size, done.Digest = layerTypes[l.compression], l.in.n, l.sent.Digest()
+	done.Annotations = map[string]string{AnnotationUncompressed: strconv.FormatInt(l.count.n, 10)}
+	return done, l.in.commit(ctx, done.Digest, map[string]string{labels.LabelUncompressed: done.diffID.String()})
 }
 
 // writeBlob writes a small blob. The labels are set on one that is there

@@ -2,6 +2,8 @@ package image
 
 import (
 	"io"
+	"slices"
+	"sync"
 
 	"github.com/containerd/containerd/v2/pkg/archive/compression"
 	"github.com/klauspost/compress/gzip"
@@ -29,10 +31,46 @@ func compressor(w io.Writer, c compression.Compression) (io.WriteCloser, error) 
 		return gzip.NewWriterLevel(w, gzip.BestSpeed)
 	case compression.Zstd:
 		// A blob has a digest: no sum of zstd's own.
-		return zstd.NewWriter(w, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderCRC(false))
+		z, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderCRC(false))
+		return &frames{w: w, z: z}, err
 	}
 	return nil, fault.Invalid("unknown compression %d", c)
 }
+
+// frameSize is large beside what a frame of its own costs, and several are in a
+// chunk of a pump.
+const frameSize = 1 << 20
+
+// frames compresses what it is given by zstd, on all CPUs at once: each part of
+// frameSize is a frame by itself. (Several in a row are the same as one: RFC 8878,
+// section 3.1.) Other parts make other bytes, so whoever wants the same has to
+// write the same pieces, as a pump does.
+type frames struct {
+	w    io.Writer
+	z    *zstd.Encoder
+	outs [][]byte // of a Write before
+}
+
+func (f *frames) Write(p []byte) (n int, err error) {
+	parts := slices.Collect(slices.Chunk(p, frameSize))
+	for len(f.outs) < len(parts) {
+		f.outs = append(f.outs, nil)
+	}
+	var group sync.WaitGroup
+	for i, part := range parts {
+		group.Go(func() { f.outs[i] = f.z.EncodeAll(part, f.outs[i][:0]) })
+	}
+	group.Wait()
+	for i, out := range f.outs[:len(parts)] {
+		if _, err := f.w.Write(out); err != nil {
+			return n, err
+		}
+		n = min(len(p), (i+1)*frameSize)
+	}
+	return n, nil
+}
+
+func (f *frames) Close() error { return f.z.Close() }
 
 // decompressor returns what was compressed in a layer of the media type.
 func decompressor(r io.Reader, mediaType string) (io.ReadCloser, error) {

@@ -183,8 +183,8 @@ func TestRunnableIsAnImage(t *testing.T) {
 		}
 		b.Close()
 	}
-	want := []string{"etc/.wh.old", "var/new", ".stasis/", ".stasis/info.json", ".stasis/spec.json", ".stasis/checkpoint/",
-		".stasis/checkpoint/dump.log", ".stasis/checkpoint/inventory.img", ".stasis/checkpoint/pages-1.img"}
+	want := []string{"etc/.wh.old", "var/new", ".stasis/", ".stasis/checkpoint/", ".stasis/checkpoint/pages-1.img",
+		".stasis/info.json", ".stasis/spec.json", ".stasis/checkpoint/dump.log", ".stasis/checkpoint/inventory.img"}
 	if !slices.Equal(names, want) {
 		t.Errorf("layers hold\n%q, want\n%q", names, want)
 	}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"io"
 	"maps"
 	"runtime"
 	"slices"
@@ -49,14 +48,6 @@ func writeRunnable(ctx context.Context, store content.Store, baseDesc ocispec.De
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	files, total, err := listImages(c.Images)
-	if err != nil {
-		return ocispec.Descriptor{}, err
-	}
-	info, err := capture.EncodeInfo(c.Info)
-	if err != nil {
-		return ocispec.Descriptor{}, err
-	}
 	var writable, checkpoint layer
 	group, gctx := errgroup.WithContext(ctx)
 	if c.Layer != nil {
@@ -66,18 +57,7 @@ func writeRunnable(ctx context.Context, store content.Store, baseDesc ocispec.De
 		})
 	}
 	group.Go(func() (err error) {
-		checkpoint, err = writeLayer(gctx, store, o, func(ctx context.Context, w io.Writer) error {
-			t := newTree(w, c.Info.Checkpointed)
-			t.folder(stasisDir)
-			t.file(infoPath, info)
-			t.file(specPath, c.Spec)
-			if c.DevShm != "" {
-				t.copy(ctx, devShmPath, c.DevShm)
-			}
-			t.folder(checkpointDir)
-			t.images(ctx, checkpointDir+"/", c.Images, files)
-			return t.close()
-		}, o.progress("checkpoint", total))
+		checkpoint, err = writeProcesses(gctx, store, c, o)
 		return err
 	})
 	if err := group.Wait(); err != nil {

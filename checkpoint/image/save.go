@@ -4,36 +4,14 @@ import (
 	"context"
 	"fmt"
 	"maps"
-	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
-	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/stasis-run/stasis/checkpoint/fault"
 )
-
-// leaseTime is how long what a killed process has written stays.
-const leaseTime = 24 * time.Hour
-
-// WithLease returns a context under which containerd keeps what is written, also
-// before it has a name, until done is called. A context that has a lease stays
-// as it is.
-func WithLease(ctx context.Context, m leases.Manager) (_ context.Context, done func(), err error) {
-	if _, ok := leases.FromContext(ctx); ok {
-		return ctx, func() {}, nil
-	}
-	l, err := m.Create(ctx, leases.WithRandomID(), leases.WithExpiration(leaseTime))
-	if err != nil {
-		return nil, nil, fmt.Errorf("make a lease in containerd: %w", err)
-	}
-	return leases.WithLease(ctx, l.ID), func() {
-		// Also if ctx has ended: what is left would else stay for leaseTime.
-		_ = m.Delete(context.WithoutCancel(ctx), l)
-	}, nil
-}
 
 // Save names a checkpoint that was written: from then on it is in the image
 // store and stays without a lease. A checkpoint that has the name already is

@@ -39,9 +39,9 @@ func (t *tree) file(name string, data []byte) {
 }
 
 // images writes files of the folder dir, their names after prefix.
-func (t *tree) images(ctx context.Context, prefix, dir string, files []string) {
-	for _, name := range files {
-		t.copy(ctx, prefix+name, filepath.Join(dir, name))
+func (t *tree) images(ctx context.Context, prefix, dir string, files []imageFile) {
+	for _, file := range files {
+		t.copy(ctx, prefix+file.name, filepath.Join(dir, file.name))
 	}
 }
 
@@ -127,9 +127,15 @@ func copyContext(ctx context.Context, w io.Writer, r io.Reader, buf []byte) erro
 	}
 }
 
+// imageFile is a file of CRIU's.
+type imageFile struct {
+	name string
+	size int64 // in bytes
+}
+
 // listImages lists the files of a flat folder by name, and the sum of their
 // sizes.
-func listImages(dir string) (names []string, total int64, err error) {
+func listImages(dir string) (files []imageFile, total int64, err error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return nil, 0, err
@@ -147,11 +153,11 @@ func listImages(dir string) (names []string, total int64, err error) {
 		if !info.Mode().IsRegular() || !plainName(e.Name()) {
 			return nil, 0, fault.Invalid("%s: %q is no plain file; a checkpoint has no others", dir, e.Name())
 		}
-		names = append(names, e.Name())
+		files = append(files, imageFile{e.Name(), info.Size()})
 		total += info.Size()
 	}
-	if len(names) > maxFiles {
+	if len(files) > maxFiles {
 		return nil, 0, fault.Invalid("%s: more than %d files", dir, maxFiles)
 	}
-	return names, total, nil
+	return files, total, nil
 }

@@ -344,10 +344,12 @@ func (a *app) checkpointOne(ctx context.Context, c *client.Client, container cli
 	if err := d.checkTarget(ctx, ref, f.format.value); err != nil {
 		return nil, err
 	}
-	got, err := d.dump(ctx, work.dir, f, bar)
+	o := a.storeOptions(ctx, c, f.compression, bar)
+	defer func() { d.begun.Discard(ctx) }()
+	got, err := d.dump(ctx, work.dir, f, o, bar)
 	// Also if it was interrupted too late.
 	images := filepath.Join(work.dir, "checkpoint")
-	if partial := filepath.Join(images, ".partial"); f.exit {
+	if partial := unfinished(images); f.exit {
 		// In this order, as the shim may be moving them up just now.
 		begun := isWhole(partial)
 		if err == nil || isWhole(images) {
@@ -359,7 +361,8 @@ func (a *app) checkpointOne(ctx context.Context, c *client.Client, container cli
 	if err != nil {
 		return nil, err
 	}
-	result, err := a.storeCapture(ctx, d, got, ref, f, bar)
+	o.Begun = d.begun
+	result, err := a.storeCapture(ctx, d, got, ref, f, o)
 	if err != nil {
 		return nil, err
 	}
@@ -372,7 +375,7 @@ func (a *app) checkpointOne(ctx context.Context, c *client.Client, container cli
 }
 
 // storeCapture makes an image or an archive of what was dumped.
-func (a *app) storeCapture(ctx context.Context, d *dumper, got *capture.Capture, ref string, f *checkpointFlags, bar *progress) (_ *checkpointResult, err error) {
+func (a *app) storeCapture(ctx context.Context, d *dumper, got *capture.Capture, ref string, f *checkpointFlags, o image.Options) (_ *checkpointResult, err error) {
 	result := &checkpointResult{
 		Container: d.container.ID(), PreDumps: d.preDumps, Frozen: got.Info.Stats.Frozen, Note: d.note,
 		ImageBytes: got.Info.Stats.ImageBytes, LayerBytes: got.Info.Stats.LayerBytes,
@@ -385,7 +388,7 @@ func (a *app) storeCapture(ctx context.Context, d *dumper, got *capture.Capture,
 			ref = defaultRef(d.container.ID(), got.Info.Checkpointed)
 		}
 		result.Ref = ref
-		result.Digest, err = a.store(ctx, d.client, ref, got, d.base, f.format.value, f.compression, bar)
+		result.Digest, err = store(ctx, d.client, ref, got, d.base, f.format.value, o)
 	}
 	return result, err
 }

@@ -98,5 +98,5 @@ func (a *app) storeWithBase(ctx context.Context, c *client.Client, ref string, g
 			return "", err
 		}
 	}
-	return a.store(ctx, c, ref, got, base, f.format.value, compressions[f.compress.value], bar)
+	return store(ctx, c, ref, got, base, f.format.value, a.storeOptions(ctx, c, compressions[f.compress.value], bar))
 }

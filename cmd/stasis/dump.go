@@ -20,6 +20,7 @@ import (
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/api"
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/image"
 	"github.com/stasis-run/stasis/checkpoint/rootfs"
 )
 
@@ -34,6 +35,7 @@ type dumper struct {
 	mounts    []mount.Mount // of the root filesystem
 	note      string        // what a user should know about the checkpoint
 	preDumps  []preDump
+	begun     *image.Begun // part of what is to be stored; nil if there is none
 }
 
 func newDumper(ctx context.Context, c *client.Client, container client.Container) (*dumper, error) {
@@ -98,8 +100,9 @@ func (d *dumper) checkTarget(ctx context.Context, ref, format string) error {
 	return checkRef(ctx, d.client, ref)
 }
 
-// dump freezes the container, writes it to dir, and lets it run again.
-func (d *dumper) dump(ctx context.Context, dir string, f *checkpointFlags, bar *progress) (*capture.Capture, error) {
+// dump freezes the container, writes it to dir, and lets it run again. o is how it
+// will be stored.
+func (d *dumper) dump(ctx context.Context, dir string, f *checkpointFlags, o image.Options, bar *progress) (*capture.Capture, error) {
 	info, err := d.describe(ctx)
 	if err != nil {
 		return nil, err
@@ -114,7 +117,15 @@ func (d *dumper) dump(ctx context.Context, dir string, f *checkpointFlags, bar *
 		return nil, err
 	}
 	defer conn.Close()
+	var early *beginner
+	// What pre-dumps wrote is put together only in the end.
+	if f.format.value == string(image.Runnable) && f.preDumps == 0 && o.Root != "" {
+		early = d.begin(ctx, unfinished(c.Images), info.Checkpointed, o)
+	}
 	result, err := conn.checkpoint(ctx, r, bar)
+	if early != nil {
+		d.begun = early.end(c.Images, !f.exit)
+	}
 	if errdefs.IsNotImplemented(err) {
 		d.note = fmt.Sprintf("its runtime is %s and not Stasis, so it stood still for longer than it would have to", d.info.Runtime.Name)
 		result, err = d.checkpointByTask(ctx, r)
@@ -138,6 +149,10 @@ func (d *dumper) dump(ctx context.Context, dir string, f *checkpointFlags, bar *
 	c.Layer = d.layer(r.RootfsPath, result.RootfsIsUpper)
 	return c, nil
 }
+
+// unfinished is where the shim has CRIU write to, until a checkpoint in the folder
+// images is whole.
+func unfinished(images string) string { return filepath.Join(images, ".partial") }
 
 // checkpointByTask does without Stasis's own service what r asks for.
 func (d *dumper) checkpointByTask(ctx context.Context, r *api.CheckpointRequest) (_ *api.CheckpointResult, err error) {

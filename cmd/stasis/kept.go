@@ -56,7 +56,7 @@ func (a *app) storeKept(ctx context.Context, c *client.Client, container client.
 	if err != nil {
 		return nil, err
 	}
-	result, err := a.storeCapture(ctx, d, got, ref, f, bar)
+	result, err := a.storeCapture(ctx, d, got, ref, f, a.storeOptions(ctx, c, f.compression, bar))
 	if err != nil {
 		return nil, err
 	}

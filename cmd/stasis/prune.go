@@ -9,8 +9,11 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/opencontainers/go-digest"
 	"github.com/spf13/cobra"
+
+	"github.com/stasis-run/stasis/checkpoint/image"
 )
 
 // pruned is what `stasis prune -o json` prints.
@@ -18,6 +21,8 @@ type pruned struct {
 	Checkpoints []listed `json:"checkpoints"`
 	// Leftovers are folders of operations that did not end.
 	Leftovers []string `json:"leftovers"`
+	// Leases are those of such operations in containerd, as NAMESPACE/ID.
+	Leases []string `json:"leases"`
 }
 
 // pruneFlags say which checkpoints to remove: those that all of them allow.
@@ -37,8 +42,9 @@ func newPruneCommand(a *app) *cobra.Command {
 the newest (--keep), and of those only what is older than a time (--older-than).
 Without either, no checkpoint is removed.
 
-Always removed is what operations that crashed have left in the state folder. If
-a container ended with a checkpoint that could then not be stored, that is where
+Always removed is what operations on this host that crashed have left in the state
+folder, and in any namespace of containerd, which would keep it for a day else. If a
+container ended with a checkpoint that could then not be stored, that is where
 it is; --dry-run lists it.`,
 		Example: `  stasis prune --dry-run
   stasis prune --keep 3 --older-than 7d
@@ -63,13 +69,14 @@ it is; --dry-run lists it.`,
 }
 
 func (a *app) prune(ctx context.Context, f pruneFlags) error {
-	result := pruned{Checkpoints: []listed{}, Leftovers: []string{}}
+	result := pruned{Checkpoints: []listed{}, Leftovers: []string{}, Leases: []string{}}
 	var failed []error
-	if f.keep >= 0 || f.olderThan > 0 {
-		c, err := a.connect(ctx)
-		if err != nil {
-			return err
-		}
+	choosing := f.keep >= 0 || f.olderThan > 0
+	c, err := a.connect(ctx)
+	if err != nil && choosing {
+		return err
+	}
+	if choosing {
 		all, err := checkpoints(ctx, c)
 		if err != nil {
 			return err
@@ -90,6 +97,13 @@ func (a *app) prune(ctx context.Context, f pruneFlags) error {
 		}
 		return w.remove()
 	}))
+	if err != nil {
+		// The folders do not need it.
+		fmt.Fprintf(a.err, "stasis: what is left in containerd is not removed: %v\n", err)
+	} else {
+		result.Leases, err = a.endLeases(ctx, c, f.dryRun)
+		failed = append(failed, err)
+	}
 	if a.json() {
 		return errors.Join(append(failed, printJSON(a.out, result))...)
 	}
@@ -99,7 +113,31 @@ func (a *app) prune(ctx context.Context, f pruneFlags) error {
 	for _, dir := range result.Leftovers {
 		fmt.Fprintln(a.out, dir)
 	}
+	for _, l := range result.Leases {
+		fmt.Fprintln(a.out, "lease "+printable(l))
+	}
 	return errors.Join(failed...)
+}
+
+// endLeases ends the leases, in all namespaces, of commands that were killed.
+func (a *app) endLeases(ctx context.Context, c *client.Client, look bool) ([]string, error) {
+	// The rest of prune needs no containerd, and has something to say.
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	ended := []string{}
+	all, err := c.NamespaceService().List(ctx)
+	if err != nil {
+		return ended, fmt.Errorf("list the namespaces of containerd: %w", err)
+	}
+	var failed []error
+	for _, namespace := range all {
+		ids, err := image.EndLeases(namespaces.WithNamespace(ctx, namespace), c.LeasesService(), look)
+		failed = append(failed, err)
+		for _, id := range ids {
+			ended = append(ended, namespace+"/"+id)
+		}
+	}
+	return ended, errors.Join(failed...)
 }
 
 func (f pruneFlags) remove(ctx context.Context, c *client.Client, l listed) error {

@@ -104,7 +104,7 @@ func (a *app) makeRunnable(ctx context.Context, c *client.Client, name string, g
 	if err != nil {
 		return images.Image{}, err
 	}
-	if _, err := a.store(ctx, c, name, got, base, "runnable", compression.Uncompressed, bar); err != nil {
+	if _, err := store(ctx, c, name, got, base, "runnable", a.storeOptions(ctx, c, compression.Uncompressed, bar)); err != nil {
 		return images.Image{}, err
 	}
 	return c.ImageService().Get(ctx, name)

@@ -12,17 +12,21 @@ import (
 	"github.com/stasis-run/stasis/checkpoint/image"
 )
 
-// store makes an image of a capture, in one of the forms, and names it; ctx has a
-// lease. It returns the image's digest.
-func (a *app) store(ctx context.Context, c *client.Client, ref string, got *capture.Capture, base ocispec.Descriptor, format string, comp compression.Compression, bar *progress) (string, error) {
-	content := c.ContentStore()
-	o := image.Options{Compression: comp, Root: storeRoot(ctx, c), Progress: func(stage string, done, total int64) {
+// storeOptions are those of making an image in containerd's store.
+func (a *app) storeOptions(ctx context.Context, c *client.Client, comp compression.Compression, bar *progress) image.Options {
+	return image.Options{Compression: comp, Root: storeRoot(ctx, c), Progress: func(stage string, done, total int64) {
 		// Two stages run at once; there is one bar, for the larger.
 		if stage == "checkpoint" {
 			bar.Stage("store")
 			bar.Set(done, total)
 		}
 	}}
+}
+
+// store makes an image of a capture, in one of the forms, and names it; ctx has a
+// lease. It returns the image's digest.
+func store(ctx context.Context, c *client.Client, ref string, got *capture.Capture, base ocispec.Descriptor, format string, o image.Options) (string, error) {
+	content := c.ContentStore()
 	var desc ocispec.Descriptor
 	var err error
 	switch format {

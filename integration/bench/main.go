@@ -108,7 +108,7 @@ func (b *bench) measure(part string) {
 			return
 		}
 		b.files(512, 3)
-		b.image(size{1024, 4})
+		b.image(size{1024, 6})
 	case "checkpoint":
 		sizes := []size{{64, 12}, {512, 6}, {2048, 3}}
 		if b.quick {
