@@ -33,6 +33,7 @@ type DumpRequest struct {
 	Exit        bool // the container ends with the dump
 	Paused      bool // the container is frozen, and stays so
 	Durable     bool // the checkpoint has to survive a power cut
+	LeaveSum    bool // the sum of the largest file is left to AddSum
 
 	// While, if not nil, is what else has to see the container stand still; it
 	// runs beside CRIU, and the container is not thawed before both have ended. It
@@ -67,6 +68,7 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 	if err != nil {
 		return nil, err
 	}
+	folder.leaveSum = r.LeaveSum
 	if err := os.MkdirAll(r.WorkDir, 0o711); err != nil {
 		return nil, errors.Join(fmt.Errorf("make CRIU's work folder: %w", err), folder.Discard())
 	}

@@ -33,6 +33,7 @@ type Folder struct {
 	dir       string
 	created   bool     // NewFolder made dir
 	committed bool     // with success
+	leaveSum  bool     // Commit leaves one to AddSum
 	old       []string // files of the checkpoint to be replaced
 	moved     []string // files of the new one that are in dir already
 	lock      *os.File // .partial, locked while it is being written
@@ -304,8 +305,8 @@ func (f *Folder) written() ([]entry, error) {
 	return files, nil
 }
 
-// digest closes the files to others and returns their sums, sorted by name. It
-// leaves out files that no restore reads.
+// digest closes the files, the largest first, to others and returns their sums,
+// sorted by name. It leaves out files that no restore reads.
 func (f *Folder) digest(files []entry, durable bool) ([]File, error) {
 	listed := make([]File, len(files))
 	err := inParallel(context.Background(), len(files), func(ctx context.Context, i int) error {
@@ -321,8 +322,10 @@ func (f *Folder) digest(files []entry, durable bool) ([]File, error) {
 		if incidental(name) {
 			return nil
 		}
-		listed[i].Name = name
-		listed[i].Sum, listed[i].Size, err = hashFile(ctx, file, name)
+		listed[i].Name, listed[i].Size = name, files[i].size
+		if i > 0 || !f.leaveSum {
+			listed[i].Sum, listed[i].Size, err = hashFile(ctx, file, name)
+		}
 		if err == nil && durable {
 			err = file.Sync()
 		}

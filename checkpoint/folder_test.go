@@ -1,6 +1,7 @@
 package checkpoint
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"fmt"
 	"os"
@@ -223,6 +224,42 @@ func TestCommitFails(t *testing.T) {
 		_, err = Open(t.Context(), f.dir)
 		wantError(t, err, errdefs.ErrFailedPrecondition, "unfinished")
 	})
+}
+
+// TestLeaveSum leaves the sum of the largest file to AddSum, before which no restore
+// takes the checkpoint.
+func TestLeaveSum(t *testing.T) {
+	const largest = "pages-1.img"
+	data := bytes.Repeat([]byte("memory"), recheckSize)
+	size := int64(len(data))
+	for _, known := range []File{{Name: largest, Size: size}, {Name: largest, Size: size - 1}, {Name: "pages-2.img", Size: size}, {}} {
+		dir := filepath.Join(t.TempDir(), "checkpoint")
+		f, err := NewFolder(dir)
+		must(t, err)
+		fill(t, f.Path())
+		write(t, filepath.Join(f.Path(), largest), data)
+		f.leaveSum = true
+		must(t, f.Commit(Manifest{}, false))
+		_, err = Open(t.Context(), dir)
+		wantError(t, err, errdefs.ErrInvalidArgument, largest+" has no valid sum")
+		known.Sum = "xxh64:0000000000000001"
+		if known.Name == largest && known.Size == size {
+			known.Sum = fmt.Sprintf("xxh64:%016x", xxhash.Sum64(data))
+		}
+		for range 2 { // the second has nothing to do
+			must(t, AddSum(t.Context(), dir, known))
+			known.Sum = "xxh64:0000000000000002"
+		}
+		checkSum(t, dir, largest)
+		checkSum(t, dir, inventoryName)
+		_, err = Open(t.Context(), dir)
+		must(t, err)
+	}
+	// Another runtime's has no manifest.
+	must(t, AddSum(t.Context(), realFolder(t, "runc-sleep"), File{}))
+	dir := t.TempDir()
+	write(t, filepath.Join(dir, manifestName), []byte("{}"))
+	wantError(t, AddSum(t.Context(), dir, File{}), errdefs.ErrInvalidArgument, dir)
 }
 
 func TestTwoWriters(t *testing.T) {

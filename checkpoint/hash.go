@@ -5,10 +5,13 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"hash"
 	"io"
 	"os"
+	"path/filepath"
 	"runtime"
+	"slices"
 	"sync"
 
 	"github.com/cespare/xxhash/v2"
@@ -53,6 +56,37 @@ func hashFile(ctx context.Context, f *os.File, name string) (string, int64, erro
 			return "", 0, err
 		}
 	}
+}
+
+// AddSum completes the manifest of the checkpoint in dir that was made with
+// DumpRequest.LeaveSum. If known, which has a sum, is of the name and size of the file
+// without one, that is taken; else the file is read. A manifest that is complete, or
+// a folder without one, stays as it is.
+func AddSum(ctx context.Context, dir string, known File) error {
+	m, err := readManifestBy(dir, decodeUnsummed)
+	if err != nil || m == nil {
+		return wrap(dir, err)
+	}
+	i := slices.IndexFunc(m.Files, func(f File) bool { return f.Sum == "" })
+	if i < 0 {
+		return nil
+	}
+	file := &m.Files[i]
+	if file.Sum = known.Sum; file.Name != known.Name || file.Size != known.Size {
+		f, err := openIn(dir, file.Name)
+		if err != nil {
+			return wrap(dir, err)
+		}
+		defer f.Close()
+		if file.Sum, _, err = hashFile(ctx, f, file.Name); err != nil {
+			return wrap(dir, fmt.Errorf("%s: %w", file.Name, err))
+		}
+	}
+	data, err := m.encode()
+	if err != nil {
+		return wrap(dir, err)
+	}
+	return wrap(dir, os.WriteFile(filepath.Join(dir, manifestName), data, 0o600))
 }
 
 // inParallel calls fn with 0 to n-1, on as many goroutines as there are CPUs,

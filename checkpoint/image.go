@@ -204,7 +204,9 @@ func listFolder(dir string) (map[string]entry, error) {
 func openIn(dir, name string) (*os.File, error) { return capture.OpenPlain(filepath.Join(dir, name)) }
 
 // readManifest returns the manifest in dir, nil if there is none.
-func readManifest(dir string) (*Manifest, error) {
+func readManifest(dir string) (*Manifest, error) { return readManifestBy(dir, decodeManifest) }
+
+func readManifestBy(dir string, decode func([]byte) (*Manifest, error)) (*Manifest, error) {
 	f, err := openIn(dir, manifestName)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -220,7 +222,7 @@ func readManifest(dir string) (*Manifest, error) {
 	if len(data) > maxManifest {
 		return nil, fault.Invalid("%s: larger than %d bytes", manifestName, maxManifest)
 	}
-	m, err := decodeManifest(data)
+	m, err := decode(data)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", manifestName, err)
 	}

@@ -66,7 +66,8 @@ type Runtime struct {
 type File struct {
 	Name string `json:"name"`
 	Size int64  `json:"size"` // in bytes
-	// Sum is "xxh64:" or "sha256:" and hex: which one, newHash says.
+	// Sum is "xxh64:" or "sha256:" and hex: which one, newHash says. It is empty
+	// where it is left to AddSum.
 	Sum string `json:"sum"`
 	// Inode and CtimeNs (ns since 1970) are those of a large file when it
 	// had reached its final place; else 0. As long as they and the size are the
@@ -76,9 +77,24 @@ type File struct {
 	CtimeNs int64  `json:"ctime_ns,omitempty"`
 }
 
-// decodeManifest reads stasis.json. It refuses unknown keys, since they would
-// be something that the writer found necessary to say.
+// decodeManifest reads stasis.json.
 func decodeManifest(data []byte) (*Manifest, error) {
+	m, err := decodeUnsummed(data)
+	if err != nil {
+		return nil, err
+	}
+	for i := range m.Files {
+		if f := &m.Files[i]; !f.validSum() {
+			return nil, fault.Invalid("files[%d]: %s has no valid sum", i, f.Name)
+		}
+	}
+	return m, nil
+}
+
+// decodeUnsummed is decodeManifest, but for the sums, which it does not look at. It
+// refuses unknown keys, since they would be something that the writer found
+// necessary to say.
+func decodeUnsummed(data []byte) (*Manifest, error) {
 	var head struct {
 		Version int `json:"version"`
 	}
@@ -116,7 +132,8 @@ func (f *File) validSum() bool {
 	return ok && len(digits) == 2*hash.Size() && hexDigits().MatchString(digits)
 }
 
-// check looks at each value by itself; image.go compares them with the folder.
+// check looks at each value by itself, but for sums; image.go compares them with the
+// folder.
 func (m *Manifest) check() error {
 	if err := m.Options.check(); err != nil {
 		return err
@@ -139,8 +156,6 @@ func (m *Manifest) check() error {
 			return fmt.Errorf("files[%d]: %s is listed twice", i, f.Name)
 		case f.Size < 0:
 			return fmt.Errorf("files[%d]: %s has size %d", i, f.Name, f.Size)
-		case !f.validSum():
-			return fmt.Errorf("files[%d]: %s has no valid sum", i, f.Name)
 		}
 		seen[f.Name] = true
 	}

@@ -104,6 +104,16 @@ func TestCLIBegun(t *testing.T) {
 		}
 	}
 
+	// back restores it under another name, and so compares all of it with its sums.
+	back := func(ref string) {
+		t.Helper()
+		s.Stasis("restore", ref, "back")
+		c := load(t, s, "back")
+		runsOn(t, ctx, c)
+		c.Kill(ctx, syscall.SIGKILL)
+		c.Delete(ctx)
+	}
+
 	for _, compress := range []string{"none", "zstd"} {
 		ref := "stasis.test/begun:" + compress
 		cmd, out := heldCheckpoint(t, s, stack.After, "c", ref, "--compress", compress)
@@ -113,6 +123,7 @@ func TestCLIBegun(t *testing.T) {
 			t.Fatalf("%v: %s", err, out)
 		}
 		taken(ref, file)
+		back(ref)
 		same(ref)
 		checkTidy(t, s)
 	}
@@ -168,6 +179,7 @@ func TestCLIBegun(t *testing.T) {
 		ref := "stasis.test/begun:" + id
 		s.Stasis("checkpoint", id, ref)
 		runsOn(t, ctx, c)
+		back(ref)
 		same(ref)
 		checkTidy(t, s)
 		c.Kill(ctx, syscall.SIGKILL)

@@ -168,6 +168,7 @@ func TestFreezeFails(t *testing.T) {
 		"relative rootfs":       {func(r *api.CheckpointRequest) { r.RootfsPath = "upper" }, errdefs.IsInvalidArgument, "rootfs_path"},
 		"remap without exit":    {func(r *api.CheckpointRequest) { r.Options.LinkRemap = true }, errdefs.IsInvalidArgument, "link_remap"},
 		"a copy with exit":      {func(r *api.CheckpointRequest) { r.Exit = true }, errdefs.IsInvalidArgument, "rootfs_path with exit"},
+		"no sum with exit":      {func(r *api.CheckpointRequest) { r.Exit, r.RootfsPath, r.LeaveSum = true, "", true }, errdefs.IsInvalidArgument, "leave_sum with exit"},
 		"rootfs exists already": {func(r *api.CheckpointRequest) { r.RootfsPath = s.TempDir() }, errdefs.IsAlreadyExists, "rootfs_path"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -20,6 +20,7 @@ type dump struct {
 	preDumps    int
 	exit        bool // the container ends with it
 	durable     bool // the checkpoint has to survive a power cut
+	leaveSum    bool // as in checkpoint.DumpRequest
 	while       func(context.Context) error
 }
 
@@ -77,6 +78,7 @@ func (c *container) checkpoint(ctx context.Context, d dump) (*checkpoint.DumpRes
 		Exit:        d.exit,
 		Paused:      paused,
 		Durable:     d.durable,
+		LeaveSum:    d.leaveSum,
 		While:       d.while,
 		Container: checkpoint.Container{
 			ID:         c.id,

@@ -60,6 +60,9 @@ func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, s
 	if r.RootfsPath != "" && r.Exit {
 		return nil, invalid("rootfs_path with exit: nothing writes to the writable layer any more, and a copy that fails would come too late")
 	}
+	if r.LeaveSum && r.Exit {
+		return nil, invalid("leave_sum with exit: the checkpoint has to be whole when the container has ended")
+	}
 	preDumps := int(r.PreDumps)
 	if preDumps < 0 {
 		preDumps = checkpoint.PreDumpAuto
@@ -104,6 +107,7 @@ func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, s
 		preDumps:    preDumps,
 		exit:        r.Exit,
 		durable:     r.Exit,
+		leaveSum:    r.LeaveSum,
 	}
 	result := &api.CheckpointResult{}
 	copied := time.Duration(0)

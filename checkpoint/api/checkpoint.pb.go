@@ -42,7 +42,12 @@ type CheckpointRequest struct {
 	// How often the memory is written before, each time what has changed since the
 	// last, while the container runs; negative: until a time has no less to write
 	// than the one before. Needs a kernel with CONFIG_MEM_SOFT_DIRTY.
-	PreDumps      int32 `protobuf:"varint,6,opt,name=pre_dumps,json=preDumps,proto3" json:"pre_dumps,omitempty"`
+	PreDumps int32 `protobuf:"varint,6,opt,name=pre_dumps,json=preDumps,proto3" json:"pre_dumps,omitempty"`
+	// The manifest has no sum of the largest file, so that no restore takes the
+	// checkpoint until the client has added it: who reads that file anyway spares
+	// it being read twice. Refused with exit, where the folder may be all that is
+	// left of the container.
+	LeaveSum      bool `protobuf:"varint,7,opt,name=leave_sum,json=leaveSum,proto3" json:"leave_sum,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -117,6 +122,13 @@ func (x *CheckpointRequest) GetPreDumps() int32 {
 		return x.PreDumps
 	}
 	return 0
+}
+
+func (x *CheckpointRequest) GetLeaveSum() bool {
+	if x != nil {
+		return x.LeaveSum
+	}
+	return false
 }
 
 // CRIUOptions are options of CRIU's dump, under the names of
@@ -686,7 +698,7 @@ var File_checkpoint_proto protoreflect.FileDescriptor
 
 const file_checkpoint_proto_rawDesc = "" +
 	"\n" +
-	"\x10checkpoint.proto\x12\x14stasis.checkpoint.v1\"\xd1\x01\n" +
+	"\x10checkpoint.proto\x12\x14stasis.checkpoint.v1\"\xee\x01\n" +
 	"\x11CheckpointRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
 	"\n" +
@@ -695,7 +707,8 @@ const file_checkpoint_proto_rawDesc = "" +
 	"rootfsPath\x12\x12\n" +
 	"\x04exit\x18\x04 \x01(\bR\x04exit\x12;\n" +
 	"\aoptions\x18\x05 \x01(\v2!.stasis.checkpoint.v1.CRIUOptionsR\aoptions\x12\x1b\n" +
-	"\tpre_dumps\x18\x06 \x01(\x05R\bpreDumps\"\xc2\x02\n" +
+	"\tpre_dumps\x18\x06 \x01(\x05R\bpreDumps\x12\x1b\n" +
+	"\tleave_sum\x18\a \x01(\bR\bleaveSum\"\xc2\x02\n" +
 	"\vCRIUOptions\x12\x19\n" +
 	"\bopen_tcp\x18\x01 \x01(\bR\aopenTcp\x12\x1b\n" +
 	"\ttcp_close\x18\x02 \x01(\bR\btcpClose\x122\n" +

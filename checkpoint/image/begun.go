@@ -95,9 +95,19 @@ func (b *Begun) Discard(ctx context.Context) {
 // fits tells whether it is the beginning of what o asks for, and first the file
 // that was read.
 func (b *Begun) fits(c *capture.Capture, first imageFile, o Options) bool {
+	_, _, sum := b.File()
 	return b != nil && !b.ended && b.w.compression == o.Compression && b.file == first &&
 		b.tree.time.Equal(newTree(nil, c.Info.Checkpointed).time) &&
-		fmt.Sprintf("xxh64:%016x", b.sum.Sum64()) == manifestSum(c.Images, first.name)
+		sum == manifestSum(c.Images, first.name)
+}
+
+// File is the file that was read, as stasis.json has it, if it is CRIU's now. On nil,
+// all is empty.
+func (b *Begun) File() (name string, size int64, sum string) {
+	if b == nil {
+		return "", 0, ""
+	}
+	return b.file.name, b.file.size, fmt.Sprintf("xxh64:%016x", b.sum.Sum64())
 }
 
 // manifestSum is what stasis.json says of a file, or "".
@@ -123,6 +133,13 @@ func manifestSum(dir, name string) string {
 // writeProcesses writes the layer of a runnable image with the processes: the
 // largest file, all that is not CRIU's, and the other files by name.
 func writeProcesses(ctx context.Context, store content.Store, c *capture.Capture, o Options) (layer, error) {
+	var b *Begun
+	if o.Begun != nil {
+		var err error
+		if b, err = o.Begun(); err != nil {
+			return layer{}, err
+		}
+	}
 	files, total, err := listImages(c.Images)
 	if err != nil {
 		return layer{}, err
@@ -135,7 +152,6 @@ func writeProcesses(ctx context.Context, store content.Store, c *capture.Capture
 		return layer{}, err
 	}
 	first := slices.MaxFunc(files, func(a, b imageFile) int { return cmp.Compare(a.size, b.size) })
-	b := o.Begun
 	if b.fits(c, first, o) {
 		if b.Taken != nil {
 			b.Taken()

@@ -59,7 +59,7 @@ func TestBegun(t *testing.T) {
 				}
 				taken := false
 				begun.Taken = func() { taken = true }
-				got, err := WriteRunnable(ctx, s, base, c, Options{Compression: comp, Begun: begun})
+				got, err := WriteRunnable(ctx, s, base, c, Options{Compression: comp, Begun: func() (*Begun, error) { return begun, nil }})
 				if err != nil || got.Digest != want.Digest {
 					t.Errorf("%v, %v, want %v", got.Digest, err, want.Digest)
 				}
@@ -84,7 +84,7 @@ func TestBegun(t *testing.T) {
 	times := 0
 	begun.Taken = func() { times++ }
 	for _, comp := range []compression.Compression{compression.Uncompressed, compression.Zstd} {
-		if _, err := WriteRunnable(ctx, s, base, c, Options{Compression: comp, Begun: begun}); err != nil {
+		if _, err := WriteRunnable(ctx, s, base, c, Options{Compression: comp, Begun: func() (*Begun, error) { return begun, nil }}); err != nil {
 			t.Error(err)
 		}
 	}

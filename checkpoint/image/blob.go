@@ -27,9 +27,10 @@ type Options struct {
 	// "checkpoint") are done, before compression. total is 0 if nobody knows.
 	// Stages may run at the same time and call it from different goroutines.
 	Progress func(stage string, done, total int64)
-	// Begun, if not nil, is the layer with the processes of the form Runnable, in
-	// which it is taken if it fits. Whoever has begun it discards it in the end.
-	Begun *Begun
+	// Begun, if not nil, waits for the layer with the processes that was begun,
+	// which may be nil, and for all of the capture's folder of images. The form
+	// Runnable takes it if it fits. Whoever has begun it discards it in the end.
+	Begun func() (*Begun, error)
 }
 
 // compressed returns o with another compression.

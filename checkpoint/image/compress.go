@@ -1,6 +1,7 @@
 package image
 
 import (
+	"encoding/binary"
 	"io"
 	"slices"
 	"sync"
@@ -49,6 +50,8 @@ type frames struct {
 	w    io.Writer
 	z    *zstd.Encoder
 	outs [][]byte // of a Write before
+
+	sample, packed []byte // of incompressible
 }
 
 func (f *frames) Write(p []byte) (n int, err error) {
@@ -58,16 +61,75 @@ func (f *frames) Write(p []byte) (n int, err error) {
 	}
 	var group sync.WaitGroup
 	for i, part := range parts {
+		if f.incompressible(part) {
+			f.outs[i] = f.outs[i][:0]
+			continue
+		}
 		group.Go(func() { f.outs[i] = f.z.EncodeAll(part, f.outs[i][:0]) })
 	}
 	group.Wait()
 	for i, out := range f.outs[:len(parts)] {
-		if _, err := f.w.Write(out); err != nil {
+		if len(out) > 0 {
+			_, err = f.w.Write(out)
+		} else {
+			err = f.store(parts[i])
+		}
+		if err != nil {
 			return n, err
 		}
 		n = min(len(p), (i+1)*frameSize)
 	}
 	return n, nil
+}
+
+// samples is how many of a frame's pages are tried, and samplePage is their size.
+const (
+	samples    = 16
+	samplePage = 4 << 10
+)
+
+// incompressible tells whether compression is of no use for a whole frame, by some
+// of its pages. What is encrypted, compressed already or random needs not be copied
+// by the encoder to find that out.
+func (f *frames) incompressible(part []byte) bool {
+	if len(part) < frameSize {
+		return false
+	}
+	f.sample = f.sample[:0]
+	for i := range samples {
+		f.sample = append(f.sample, part[i*len(part)/samples:][:samplePage]...)
+	}
+	f.packed = f.z.EncodeAll(f.sample, f.packed[:0])
+	return len(f.packed) >= len(f.sample)
+}
+
+// store writes part as it is, as a frame of raw blocks (RFC 8878, section 3.1.1).
+func (f *frames) store(part []byte) error {
+	const (
+		magic         = 0xFD2FB528
+		singleSegment = 0xA0 // and four bytes for the size of the content
+		last          = 1
+		blockSize     = 128 << 10
+	)
+	head := binary.LittleEndian.AppendUint32(nil, magic)
+	head = binary.LittleEndian.AppendUint32(append(head, singleSegment), uint32(len(part)))
+	for len(part) > 0 {
+		block := part[:min(len(part), blockSize)]
+		part = part[len(block):]
+		h := uint32(len(block)) << 3 // between it and last is the type, 0: raw
+		if len(part) == 0 {
+			h |= last
+		}
+		head = append(head, byte(h), byte(h>>8), byte(h>>16))
+		if _, err := f.w.Write(head); err != nil {
+			return err
+		}
+		if _, err := f.w.Write(block); err != nil {
+			return err
+		}
+		head = head[:0]
+	}
+	return nil
 }
 
 func (f *frames) Close() error { return f.z.Close() }

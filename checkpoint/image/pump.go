@@ -11,7 +11,7 @@ import (
 // each, cost little.
 const (
 	chunkSize = 4 << 20
-	chunks    = 4
+	chunks    = 6
 )
 
 // pump is a writer that hands what it is given to several others, each in a

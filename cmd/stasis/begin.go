@@ -16,6 +16,7 @@ import (
 	"github.com/prometheus/procfs"
 	"golang.org/x/sys/unix"
 
+	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/image"
 )
@@ -34,7 +35,7 @@ type beginner struct {
 }
 
 // begin starts the attempt. folder is where CRIU writes to, and may be made later;
-// at is the time of the checkpoint. end has to be called.
+// at is the time of the checkpoint. hasEnded and discard have to be called.
 func (d *dumper) begin(ctx context.Context, folder string, at time.Time, o image.Options) *beginner {
 	b := &beginner{dumped: make(chan struct{}), done: make(chan struct{})}
 	// Until then the bar shows what CRIU does.
@@ -76,17 +77,33 @@ func (d *dumper) begin(ctx context.Context, folder string, at time.Time, o image
 	return b
 }
 
-// end tells that CRIU has ended, and returns what was begun, which may be nil, as
-// soon as the file is read. images is the folder where the file is then; with
-// remove, it is removed when it is not needed any more.
-func (b *beginner) end(images string, remove bool) *image.Begun {
-	close(b.dumped)
+// hasEnded tells that CRIU has.
+func (b *beginner) hasEnded() { close(b.dumped) }
+
+// layer returns what was begun, which may be nil, as soon as the file is read.
+// images is the folder where the file is when CRIU has ended. Unless that is to be
+// kept, the file is removed when it is not needed any more, and has its sum in the
+// manifest by us.
+func (b *beginner) layer(ctx context.Context, images string, keep bool) (*image.Begun, error) {
 	<-b.done
-	if b.begun != nil && remove {
+	if keep {
+		return b.begun, nil
+	}
+	if b.begun != nil {
 		// It takes a while to free what a large file has in the page cache.
 		b.begun.Taken = func() { go os.Remove(filepath.Join(images, b.name)) }
 	}
-	return b.begun
+	var known checkpoint.File
+	known.Name, known.Size, known.Sum = b.begun.File()
+	return b.begun, checkpoint.AddSum(ctx, images, known)
+}
+
+// discard removes what was begun, unless it was taken. It may be called on nil.
+func (b *beginner) discard(ctx context.Context) {
+	if b != nil {
+		<-b.done
+		b.begun.Discard(ctx)
+	}
 }
 
 func (b *beginner) hasDumped() bool {

@@ -345,7 +345,7 @@ func (a *app) checkpointOne(ctx context.Context, c *client.Client, container cli
 		return nil, err
 	}
 	o := a.storeOptions(ctx, c, f.compression, bar)
-	defer func() { d.begun.Discard(ctx) }()
+	defer func() { d.early.discard(ctx) }()
 	got, err := d.dump(ctx, work.dir, f, o, bar)
 	// Also if it was interrupted too late.
 	images := filepath.Join(work.dir, "checkpoint")
@@ -361,7 +361,9 @@ func (a *app) checkpointOne(ctx context.Context, c *client.Client, container cli
 	if err != nil {
 		return nil, err
 	}
-	o.Begun = d.begun
+	if d.early != nil {
+		o.Begun = func() (*image.Begun, error) { return d.early.layer(ctx, images, f.exit) }
+	}
 	result, err := a.storeCapture(ctx, d, got, ref, f, o)
 	if err != nil {
 		return nil, err

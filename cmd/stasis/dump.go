@@ -35,7 +35,7 @@ type dumper struct {
 	mounts    []mount.Mount // of the root filesystem
 	note      string        // what a user should know about the checkpoint
 	preDumps  []preDump
-	begun     *image.Begun // part of what is to be stored; nil if there is none
+	early     *beginner // of what is to be stored; nil if there is none
 }
 
 func newDumper(ctx context.Context, c *client.Client, container client.Container) (*dumper, error) {
@@ -101,7 +101,7 @@ func (d *dumper) checkTarget(ctx context.Context, ref, format string) error {
 }
 
 // dump freezes the container, writes it to dir, and lets it run again. o is how it
-// will be stored.
+// will be stored. With d.early, dir is whole when that has its layer.
 func (d *dumper) dump(ctx context.Context, dir string, f *checkpointFlags, o image.Options, bar *progress) (*capture.Capture, error) {
 	info, err := d.describe(ctx)
 	if err != nil {
@@ -117,14 +117,14 @@ func (d *dumper) dump(ctx context.Context, dir string, f *checkpointFlags, o ima
 		return nil, err
 	}
 	defer conn.Close()
-	var early *beginner
 	// What pre-dumps wrote is put together only in the end.
 	if f.format.value == string(image.Runnable) && f.preDumps == 0 && o.Root != "" {
-		early = d.begin(ctx, unfinished(c.Images), info.Checkpointed, o)
+		d.early = d.begin(ctx, unfinished(c.Images), info.Checkpointed, o)
+		r.LeaveSum = !f.exit
 	}
 	result, err := conn.checkpoint(ctx, r, bar)
-	if early != nil {
-		d.begun = early.end(c.Images, !f.exit)
+	if d.early != nil {
+		d.early.hasEnded()
 	}
 	if errdefs.IsNotImplemented(err) {
 		d.note = fmt.Sprintf("its runtime is %s and not Stasis, so it stood still for longer than it would have to", d.info.Runtime.Name)

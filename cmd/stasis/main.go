@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"runtime"
 	"syscall"
 )
 
@@ -37,6 +38,9 @@ type wrongUsage struct{ error }
 func usageError(format string, args ...any) error { return wrongUsage{fmt.Errorf(format, args...)} }
 
 func main() {
+	// A write past the page cache waits for the disk, and Go's scheduler finds out
+	// milliseconds later that the thread's CPU is free: one more uses that.
+	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + 1)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	// A second signal ends us at once: what then is left lying, prune removes.
 	context.AfterFunc(ctx, stop)

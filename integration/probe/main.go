@@ -63,6 +63,7 @@ func main() {
 	case "gap":
 		flags.IntVar(&p.mib, "mib", 0, "size of a heap of random bytes")
 		flags.IntVar(&p.dirty, "dirty", 0, "per cent of the heap that are written to all the time")
+		flags.DurationVar(&p.every, "every", 100*time.Microsecond, "how often it looks")
 		flags.Parse(os.Args[2:])
 		fatal(p.gap())
 	case "agent":
@@ -99,6 +100,7 @@ func ask(socket, request string) {
 type probe struct {
 	socket, dir, connect string
 	mib, dirty           int
+	every                time.Duration
 	counter              atomic.Int64
 }
 
@@ -189,7 +191,7 @@ func (p *probe) count() {
 }
 
 // gap measures the longest time between two looks at the clock, of one thread
-// that looks every tenth of a millisecond.
+// that looks every so often.
 func (p *probe) gap() error {
 	if p.mib > 0 {
 		mem, err := randomBytes(p.mib << 20)
@@ -205,11 +207,12 @@ func (p *probe) gap() error {
 		}()
 	}
 	var longest atomic.Int64
+	pause := unix.NsecToTimespec(p.every.Nanoseconds())
 	go func() {
 		runtime.LockOSThread()
 		last := clock(unix.CLOCK_MONOTONIC)
 		for {
-			unix.Nanosleep(&unix.Timespec{Nsec: 100_000}, nil)
+			unix.Nanosleep(&pause, nil)
 			now := clock(unix.CLOCK_MONOTONIC)
 			// Who resets it meanwhile loses nothing but the old maximum.
 			if gap := int64(now - last); gap > longest.Load() {
