@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
 	"strings"
 	"time"
 
@@ -236,10 +237,17 @@ func (a *app) startRestored(ctx context.Context, container client.Container, spe
 	if f.attach && terminal {
 		con = rawTerminal()
 	}
+	// From here on: one that comes when all is restored, and so undoes nothing any
+	// more, is for the container.
+	var signals chan os.Signal
+	if f.attach {
+		signals = catchSignals()
+	}
 	if err := startTask(ctx, task); err != nil {
 		if con != nil {
 			con.Reset()
 		}
+		signal.Stop(signals)
 		return nil, nil, remove(err)
 	}
 	if !f.attach {
@@ -251,7 +259,7 @@ func (a *app) startRestored(ctx context.Context, container client.Container, spe
 			defer con.Reset()
 			defer followSize(ctx, task, con)()
 		}
-		defer forwardSignals(ctx, task)()
+		defer forwardSignals(ctx, task, signals)()
 		status := <-exited
 		if err := status.Error(); err != nil {
 			return fmt.Errorf("wait for %s: %w", container.ID(), err)
@@ -269,9 +277,8 @@ func (a *app) startRestored(ctx context.Context, container client.Container, spe
 func startTask(ctx context.Context, task client.Task) error {
 	whole := context.WithoutCancel(ctx)
 	stop := context.AfterFunc(ctx, func() { _ = task.Kill(whole, unix.SIGKILL) })
-	defer stop()
 	err := task.Start(whole)
-	if ctx.Err() != nil {
+	if !stop() {
 		return errors.Join(context.Cause(ctx), err)
 	}
 	return err

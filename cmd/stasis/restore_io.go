@@ -39,10 +39,15 @@ func unattachedIO(uri string, terminal bool) cio.Creator {
 	}
 }
 
-// forwardSignals sends on to a container the signals that would end us.
-func forwardSignals(ctx context.Context, task client.Task) (stop func()) {
+// catchSignals keeps the signals that would end us.
+func catchSignals() chan os.Signal {
 	signals := make(chan os.Signal, 16)
 	signal.Notify(signals, unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT)
+	return signals
+}
+
+// forwardSignals sends on to a container what catchSignals has kept and keeps.
+func forwardSignals(ctx context.Context, task client.Task, signals chan os.Signal) (stop func()) {
 	go func() {
 		for s := range signals {
 			_ = task.Kill(ctx, s.(unix.Signal)) // it may have ended
