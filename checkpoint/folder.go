@@ -132,7 +132,7 @@ func replaceable(dir string) ([]string, error) {
 	}
 	_, whole := files[inventoryName]
 	listed := map[string]bool{}
-	if m, err := readManifest(dir); err == nil && m != nil {
+	if m, err := readManifestBy(dir, decodeUnsummed); err == nil && m != nil {
 		for _, file := range m.Files {
 			listed[file.Name] = true
 		}

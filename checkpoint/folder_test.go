@@ -13,6 +13,7 @@ import (
 
 	"github.com/cespare/xxhash/v2"
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 )
 
 // fill writes a checkpoint's files as CRIU would, without the modes we want.
@@ -232,7 +233,7 @@ func TestLeaveSum(t *testing.T) {
 	const largest = "pages-1.img"
 	data := bytes.Repeat([]byte("memory"), recheckSize)
 	size := int64(len(data))
-	for _, known := range []File{{Name: largest, Size: size}, {Name: largest, Size: size - 1}, {Name: "pages-2.img", Size: size}, {}} {
+	for i, known := range []File{{Name: largest, Size: size}, {Name: largest, Size: size}, {Name: largest, Size: size - 1}, {Name: "pages-2.img", Size: size}, {}} {
 		dir := filepath.Join(t.TempDir(), "checkpoint")
 		f, err := NewFolder(dir)
 		must(t, err)
@@ -243,7 +244,13 @@ func TestLeaveSum(t *testing.T) {
 		_, err = Open(t.Context(), dir)
 		wantError(t, err, errdefs.ErrInvalidArgument, largest+" has no valid sum")
 		known.Sum = "xxh64:0000000000000001"
-		if known.Name == largest && known.Size == size {
+		var st unix.Stat_t
+		must(t, unix.Stat(filepath.Join(dir, largest), &st))
+		known.Inode = st.Ino
+		switch i {
+		case 1: // another file
+			known.Inode++
+		case 0:
 			known.Sum = fmt.Sprintf("xxh64:%016x", xxhash.Sum64(data))
 		}
 		for range 2 { // the second has nothing to do
@@ -255,9 +262,20 @@ func TestLeaveSum(t *testing.T) {
 		_, err = Open(t.Context(), dir)
 		must(t, err)
 	}
+	// What an interruption leaves of one is replaced.
+	dir := filepath.Join(t.TempDir(), "checkpoint")
+	f, err := NewFolder(dir)
+	must(t, err)
+	fill(t, f.Path())
+	f.leaveSum = true
+	must(t, f.Commit(Manifest{}, false))
+	must(t, os.Remove(filepath.Join(dir, inventoryName)))
+	f, err = NewFolder(dir)
+	must(t, err)
+	must(t, f.Discard())
 	// Another runtime's has no manifest.
 	must(t, AddSum(t.Context(), realFolder(t, "runc-sleep"), File{}))
-	dir := t.TempDir()
+	dir = t.TempDir()
 	write(t, filepath.Join(dir, manifestName), []byte("{}"))
 	wantError(t, AddSum(t.Context(), dir, File{}), errdefs.ErrInvalidArgument, dir)
 }

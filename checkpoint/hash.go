@@ -59,9 +59,9 @@ func hashFile(ctx context.Context, f *os.File, name string) (string, int64, erro
 }
 
 // AddSum completes the manifest of the checkpoint in dir that was made with
-// DumpRequest.LeaveSum. If known, which has a sum, is of the name and size of the file
-// without one, that is taken; else the file is read. A manifest that is complete, or
-// a folder without one, stays as it is.
+// DumpRequest.LeaveSum. If known, which has a sum, is of the name, size and inode of
+// the file without one, that is taken; else the file is read. A manifest that is
+// complete, or a folder without one, stays as it is.
 func AddSum(ctx context.Context, dir string, known File) error {
 	m, err := readManifestBy(dir, decodeUnsummed)
 	if err != nil || m == nil {
@@ -72,7 +72,7 @@ func AddSum(ctx context.Context, dir string, known File) error {
 		return nil
 	}
 	file := &m.Files[i]
-	if file.Sum = known.Sum; file.Name != known.Name || file.Size != known.Size {
+	if file.Sum = known.Sum; file.Name != known.Name || file.Size != known.Size || file.Inode != known.Inode {
 		f, err := openIn(dir, file.Name)
 		if err != nil {
 			return wrap(dir, err)

@@ -25,8 +25,8 @@ import (
 // It can be begun while CRIU still writes that file. To sum it and to write it to
 // the disk takes as long as CRIU does, and would else begin when CRIU has ended.
 // But a tar has the size of a file before its bytes, so that has to be foreseen.
-// Whether it was, and whether what was read is what CRIU has written, is found out
-// by WriteRunnable; if not, it begins anew.
+// Whether it was, and whether the file is the one that CRIU has left, is found out by
+// WriteRunnable; if not, it begins anew.
 type Begun struct {
 	// Taken, if not nil, is called when WriteRunnable takes the layer, and so does
 	// not need the file any more.

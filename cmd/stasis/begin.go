@@ -32,6 +32,7 @@ type beginner struct {
 	done   chan struct{} // closed when begun is what it will be
 	begun  *image.Begun
 	name   string // of its file
+	inode  uint64 // as well
 }
 
 // begin starts the attempt. folder is where CRIU writes to, and may be made later;
@@ -71,7 +72,11 @@ func (d *dumper) begin(ctx context.Context, folder string, at time.Time, o image
 			return
 		}
 		r := io.LimitReader(&growing{f, size, b}, size)
-		b.name = filepath.Base(f.Name())
+		var st unix.Stat_t
+		if unix.Fstat(int(f.Fd()), &st) != nil {
+			return
+		}
+		b.name, b.inode = filepath.Base(f.Name()), st.Ino
 		b.begun, _ = image.Begin(ctx, d.client.ContentStore(), at, b.name, size, r, o)
 	}()
 	return b
@@ -93,7 +98,7 @@ func (b *beginner) layer(ctx context.Context, images string, keep bool) (*image.
 		// It takes a while to free what a large file has in the page cache.
 		b.begun.Taken = func() { go os.Remove(filepath.Join(images, b.name)) }
 	}
-	var known checkpoint.File
+	known := checkpoint.File{Inode: b.inode}
 	known.Name, known.Size, known.Sum = b.begun.File()
 	return b.begun, checkpoint.AddSum(ctx, images, known)
 }

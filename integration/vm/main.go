@@ -148,8 +148,9 @@ func (m *machine) tryKVM(ctx context.Context) string {
 func (m *machine) boot(ctx context.Context, v variant) error {
 	console := filepath.Join(m.results, v.name+".console.log")
 	for again := 0; ; again++ {
+		_ = os.Remove(console) // another boot's
 		err := m.bootOnce(ctx, v, console)
-		if err == nil || m.accel != "tcg" || again == 2 {
+		if err == nil || ctx.Err() != nil || m.accel != "tcg" || again == 2 {
 			return err
 		}
 		if text, _ := os.ReadFile(console); !emulatorFault(text) {
