@@ -33,7 +33,9 @@ type DumpRequest struct {
 	Exit        bool // the container ends with the dump
 	Paused      bool // the container is frozen, and stays so
 	Durable     bool // the checkpoint has to survive a power cut
-	LeaveSum    bool // the sum of the largest file is left to AddSum
+	// LeaveSum leaves the sum of the largest file to AddSum. Until then no restore
+	// takes the checkpoint, and an older one in Dir is gone; so not with Exit.
+	LeaveSum bool
 
 	// While, if not nil, is what else has to see the container stand still; it
 	// runs beside CRIU, and the container is not thawed before both have ended. It

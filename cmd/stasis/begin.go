@@ -31,8 +31,7 @@ type beginner struct {
 	dumped chan struct{} // closed when CRIU has ended
 	done   chan struct{} // closed when begun is what it will be
 	begun  *image.Begun
-	name   string // of its file
-	inode  uint64 // as well
+	inode  uint64 // of its file
 }
 
 // begin starts the attempt. folder is where CRIU writes to, and may be made later;
@@ -76,8 +75,8 @@ func (d *dumper) begin(ctx context.Context, folder string, at time.Time, o image
 		if unix.Fstat(int(f.Fd()), &st) != nil {
 			return
 		}
-		b.name, b.inode = filepath.Base(f.Name()), st.Ino
-		b.begun, _ = image.Begin(ctx, d.client.ContentStore(), at, b.name, size, r, o)
+		b.inode = st.Ino
+		b.begun, _ = image.Begin(ctx, d.client.ContentStore(), at, filepath.Base(f.Name()), size, r, o)
 	}()
 	return b
 }
@@ -94,12 +93,12 @@ func (b *beginner) layer(ctx context.Context, images string, keep bool) (*image.
 	if keep {
 		return b.begun, nil
 	}
-	if b.begun != nil {
-		// It takes a while to free what a large file has in the page cache.
-		b.begun.Taken = func() { go os.Remove(filepath.Join(images, b.name)) }
-	}
 	known := checkpoint.File{Inode: b.inode}
 	known.Name, known.Size, known.Sum = b.begun.File()
+	if b.begun != nil {
+		// It takes a while to free what a large file has in the page cache.
+		b.begun.Taken = func() { go os.Remove(filepath.Join(images, known.Name)) }
+	}
 	return b.begun, checkpoint.AddSum(ctx, images, known)
 }
 

@@ -32,19 +32,15 @@ func (s size) String() string {
 // random bytes. The process itself measures for how long it stands still.
 func (b *bench) checkpoint(size size) {
 	b.logf("checkpoint, %v: %d times each", size, size.rounds)
-	workload := stack.Args("/probe", "gap", "-mib", fmt.Sprint(size.mib))
-	bundle := b.newBundle(stack.Probe, workload)
+	bundle := b.newBundle(stack.Probe, stack.Args(gap(size.mib)...))
 	defer bundle.remove()
 	bundle.start()
 	b.settleProbe(bundle.pid)
 	containers := map[string]*stack.Container{}
 	pid := func(shim string) func() int { return func() int { return int(containers[shim].Task.Pid()) } }
 	for _, shim := range shims {
-		c := b.container(shim, stack.Probe, workload)
-		c.Start(b.ctx)
-		containers[shim] = c
-		defer c.Delete(b.ctx)
-		b.settleProbe(pid(shim))
+		containers[shim] = b.startProbe(shim, gap(size.mib))
+		defer containers[shim].Delete(b.ctx)
 	}
 
 	toFolder := func(name string) contender {
@@ -174,6 +170,19 @@ func (b *bench) taskCheckpoint(c *stack.Container) client.Image {
 		b.tb.Fatalf("checkpoint: %v\n%s", err, c.CRIULog("dump", ""))
 	}
 	return image
+}
+
+// gap is a probe that looks at the clock, with a heap of so many MiB.
+func gap(mib int, more ...string) []string {
+	return append([]string{"/probe", "gap", "-mib", fmt.Sprint(mib)}, more...)
+}
+
+// startProbe starts a container with a probe.
+func (b *bench) startProbe(shim string, probe []string) *stack.Container {
+	c := b.container(shim, stack.Probe, stack.Args(probe...))
+	c.Start(b.ctx)
+	b.settleProbe(func() int { return int(c.Task.Pid()) })
+	return c
 }
 
 // settleProbe waits until a probe has filled its heap.

@@ -13,7 +13,6 @@ import (
 
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/images/archive"
-	"github.com/containerd/containerd/v2/pkg/oci"
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/integration/stack"
@@ -23,35 +22,35 @@ import (
 // the store, beside what others need for the like.
 func (b *bench) image(size size) {
 	b.logf("stasis checkpoint, %v: %d times each", size, size.rounds)
-	workload := func(more ...string) oci.SpecOpts {
-		return stack.Args(append([]string{"/probe", "gap", "-mib", fmt.Sprint(size.mib)}, more...)...)
+	compressed := func(compress string) func(id, ref string) {
+		return func(id, ref string) { b.s.Stasis("checkpoint", id, ref, "--compress", compress) }
 	}
-	c := b.startProbe(workload())
-	bundle := b.newBundle(stack.Probe, workload())
+	c := b.startProbe(stasis, gap(size.mib))
+	bundle := b.newBundle(stack.Probe, stack.Args(gap(size.mib)...))
 	bundle.start()
 	b.settleProbe(bundle.pid)
 	b.rounds(size.rounds, []*row{
 		{Name: fmt.Sprintf("stasis checkpoint %v: total", size), Unit: "ms"},
 		{Name: fmt.Sprintf("stasis checkpoint %v: frozen", size), Unit: "ms", Target: target{raw, 1.15}},
-	}, contender{stasis, func() []float64 { return b.toImage(c, size, "none") }},
+	}, contender{stasis, func() []float64 { return b.toImage(c, size, compressed("none")) }},
 		contender{raw, func() []float64 { return b.dump(size, bundle.pid, bundle.checkpoint) }})
 	bundle.remove()
 	b.kill(c)
 
 	// To look at the clock ten thousand times a second, as a frozen time needs it,
 	// is a load of its own, of which there would be two.
-	c = b.startProbe(workload(quiet...))
+	quiet := gap(size.mib, "-every", "20ms")
+	c = b.startProbe(stasis, quiet)
 	defer b.kill(c)
 	p := b.newPodman()
 	defer p.remove()
-	p.run(append([]string{"run", "--detach", "--name", "gap", "--network", "none", stack.Probe,
-		"/probe", "gap", "-mib", fmt.Sprint(size.mib)}, quiet...)...)
+	p.run(append([]string{"run", "--detach", "--name", "gap", "--network", "none", stack.Probe}, quiet...)...)
 	b.settleProbe(func() int { return p.pid("gap") })
 	for _, compress := range []string{"none", "zstd"} {
 		b.logf("an image or archive, %s, %v: %d times each", compress, size, size.rounds)
 		b.rounds(size.rounds, []*row{{
 			Name: fmt.Sprintf("to an image %v, %s", size, compress), Unit: "ms", Target: target{podmanName, 0.6},
-		}}, contender{stasis, func() []float64 { return b.toImage(c, size, compress)[:1] }},
+		}}, contender{stasis, func() []float64 { return b.toImage(c, size, compressed(compress))[:1] }},
 			contender{podmanName, func() []float64 {
 				file := filepath.Join(b.s.Dir, b.name("archive"))
 				unix.Sync()
@@ -67,23 +66,10 @@ func (b *bench) image(size size) {
 	}
 }
 
-// quiet has a probe look at the clock so seldom that it is no load.
-var quiet = []string{"-every", "20ms"}
-
-// startProbe starts a container of ours with a probe.
-func (b *bench) startProbe(workload oci.SpecOpts) *stack.Container {
-	c := b.container(stasis, stack.Probe, workload)
-	c.Start(b.ctx)
-	b.settleProbe(func() int { return int(c.Task.Pid()) })
-	return c
-}
-
-// toImage measures one checkpoint of it by the command line, as dump does.
-func (b *bench) toImage(c *stack.Container, size size, compress string) []float64 {
+// toImage measures one checkpoint of it as an image, as dump does.
+func (b *bench) toImage(c *stack.Container, size size, checkpoint func(id, ref string)) []float64 {
 	ref := "localhost/bench/" + b.name("checkpoint") + ":1"
-	figures := b.dump(size, func() int { return int(c.Task.Pid()) }, func(string) {
-		b.s.Stasis("checkpoint", c.ID(), ref, "--compress", compress)
-	})
+	figures := b.dump(size, func() int { return int(c.Task.Pid()) }, func(string) { checkpoint(c.ID(), ref) })
 	b.removeImage(ref)
 	return figures
 }
@@ -94,23 +80,15 @@ func (b *bench) files(mib, rounds int) {
 	heap := size{16, rounds}
 	containers := map[string]*stack.Container{}
 	for _, shim := range shims {
-		c := b.container(shim, stack.Probe, stack.Args("/probe", "gap", "-mib", fmt.Sprint(heap.mib)))
-		c.Start(b.ctx)
+		c := b.startProbe(shim, gap(heap.mib))
 		defer b.kill(c)
-		b.settleProbe(func() int { return int(c.Task.Pid()) })
 		b.fill(fmt.Sprintf("/proc/%d/root/data", c.Task.Pid()), mib)
 		containers[shim] = c
 	}
 	// Room for what is copied.
 	room := size{mib, rounds}
 	with := func(shim string, checkpoint func(id, ref string)) contender {
-		c := containers[shim]
-		return contender{shim, func() []float64 {
-			ref := "localhost/bench/" + b.name("checkpoint") + ":1"
-			figures := b.dump(room, func() int { return int(c.Task.Pid()) }, func(string) { checkpoint(c.ID(), ref) })
-			b.removeImage(ref)
-			return figures
-		}}
+		return contender{shim, func() []float64 { return b.toImage(containers[shim], room, checkpoint) }}
 	}
 	name := fmt.Sprintf("checkpoint with %d MiB of files", mib)
 	b.rounds(rounds, []*row{
