@@ -150,8 +150,21 @@ func TestCLIBegun(t *testing.T) {
 	s.Poll(ctx, "containerd to remove the upload", func() bool { _, n := upload(t, s); return n == 0 })
 	checkTidy(t, s)
 
+	// containerd dies before anything is stored: the command ends without it.
+	cmd, out := heldCheckpoint(t, s, stack.Before, "c", "stasis.test/begun:none")
+	s.Kill9()
+	f.Clear("checkpoint")
+	if err := cmd.Wait(); err == nil {
+		t.Errorf("containerd has died, and stasis says %s", out)
+	}
+	s.Restart()
+	c = load(t, s, "c")
+	runsOn(t, ctx, c)
+	s.Stasis("prune")
+	checkTidy(t, s)
+
 	// With --exit, and restored.
-	cmd, out := heldCheckpoint(t, s, stack.After, "c", "stasis.test/begun:exit", "--exit", "--compress", "none")
+	cmd, out = heldCheckpoint(t, s, stack.After, "c", "stasis.test/begun:exit", "--exit", "--compress", "none")
 	file := begun()
 	f.Clear("checkpoint")
 	if err := cmd.Wait(); err != nil {

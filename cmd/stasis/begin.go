@@ -28,6 +28,7 @@ const beginLeast = 64 << 20
 // image.Begun. It is an attempt: without a result, the layer is begun when CRIU has
 // ended, and what went wrong shows there again.
 type beginner struct {
+	cancel context.CancelFunc
 	dumped chan struct{} // closed when CRIU has ended
 	done   chan struct{} // closed when begun is what it will be
 	begun  *image.Begun
@@ -37,7 +38,8 @@ type beginner struct {
 // begin starts the attempt. folder is where CRIU writes to, and may be made later;
 // at is the time of the checkpoint. hasEnded and discard have to be called.
 func (d *dumper) begin(ctx context.Context, folder string, at time.Time, o image.Options) *beginner {
-	b := &beginner{dumped: make(chan struct{}), done: make(chan struct{})}
+	ctx, cancel := context.WithCancel(ctx)
+	b := &beginner{cancel: cancel, dumped: make(chan struct{}), done: make(chan struct{})}
 	// Until then the bar shows what CRIU does.
 	tell := o.Progress
 	o.Progress = func(stage string, done, total int64) {
@@ -102,9 +104,11 @@ func (b *beginner) layer(ctx context.Context, images string, keep bool) (*image.
 	return b.begun, checkpoint.AddSum(ctx, images, known)
 }
 
-// discard removes what was begun, unless it was taken. It may be called on nil.
+// discard removes what was begun, unless it was taken. It may be called on nil. It
+// does not wait for what would not be used, such as a containerd that has died.
 func (b *beginner) discard(ctx context.Context) {
 	if b != nil {
+		b.cancel()
 		<-b.done
 		b.begun.Discard(ctx)
 	}
