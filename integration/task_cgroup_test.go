@@ -1,8 +1,12 @@
 package integration
 
 import (
+	"fmt"
+	"strings"
+	"syscall"
 	"testing"
 
+	"github.com/containerd/cgroups/v3"
 	cgroup1 "github.com/containerd/cgroups/v3/cgroup1/stats"
 	cgroup2 "github.com/containerd/cgroups/v3/cgroup2/stats"
 	"github.com/containerd/containerd/v2/client"
@@ -19,8 +23,10 @@ func TestStats(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := stack.Start(t, opts)
 			ctx := s.Ctx()
-			c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sleep", "1000"), oci.WithMemoryLimit(64<<20), oci.WithPidsLimit(50))
+			c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sh", "-c", "echo up; exec sleep 1000"), oci.WithMemoryLimit(64<<20), oci.WithPidsLimit(50))
 			c.Start(ctx)
+			// Before that, the threads of the runtime's init may be there still.
+			c.Stdout.WaitFor(ctx, "up\n")
 			m, err := c.Task.Metrics(ctx)
 			if err != nil {
 				t.Fatal(err)
@@ -105,5 +111,41 @@ func TestOOMOfExec(t *testing.T) {
 	}
 	if status := c.Status(ctx); status != client.Running {
 		t.Errorf("the container is %s", status)
+	}
+}
+
+// TestOOMCount has several processes meet the limit at once, for which the kernel
+// signals version 1's eventfd more often than it kills: there is one event for each
+// kill that the kernel counted.
+func TestOOMCount(t *testing.T) {
+	s := stack.Start(t, stack.Options{})
+	ctx := s.Ctx()
+	watch := watchEvents(t, s)
+	c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sleep", "1000"), oci.WithMemoryLimit(64<<20), oci.WithMemorySwap(64<<20))
+	c.Start(ctx)
+	const each = 4
+	for range 3 {
+		c.ExecErr(ctx, "sh", "-c", fmt.Sprintf("for i in $(seq %d); do tail /dev/zero & done; wait", each))
+	}
+	file := "memory.events"
+	if cgroups.Mode() != cgroups.Unified {
+		file = "memory.oom_control"
+	}
+	counters, err := readCgroup(s, "memory", "c", file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	kills := 0
+	for line := range strings.Lines(counters) {
+		_, _ = fmt.Sscanf(line, "oom_kill %d", &kills)
+	}
+	if kills < 3 {
+		t.Fatalf("the kernel killed %d processes: %s", kills, counters)
+	}
+	c.Kill(ctx, syscall.SIGKILL)
+	c.Delete(ctx)
+	watch.waitFor(ctx, "/tasks/delete", 1)
+	if got := strings.Count(topics(t, watch, "c"), "oom"); got != kills {
+		t.Errorf("%d OOM events, the kernel counted %d kills", got, kills)
 	}
 }

@@ -1,13 +1,9 @@
 package process
 
 import (
-	"bytes"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
-	"strconv"
-	"strings"
 	"sync"
 	"time"
 	"unsafe"
@@ -19,21 +15,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// WatchOOM calls notify each time the kernel kills a process of the group for
-// lack of memory, until stop is called or the group is gone. What the kernel has
-// done before stop, notify is told of before stop returns: a process killed for
-// lack of memory is known to be when its exit is.
+// WatchOOM calls notify once for each process of the group that the kernel kills
+// for lack of memory, until stop is called or the group is gone. Kills before the
+// call are not reported. Kills before stop are reported before stop returns, so
+// an OOM event precedes the exit of the process.
 func (c *Cgroup) WatchOOM(notify func()) (stop func(), err error) {
 	if c.v2 != nil {
 		return watchMemoryEvents(filepath.Join(c.memory, "memory.events"), notify)
 	}
-	return c.watchEventfd(notify)
-}
-
-// watchEventfd is WatchOOM for version 1: an eventfd that the kernel signals
-// for each OOM, and once when the group is removed
-// (Documentation/admin-guide/cgroup-v1/memory.rst).
-func (c *Cgroup) watchEventfd(notify func()) (func(), error) {
+	kills, err := oomCounterV1(c.memory)
+	if err != nil {
+		return nil, fmt.Errorf("watch for OOM: %w", err)
+	}
 	fd, err := c.v1.RegisterMemoryEvent(cgroup1.OOMEvent())
 	if err != nil {
 		return nil, fmt.Errorf("watch for OOM: %w", err)
@@ -42,48 +35,7 @@ func (c *Cgroup) watchEventfd(notify func()) (func(), error) {
 		unix.Close(int(fd))
 		return nil, err
 	}
-	f := os.NewFile(fd, "oom-eventfd")
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		defer f.Close()
-		count := make([]byte, 8)
-		for {
-			_, err := f.Read(count)
-			stopped := errors.Is(err, os.ErrDeadlineExceeded)
-			if err != nil && (!stopped || !readable(f, count)) {
-				return
-			}
-			if _, err := os.Stat(c.memory); err != nil {
-				return // removed
-			}
-			notify()
-			if stopped {
-				return
-			}
-		}
-	}()
-	return func() {
-		_ = f.SetReadDeadline(time.Now())
-		<-done
-	}, nil
-}
-
-// readable reads what there is, past the file's deadline and without waiting.
-func readable(f *os.File, buf []byte) bool {
-	if err := f.SetReadDeadline(time.Time{}); err != nil {
-		return false
-	}
-	conn, err := f.SyscallConn()
-	if err != nil {
-		return false
-	}
-	n := 0
-	err = conn.Read(func(fd uintptr) bool {
-		n, _ = unix.Read(int(fd), buf)
-		return true
-	})
-	return err == nil && n > 0
+	return watchSignals(os.NewFile(fd, "oom-eventfd"), kills, notify), nil
 }
 
 // memoryEvents is the shim's one inotify instance: the kernel allows few of
@@ -96,8 +48,7 @@ var memoryEvents struct {
 }
 
 type memoryWatch struct {
-	path   string
-	killed uint64 // oom_kill as last read
+	kills  *killCounter // guarded by memoryEvents
 	notify func()
 }
 
@@ -115,12 +66,15 @@ func watchMemoryEvents(path string, notify func()) (func(), error) {
 		m.fd, m.watches = fd, map[int]*memoryWatch{}
 		go readMemoryEvents(os.NewFile(uintptr(fd), "inotify"))
 	}
+	kills, err := newKillCounter(func() (map[string]uint64, error) { return readMemoryEventsFile(path) })
+	if err != nil {
+		return nil, fmt.Errorf("watch for OOM: %w", err)
+	}
 	wd, err := unix.InotifyAddWatch(m.fd, path, unix.IN_MODIFY)
 	if err != nil {
 		return nil, fmt.Errorf("watch %s: %w", path, err)
 	}
-	killed, _ := oomKills(path)
-	m.watches[wd] = &memoryWatch{path: path, killed: killed, notify: notify}
+	m.watches[wd] = &memoryWatch{kills: kills, notify: notify}
 	return func() {
 		memoryModified(wd, 0)
 		m.Lock()
@@ -161,33 +115,11 @@ func memoryModified(wd int, mask uint32) {
 		m.Unlock()
 		return
 	}
-	killed, err := oomKills(w.path)
-	more := err == nil && killed > w.killed
-	if more {
-		w.killed = killed
-	}
+	more, _ := w.kills.more(true) // a group that is gone has no more
 	m.Unlock()
-	if more {
+	for range more {
 		w.notify()
 	}
-}
-
-// oomKills reads the counter oom_kill of a memory.events file.
-func oomKills(path string) (uint64, error) {
-	data, err := os.ReadFile(path)
-	if err != nil {
-		return 0, err
-	}
-	return parseOOMKills(data)
-}
-
-func parseOOMKills(data []byte) (uint64, error) {
-	for line := range bytes.Lines(data) {
-		if count, ok := strings.CutPrefix(string(line), "oom_kill "); ok {
-			return strconv.ParseUint(strings.TrimSpace(count), 10, 64)
-		}
-	}
-	return 0, nil
 }
 
 // appearInterval is how often WatchOOMOf looks for a group.
