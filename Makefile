@@ -61,7 +61,7 @@ test: setup build lint test-unit test-fuzz test-integration ## set up, build, li
 .PHONY: test-unit
 test-unit: ## run the unit tests under the race detector
 	@packages=$$(go list ./...); \
-	go test -race $(run_flag) $$(grep -v '/integration' <<<"$$packages")
+	go test -race -timeout 30m $(run_flag) $$(grep -v '/integration' <<<"$$packages")
 
 .PHONY: test-fuzz
 test-fuzz: ## run every fuzz target for ten seconds
@@ -70,12 +70,12 @@ test-fuzz: ## run every fuzz target for ten seconds
 .PHONY: test-integration
 test-integration: setup build ## run the tests on real containerd, runc, crun and CRIU (root)
 	@packages=$$(go list ./integration/... | grep -v /integration/kubernetes); \
-	$(with_env) go test -count=1 -timeout 35m $(run_flag) $$packages
+	$(with_env) go test -count=1 -timeout 60m $(run_flag) $$packages
 
 .PHONY: test-kubernetes
 test-kubernetes: build ## run the tests on a real Kubernetes, which it builds (root)
 	@contrib/setup.sh --kubernetes
-	@$(with_env) go test -count=1 -timeout 20m $(run_flag) ./integration/kubernetes/...
+	@$(with_env) go test -count=1 -timeout 40m $(run_flag) ./integration/kubernetes/...
 
 .PHONY: test-vm
 test-vm: setup build ## run the core of them in a VM: a stock kernel, cgroup v2, AppArmor (root)

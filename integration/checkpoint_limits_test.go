@@ -71,7 +71,7 @@ while True: conns.append(s.accept()); print("accepted")`))
 	neighbour.Start(ctx)
 	neighbour.Stdout.WaitFor(ctx, "ready")
 	connect := func(kind string) oci.SpecOpts {
-		return python(`s = socket.socket(socket.AF_UNIX, socket.SOCK_` + kind + `); s.connect("/volume/` + kind + `"); time.sleep(.1)`)
+		return python(`s = socket.socket(socket.AF_UNIX, socket.SOCK_` + kind + `); s.connect("/volume/` + kind + `")`)
 	}
 
 	limits := map[string]limit{
@@ -127,11 +127,13 @@ while True: conns.append(s.accept()); print("accepted")`))
 			}
 			id := strings.ReplaceAll(name, " ", "-")
 			dir := filepath.Join(s.Dir, "checkpoints", id)
+			accepted := func() int { return strings.Count(neighbour.Stdout.String(), "accepted") }
+			before := accepted()
 			c := s.NewContainer(ctx, id, l.image, l.opts...)
 			c.Start(ctx)
 			c.Stdout.WaitFor(ctx, "ready")
-			if name == "unix stream" {
-				neighbour.Stdout.WaitFor(ctx, "accepted")
+			if strings.HasPrefix(name, "unix stream") {
+				s.Poll(ctx, "the neighbour to accept the connection", func() bool { return accepted() > before })
 			}
 			err := c.CheckpointErr(ctx, dir, l.asked)
 			text := strings.ReplaceAll(regexp.QuoteMeta(l.says), "…", ".*")

@@ -5,8 +5,10 @@ import (
 	"errors"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -65,9 +67,13 @@ func TestCLIBegun(t *testing.T) {
 	c := s.NewContainer(ctx, "c", stack.Probe, stack.Args("/probe", "gap", "-mib", strconv.Itoa(mib)))
 	c.Start(ctx)
 	c.Stdout.WaitFor(ctx, "ready")
-	// It does not begin early where CRIU would wait for the disk, which others may
-	// have left much to do.
-	unix.Sync()
+	held := func(when stack.When, args ...string) (*exec.Cmd, *strings.Builder) {
+		t.Helper()
+		// It does not begin early where CRIU would wait for the disk, which others, or
+		// this test, may have left much to do.
+		unix.Sync()
+		return heldCheckpoint(t, s, when, args...)
+	}
 	// Whole chunks are there already.
 	begun := func() (largest os.FileInfo) {
 		s.Poll(ctx, "the upload", func() bool {
@@ -116,7 +122,7 @@ func TestCLIBegun(t *testing.T) {
 
 	for _, compress := range []string{"none", "zstd"} {
 		ref := "stasis.test/begun:" + compress
-		cmd, out := heldCheckpoint(t, s, stack.After, "c", ref, "--compress", compress)
+		cmd, out := held(stack.After, "c", ref, "--compress", compress)
 		file := begun()
 		f.Clear("checkpoint")
 		if err := cmd.Wait(); err != nil {
@@ -141,7 +147,7 @@ func TestCLIBegun(t *testing.T) {
 	}
 
 	// The command is killed: prune ends what it has left.
-	cmd, _ := heldCheckpoint(t, s, stack.After, "c", "stasis.test/begun:none")
+	cmd, _ := held(stack.After, "c", "stasis.test/begun:none")
 	begun()
 	must(t, cmd.Process.Signal(syscall.SIGKILL))
 	_ = cmd.Wait()
@@ -151,7 +157,7 @@ func TestCLIBegun(t *testing.T) {
 	checkTidy(t, s)
 
 	// containerd dies before anything is stored: the command ends without it.
-	cmd, out := heldCheckpoint(t, s, stack.Before, "c", "stasis.test/begun:none")
+	cmd, out := held(stack.Before, "c", "stasis.test/begun:none")
 	s.Kill9()
 	f.Clear("checkpoint")
 	if err := cmd.Wait(); err == nil {
@@ -164,7 +170,7 @@ func TestCLIBegun(t *testing.T) {
 	checkTidy(t, s)
 
 	// With --exit, and restored.
-	cmd, out = heldCheckpoint(t, s, stack.After, "c", "stasis.test/begun:exit", "--exit", "--compress", "none")
+	cmd, out = held(stack.After, "c", "stasis.test/begun:exit", "--exit", "--compress", "none")
 	file := begun()
 	f.Clear("checkpoint")
 	if err := cmd.Wait(); err != nil {

@@ -1,7 +1,6 @@
 package integration
 
 import (
-	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -19,7 +18,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -31,23 +29,15 @@ import (
 // registry is Debian's docker-registry on loopback.
 type registry struct {
 	host string // with the port
-
-	mu  sync.Mutex
-	log bytes.Buffer
-}
-
-func (r *registry) Write(p []byte) (int, error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.log.Write(p)
+	// log is a file, and no pipe: what the registry has answered is in it.
+	log string
 }
 
 // requests counts the requests so far that the log has with a method and a part
 // of the path.
 func (r *registry) requests(method, part string) (n int) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for _, line := range strings.Split(r.log.String(), "\n") {
+	log, _ := os.ReadFile(r.log)
+	for line := range strings.Lines(string(log)) {
 		if strings.Contains(line, `"`+method+" ") && strings.Contains(line, part) {
 			n++
 		}
@@ -69,15 +59,29 @@ func startRegistry(t *testing.T, s *stack.Stack, o registryConfig) *registry {
 	if err != nil {
 		t.Fatal("no docker-registry in PATH: run contrib/setup.sh, then eval \"$(contrib/setup.sh --env)\"")
 	}
-	// The registry cannot choose a port by itself.
 	if o.address == "" {
 		o.address = "127.0.0.1"
 	}
+	// The registry cannot choose a port by itself, and somebody else may take the one
+	// that is free now.
+	for range 10 {
+		if r := tryRegistry(t, s, program, o); r != nil {
+			return r
+		}
+	}
+	t.Fatal("the registry does not start")
+	return nil
+}
+
+// tryRegistry starts a registry on a free port. It returns nil if the registry ends at
+// once.
+func tryRegistry(t *testing.T, s *stack.Stack, program string, o registryConfig) *registry {
+	t.Helper()
 	l, err := net.Listen("tcp", net.JoinHostPort(o.address, "0"))
 	must(t, err)
-	r := &registry{host: l.Addr().String()}
-	must(t, l.Close())
 	dir := t.TempDir()
+	r := &registry{host: l.Addr().String(), log: filepath.Join(dir, "log")}
+	must(t, l.Close())
 	config := fmt.Sprintf("version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: %s\nlog:\n  level: warn\nhttp:\n  addr: %s\n", dir, r.host)
 	if o.certificate != "" {
 		config += fmt.Sprintf("  tls:\n    certificate: %s\n    key: %s\n", o.certificate, o.key)
@@ -91,22 +95,41 @@ func startRegistry(t *testing.T, s *stack.Stack, o registryConfig) *registry {
 	path := filepath.Join(dir, "config.yml")
 	must(t, os.WriteFile(path, []byte(config), 0o600))
 	cmd := exec.Command(program, "serve", path)
-	cmd.Stdout, cmd.Stderr = r, r
+	log, err := os.Create(r.log)
+	must(t, err)
+	defer log.Close()
+	cmd.Stdout, cmd.Stderr = log, log
 	must(t, cmd.Start())
+	ended := make(chan struct{})
+	go func() {
+		_ = cmd.Wait()
+		close(ended)
+	}()
 	t.Cleanup(func() {
 		_ = cmd.Process.Signal(syscall.SIGTERM)
-		_ = cmd.Wait()
+		<-ended
 		if t.Failed() {
-			t.Logf("registry:\n%s", r.log.String())
+			text, _ := os.ReadFile(r.log)
+			t.Logf("registry:\n%s", text)
 		}
 	})
+	served := false
 	s.Poll(s.Ctx(), "the registry", func() bool {
+		select {
+		case <-ended:
+			return true
+		default:
+		}
 		conn, err := net.Dial("tcp", r.host)
 		if err == nil {
 			conn.Close()
+			served = true
 		}
-		return err == nil
+		return served
 	})
+	if !served {
+		return nil
+	}
 	return r
 }
 
@@ -201,11 +224,12 @@ func TestCLICredentials(t *testing.T) {
 	checkTidy(t, s)
 }
 
-// TestCLITLS pushes to a registry with TLS, whose certificate has to be known.
+// TestCLITLS pushes to a registry with TLS, whose certificate has to be known. Its
+// address is not loopback's, from which any certificate is taken.
 func TestCLITLS(t *testing.T) {
 	s := stack.Start(t, stack.Options{})
 	dir := t.TempDir()
-	o := registryConfig{address: ownAddress(t), certificate: filepath.Join(dir, "cert.pem"), key: filepath.Join(dir, "key.pem")}
+	o := registryConfig{address: s.NewNetns().HostAddr, certificate: filepath.Join(dir, "cert.pem"), key: filepath.Join(dir, "key.pem")}
 	selfSigned(t, o)
 	r := startRegistry(t, s, o)
 	ref := r.host + "/backup/c:1"
@@ -229,20 +253,6 @@ func TestCLITLS(t *testing.T) {
 	}
 	s.Stasis("rm", ref)
 	checkTidy(t, s)
-}
-
-// ownAddress is one of the host's that is not loopback's.
-func ownAddress(t *testing.T) string {
-	t.Helper()
-	addresses, err := net.InterfaceAddrs()
-	must(t, err)
-	for _, a := range addresses {
-		if n, ok := a.(*net.IPNet); ok && n.IP.To4() != nil && !n.IP.IsLoopback() && !n.IP.IsLinkLocalUnicast() {
-			return n.IP.String()
-		}
-	}
-	t.Fatal("the host has no IPv4 address but loopback's: `ip link add stasis0 type dummy && ip addr add 192.0.2.1/32 dev stasis0 && ip link set stasis0 up` makes one")
-	return ""
 }
 
 // selfSigned writes a certificate for a registry, and its key.

@@ -3,6 +3,7 @@ package integration
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -128,7 +129,7 @@ func TestCLIRestore(t *testing.T) {
 		must(t, os.Remove(log))
 	})
 	t.Run("not healthy", func(t *testing.T) {
-		_, err := s.StasisErr("restore", ref, "ill", "--wait-healthy", "echo not yet; exit 3", "--wait-timeout", "1s")
+		_, err := s.StasisErr("restore", ref, "ill", "--wait-healthy", "echo not yet; exit 3", "--wait-timeout", "10s")
 		if err == nil || !strings.Contains(err.Error(), "exit code 3: not yet") || !strings.Contains(err.Error(), "runs") {
 			t.Errorf("error %v", err)
 		}
@@ -205,11 +206,14 @@ func TestCLIAttachTerminal(t *testing.T) {
 		s.Poll(ctx, "the answer to "+line, func() bool { return strings.Contains(out.String(), want) })
 	}
 	typed("echo $((6*7))", "42")
-	s.Poll(ctx, "the terminal's size", func() bool {
-		_, err := pty.Write([]byte("stty size\n"))
-		must(t, err)
-		return strings.Contains(out.String(), "33 77")
-	})
+	// The size comes after the start. Each question waits for the answer to the one
+	// before, or a slow shell would be left with thousands.
+	for i := 1; i < 1000 && !strings.Contains(out.String(), "33 77"); i++ {
+		typed(fmt.Sprintf("stty size; echo $((%d+5000))", i), fmt.Sprint(i+5000))
+	}
+	if !strings.Contains(out.String(), "33 77") {
+		t.Errorf("the terminal has another size: %q", out.String())
+	}
 	_, err = pty.Write([]byte("exit 5\n"))
 	must(t, err)
 	err = cmd.Wait()

@@ -39,8 +39,8 @@ func TestRoundTrip(t *testing.T) {
 			c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sh", "-c", counting))
 			c.Start(ctx)
 			s.Poll(ctx, "the counter", func() bool {
-				_, err := c.ExecErr(ctx, "cat", "/n")
-				return err == nil
+				r, err := c.ExecErr(ctx, "cat", "/n")
+				return err == nil && r.Code == 0 && r.Stdout != "1\n"
 			})
 			ref := strings.TrimSpace(s.Stasis("checkpoint", "c"))
 			if !strings.HasPrefix(ref, "localhost/c:") {

@@ -41,7 +41,7 @@ time.sleep(1000)
 				conn, err := net.Dial("tcp", net.JoinHostPort(p.IP(ctx), "9000"))
 				must(t, err)
 				defer conn.Close()
-				must(t, conn.SetDeadline(time.Now().Add(time.Minute)))
+				must(t, conn.SetDeadline(time.Now().Add(stack.WaitTimeout())))
 				conns = append(conns, conn)
 				s.Poll(ctx, "the connection", func() bool { return strings.Contains(p.Log("server"), after) })
 			}

@@ -1,7 +1,6 @@
 package integration
 
 import (
-	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -69,7 +68,7 @@ func TestCRIRestartOfRestored(t *testing.T) {
 				t.Fatalf("it was not restored: it counts from %d", first)
 			}
 			for attempt := 1; attempt < 3; attempt++ {
-				p.StopContainer(c.ctx, id, 10)
+				p.StopContainer(c.ctx, id, stopGrace)
 				if id, first, err = c.again(p, tc.image, attempt); err != nil {
 					t.Fatal(err)
 				}
@@ -82,7 +81,7 @@ func TestCRIRestartOfRestored(t *testing.T) {
 			}
 			c.nothingFetched()
 			// What a shim leaves that was killed in the middle.
-			p.StopContainer(c.ctx, id, 10)
+			p.StopContainer(c.ctx, id, stopGrace)
 			folder := filepath.Join(c.Dir, "kubelet", "pods", p.Config.Metadata.Uid, "containers", "app")
 			must(t, unix.Setxattr(folder, "trusted.stasis.restored", []byte("begun"), 0))
 			_, first, err = c.again(p, tc.image, 3)
@@ -133,7 +132,7 @@ func TestCRIRestoreTwo(t *testing.T) {
 	for i, name := range names {
 		c.goesOn(p, name)
 		c.restored(p, name, ids[i])
-		if code := p.StopContainer(c.ctx, ids[i], 10); code != 7 {
+		if code := p.StopContainer(c.ctx, ids[i], stopGrace); code != 7 {
 			t.Errorf("%s: stopped after a restart of containerd: exit code %d", name, code)
 		}
 	}
@@ -177,10 +176,14 @@ func TestCRIRestoreKilled(t *testing.T) {
 	f := c.Faults()
 	for name, kill := range map[string]func(p *stack.Pod){
 		"while it is copied": func(p *stack.Pod) {
+			shim := shimOf(c.t, p)
 			go func() {
 				for c.ctx.Err() == nil {
 					if child := stager(c.ID); child != 0 {
-						syscall.Kill(shimOf(p), syscall.SIGKILL)
+						// It must not come to its end before the shim does.
+						syscall.Kill(child, syscall.SIGSTOP)
+						syscall.Kill(shim, syscall.SIGKILL)
+						syscall.Kill(child, syscall.SIGCONT)
 						return
 					}
 				}
@@ -260,15 +263,14 @@ func TestCRIRestoreKilled(t *testing.T) {
 }
 
 // shimOf is the pid of a pod's shim.
-func shimOf(p *stack.Pod) int {
+func shimOf(t *testing.T, p *stack.Pod) int {
+	t.Helper()
 	data, err := os.ReadFile(filepath.Join(p.Bundle(p.ID), "init.pid"))
-	if err != nil {
-		return -1
-	}
-	var init, parent int
-	fmt.Sscan(string(data), &init)
-	stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", init))
-	fmt.Sscan(strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))[1], &parent)
+	must(t, err)
+	init, err := strconv.Atoi(string(data))
+	must(t, err)
+	parent, err := strconv.Atoi(procField(t, init, "PPid"))
+	must(t, err)
 	return parent
 }
 

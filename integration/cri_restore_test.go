@@ -64,6 +64,10 @@ var countingPod = []string{"sh", "-c", `
 	i=0
 	while :; do i=$((i+1)); echo $i >/count; echo line $i; sleep 0.02; done`}
 
+// stopGrace is how many seconds the workload may take to end in good order. It takes
+// milliseconds on an idle machine.
+const stopGrace = 60
+
 // logged returns the numbers of the first and the last line in a container's log.
 func logged(p *stack.Pod, name string) (first, last int) {
 	for line := range strings.Lines(p.Log(name)) {
@@ -173,7 +177,7 @@ func TestCRIRestore(t *testing.T) {
 					if version == "2.4" && handler == stack.HandlerDropIn {
 						archive = c.archive(id, handler+".tar")
 					}
-					if code := first.StopContainer(c.ctx, id, 10); code != 7 {
+					if code := first.StopContainer(c.ctx, id, stopGrace); code != 7 {
 						t.Errorf("stopped: exit code %d", code)
 					}
 					first.Remove(c.ctx)
@@ -194,7 +198,7 @@ func TestCRIRestore(t *testing.T) {
 						if err != nil || stats.Stats.GetMemory().GetUsageBytes().GetValue() == 0 {
 							t.Errorf("%s: statistics: %v, %v", what, stats, err)
 						}
-						if code := p.StopContainer(c.ctx, id, 10); code != 7 {
+						if code := p.StopContainer(c.ctx, id, stopGrace); code != 7 {
 							t.Errorf("%s: stopped: exit code %d", what, code)
 						}
 						if !strings.Contains(p.Log("app"), "terminated") {

@@ -28,7 +28,7 @@ func TestEmbeddedAgain(t *testing.T) {
 			f := s.Faults()
 			c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sh", "-c", "echo start >> /starts; exec sleep 1000"))
 			c.Start(ctx)
-			s.Poll(ctx, "the file", func() bool { _, err := c.ExecErr(ctx, "cat", "/starts"); return err == nil })
+			s.Poll(ctx, "the file", func() bool { r, err := c.ExecErr(ctx, "cat", "/starts"); return err == nil && r.Code == 0 })
 			spec, err := c.Spec(ctx)
 			must(t, err)
 			ref := strings.TrimSpace(s.Stasis("checkpoint", "c", "--exit"))

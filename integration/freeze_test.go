@@ -58,8 +58,8 @@ func TestFreeze(t *testing.T) {
 				stack.Args("sh", "-c", "mkdir /d; rm /etc/hostname; i=0; while :; do i=$((i+1)); echo $i > /d/n.tmp; mv /d/n.tmp /d/n; done"))
 			c.Start(ctx)
 			s.Poll(ctx, "the counter", func() bool {
-				_, err := c.ExecErr(ctx, "cat", "/d/n")
-				return err == nil
+				r, err := c.ExecErr(ctx, "cat", "/d/n")
+				return err == nil && r.Code == 0
 			})
 			conn := dialShim(t, c)
 			dir, upper := filepath.Join(s.Dir, "images"), filepath.Join(s.Dir, "upper")

@@ -205,7 +205,7 @@ var dumpStages = []string{
 // or to the end, it is left alone and another dump begun.
 func (p *patient) killCRIU(stage string, exit bool) (dir string, err error) {
 	p.scene.t.Helper()
-	for range 20 {
+	for range 100 {
 		dir := p.dir()
 		dump := p.hold("checkpoint", stack.During(stage), func() error { return p.dump(dir, exit) })
 		log, err := os.ReadFile(filepath.Join(p.c.Bundle(), "work", "checkpoint", "dump.log"))
@@ -224,6 +224,7 @@ func (p *patient) killCRIU(stage string, exit bool) (dir string, err error) {
 		if exit {
 			p.c.Restore(p.ctx, dir)
 		}
+		p.must("remove", os.RemoveAll(dir))
 	}
 	p.fatalf("CRIU is never there")
 	return "", nil
@@ -329,17 +330,11 @@ func TestKillCRIUInRestore(t *testing.T) {
 	p.must("create", p.c.Create(p.ctx, client.WithRestoreImagePath(dir)))
 	for _, stage := range restoreStages {
 		p.at("%s", stage)
-		p.f.KillCRIU("restore", stage)
-		err := p.start()
-		p.f.Reset()
-		if err == nil {
-			p.fatalf("the restore succeeded")
-		}
-		p.retryable()
+		p.killCRIUInRestore(dir, stage)
 	}
 	for _, when := range []stack.When{stack.Before, stack.During("nr_restored_pages")} {
 		p.at("the runtime, %v", when)
-		p.killRuntime(when)
+		p.killRuntime(dir, when)
 	}
 	p.at("a restore after them")
 	p.must("start", p.start())
@@ -355,14 +350,9 @@ func TestKillCRIULateInRestore(t *testing.T) {
 	p.must("checkpoint", p.dump(dir, true))
 	p.must("create", p.c.Create(p.ctx, client.WithRestoreImagePath(dir)))
 	p.at("pre-resume")
-	p.f.KillCRIU("restore", "Running pre-resume")
-	if p.start() == nil {
-		p.fatalf("the restore succeeded")
-	}
-	p.f.Reset()
-	p.retryable()
+	p.killCRIUInRestore(dir, "Running pre-resume")
 	p.at("the runtime, after")
-	p.killRuntime(stack.After)
+	p.killRuntime(dir, stack.After)
 	p.at("a restore after them")
 	p.must("start", p.start())
 	p.counts()
@@ -389,20 +379,50 @@ func (p *patient) idle() {
 	_, _ = shim.Update(p.ctx, &taskapi.UpdateTaskRequest{ID: "c", Resources: &anypb.Any{Value: []byte(`{}`)}})
 }
 
-// killRuntime kills the runtime in a restore.
-func (p *patient) killRuntime(when stack.When) {
+// killCRIUInRestore kills CRIU at a stage of a restore from dir.
+func (p *patient) killCRIUInRestore(dir, stage string) {
 	p.scene.t.Helper()
-	restore := p.hold("restore", when, p.start)
-	for _, pid := range p.children() {
-		if pid != p.pidInBundle() {
-			p.must("kill", syscall.Kill(pid, syscall.SIGKILL))
+	p.breakRestore(dir, stack.During(stage), func() error {
+		p.f.KillCRIU("restore", stage)
+		return p.start()
+	})
+}
+
+// killRuntime kills the runtime in a restore from dir.
+func (p *patient) killRuntime(dir string, when stack.When) {
+	p.scene.t.Helper()
+	p.breakRestore(dir, when, func() error {
+		restore := p.hold("restore", when, p.start)
+		for _, pid := range p.children() {
+			if pid != p.pidInBundle() {
+				p.must("kill", syscall.Kill(pid, syscall.SIGKILL))
+			}
 		}
+		return restore.result()
+	})
+}
+
+// breakRestore makes a restore from dir that has to fail. During CRIU's work, CRIU
+// goes on for a moment until it is killed or stopped; if it has come to its end by
+// then, the patient is fine, and is dumped and restored again.
+func (p *patient) breakRestore(dir string, when stack.When, restore func() error) {
+	p.scene.t.Helper()
+	tries := 20
+	if when == stack.Before || when == stack.After {
+		tries = 1
 	}
-	if restore.result() == nil {
-		p.fatalf("the restore succeeded")
+	for range tries {
+		err := restore()
+		p.f.Reset()
+		if err != nil {
+			p.retryable()
+			return
+		}
+		p.counts()
+		p.must("checkpoint", p.dump(dir, true))
+		p.must("create", p.c.Create(p.ctx, client.WithRestoreImagePath(dir)))
 	}
-	p.f.Reset()
-	p.retryable()
+	p.fatalf("the restore succeeded")
 }
 
 // pidInBundle is init's as the runtime has left it, 0 if it has not.
@@ -471,7 +491,7 @@ func TestKillShimInDump(t *testing.T) {
 			p.fatalf("the dump succeeded without a shim")
 		}
 		p.gone(pid)
-		if !p.journal.wait(p.ctx, time.Minute, func() bool { return p.count("exit") > before+i }) {
+		if !p.journal.wait(p.ctx, stack.WaitTimeout(), func() bool { return p.count("exit") > before+i }) {
 			p.fatalf("no exit; events:\n%s", p.journal)
 		}
 		p.clean(p.c)
@@ -605,6 +625,9 @@ func TestKillContainerdInRestore(t *testing.T) {
 // TestDeadlineInDump has the time of a dump run out.
 func TestDeadlineInDump(t *testing.T) {
 	p := newPatient(t)
+	begin := time.Now()
+	p.must("checkpoint", p.dump(p.dir(), false))
+	took := time.Since(begin)
 	for i, stage := range []string{
 		"before", "SEIZE", "page-xfer: Transferring", "Writing image inventory",
 		// Now the container would die with CRIU, which may go on for a moment.
@@ -616,7 +639,7 @@ func TestDeadlineInDump(t *testing.T) {
 		if stage == "before" {
 			when = stack.Before
 		}
-		ctx, cancel := context.WithTimeout(p.ctx, time.Second)
+		ctx, cancel := context.WithTimeout(p.ctx, cutAfter(took))
 		dump := p.hold("checkpoint", when, func() error {
 			shim, _ := p.shim(p.c)
 			_, err := shim.Checkpoint(ctx, &taskapi.CheckpointTaskRequest{
@@ -651,10 +674,14 @@ func TestDeadlineInRestore(t *testing.T) {
 	p := newPatient(t)
 	dir := p.dir()
 	p.must("checkpoint", p.dump(dir, true))
+	begin := time.Now()
+	p.c.Restore(p.ctx, dir)
+	took := time.Since(begin)
+	p.must("checkpoint", p.dump(dir, true))
 	p.must("create", p.c.Create(p.ctx, client.WithRestoreImagePath(dir)))
 	for _, when := range []stack.When{stack.Before, stack.During("Forking task"), stack.During("nr_restored_pages")} {
 		p.at("%v", when)
-		ctx, cancel := context.WithTimeout(p.ctx, time.Second)
+		ctx, cancel := context.WithTimeout(p.ctx, cutAfter(took))
 		restore := p.hold("restore", when, func() error {
 			shim, _ := p.shim(p.c)
 			_, err := shim.Start(ctx, &taskapi.StartRequest{ID: "c"})

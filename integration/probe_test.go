@@ -6,7 +6,6 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/containerd/containerd/api/types/runc/options"
 
@@ -44,7 +43,7 @@ func TestProbeUpstream(t *testing.T) {
 			if strings.Contains(item.Needs, "CRIU hangs") || strings.Contains(item.Needs, "criu#") {
 				t.Skip(item.Needs)
 			}
-			ctx, cancel := context.WithTimeout(s.Ctx(), time.Minute)
+			ctx, cancel := context.WithTimeout(s.Ctx(), stack.WaitTimeout())
 			defer cancel()
 			// In a network namespace of runc's own making, the loopback device is
 			// down after a restore.

@@ -146,11 +146,12 @@ func (j *journal) add(e taskEvent) {
 // sync returns when all events have been recorded that containerd has got.
 func (j *journal) sync(ctx context.Context) {
 	j.t.Helper()
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, stack.WaitTimeout())
 	defer cancel()
-	for n := 0; ; n++ {
-		// Again and again, for the subscription is made behind our back.
-		mark := fmt.Sprintf("mark-%d-%d", time.Now().UnixNano(), n)
+	mark := fmt.Sprint("mark-", time.Now().UnixNano())
+	for {
+		// Again and again, for the subscription is made behind our back. Any of them
+		// comes after what containerd had before.
 		err := j.s.Client().EventService().Publish(ctx, "/tasks/mark", &eventsapi.TaskOOM{ContainerID: mark})
 		if err == nil && j.wait(ctx, 50*time.Millisecond, func() bool { return j.marks[mark] }) {
 			return
@@ -186,7 +187,7 @@ func (j *journal) wait(ctx context.Context, timeout time.Duration, cond func() b
 func (j *journal) waitFor(ctx context.Context, topic, id, exec string) taskEvent {
 	j.t.Helper()
 	var e taskEvent
-	if !j.wait(ctx, time.Minute, func() bool {
+	if !j.wait(ctx, stack.WaitTimeout(), func() bool {
 		i := slices.IndexFunc(j.all, func(e taskEvent) bool { return e.topic == topic && e.id == id && e.exec == exec })
 		if i >= 0 {
 			e = j.all[i]
@@ -422,11 +423,15 @@ func (h *heldCall) result() error {
 	select {
 	case err := <-h.done:
 		return err
-	case <-time.After(time.Minute):
+	case <-time.After(stack.WaitTimeout()):
 		h.s.t.Fatalf("%s does not return", h.what)
 		return nil
 	}
 }
+
+// cutAfter returns after how long to cut a call that is held in the runtime. The call
+// has to get there first, on a slow machine too: took is what all of it has taken.
+func cutAfter(took time.Duration) time.Duration { return time.Second + 5*took }
 
 // must fails the test if there is an error.
 func (s *scene) must(what string, err error) {
@@ -467,7 +472,7 @@ func (s *scene) shim(c *stack.Container) (taskapi.TTRPCTaskService, int) {
 func (s *scene) inside(shim int, functions ...string) {
 	s.t.Helper()
 	const begin, end = "=== BEGIN goroutine stack dump ===", "=== END goroutine stack dump ==="
-	for range 200 {
+	for deadline := time.Now().Add(stack.WaitTimeout()); time.Now().Before(deadline); {
 		before := strings.Count(s.Logs(), end)
 		s.must("ask for the shim's stacks", syscall.Kill(shim, syscall.SIGUSR1))
 		s.Poll(s.ctx, "the shim's stacks", func() bool { return strings.Count(s.Logs(), end) > before })
@@ -589,14 +594,16 @@ func TestFailedCreate(t *testing.T) {
 	s := newScene(t, stack.Options{})
 	c := s.container("c")
 	s.f.Fail("create", stack.After, "as requested")
-	if err := c.Create(s.ctx); err == nil || !strings.Contains(err.Error(), "as requested") {
+	begin := time.Now()
+	err := c.Create(s.ctx)
+	took := time.Since(begin)
+	if err == nil || !strings.Contains(err.Error(), "as requested") {
 		t.Fatalf("create: %v, want it to fail as requested", err)
 	}
 	s.f.Clear("create")
 	s.clean(c)
 
-	// The deadline must not pass before the runtime is held.
-	deadline, cancel := context.WithTimeout(s.ctx, 4*time.Second)
+	deadline, cancel := context.WithTimeout(s.ctx, 3*time.Second+cutAfter(took))
 	defer cancel()
 	create := s.hold("create", stack.After, func() error { return c.Create(deadline) })
 	if err := create.result(); err == nil {
@@ -1101,7 +1108,11 @@ func TestKillInPause(t *testing.T) {
 func TestCutPause(t *testing.T) {
 	s := newScene(t, stack.Options{})
 	c := s.running("c")
-	ctx, cancel := context.WithTimeout(s.ctx, 2*time.Second)
+	begin := time.Now()
+	s.must("pause", c.Task.Pause(s.ctx))
+	took := time.Since(begin)
+	s.must("resume", c.Task.Resume(s.ctx))
+	ctx, cancel := context.WithTimeout(s.ctx, time.Second+cutAfter(took))
 	defer cancel()
 	if err := s.hold("pause", stack.After, func() error { return c.Task.Pause(ctx) }).result(); err == nil {
 		t.Error("pause succeeded after its deadline")

@@ -16,9 +16,10 @@ import (
 )
 
 // answerTime is how long State, Wait, Pids and Connect may take, whatever else
-// the shim does. It is a promise to the user, so it is tested; what a machine
-// is that has too much to do is not: the best of several answers counts.
-const answerTime = 100 * time.Millisecond
+// the shim does: as long as containerd waits for State if its configuration says
+// nothing else. The runtime is held for longer, so who waits for it is late on any
+// machine. The best of several answers counts, as a machine may be busy.
+const answerTime = 2 * time.Second
 
 // TestQueriesAnswerAtOnce asks the shim while the runtime is held in each of its
 // commands, about the container that it is held for and about another one.
@@ -89,7 +90,7 @@ func (s *scene) answers(shim taskapi.TTRPCTaskService, held, id, ended string, e
 	for name, call := range calls {
 		var times []time.Duration
 		for range 5 {
-			ctx, cancel := context.WithTimeout(s.ctx, 10*time.Second)
+			ctx, cancel := context.WithTimeout(s.ctx, stack.Patience(10*time.Second))
 			begin := time.Now()
 			err := call(ctx)
 			cancel()
@@ -103,7 +104,7 @@ func (s *scene) answers(shim taskapi.TTRPCTaskService, held, id, ended string, e
 				break
 			}
 		}
-		if best := slices.Min(times); best > answerTime {
+		if best := slices.Min(times); best >= answerTime {
 			s.t.Errorf("%s of %s while %s is held took %v", name, id, held, best)
 		}
 	}

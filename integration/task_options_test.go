@@ -181,7 +181,7 @@ func makeCgroup(t *testing.T, path string) (_ string, remove func()) {
 func emptied(t *testing.T, remove func() error) {
 	t.Helper()
 	err := remove()
-	for end := time.Now().Add(10 * time.Second); err != nil && time.Now().Before(end); err = remove() {
+	for end := time.Now().Add(stack.WaitTimeout()); err != nil && time.Now().Before(end); err = remove() {
 		time.Sleep(10 * time.Millisecond)
 	}
 	if err != nil {

@@ -11,7 +11,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/containerd/cgroups/v3"
 	eventsapi "github.com/containerd/containerd/api/events"
@@ -54,7 +53,7 @@ func startShim(t *testing.T, opts stack.Options) *taskShim {
 		t.Fatal(err)
 	}
 	// A call that hangs shall be known by name.
-	ctx, cancel := context.WithTimeout(s.Ctx(), stack.Patience(time.Minute))
+	ctx, cancel := context.WithTimeout(s.Ctx(), stack.WaitTimeout())
 	t.Cleanup(cancel)
 	return &taskShim{dialTask(t, anchor), t, s, ctx, anchor}
 }

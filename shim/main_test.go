@@ -50,6 +50,7 @@ func (s fakeService) Register(srv *ttrpc.Server) {
 		},
 		// Not of the task API's meaning: blocks until its context ends.
 		"Wait": func(ctx context.Context, unmarshal func(any) error) (any, error) {
+			s.cfg.Publish("/test/wait-begun", timestamppb.New(time.Unix(0, 0)))
 			<-ctx.Done()
 			s.cfg.Publish("/test/wait-ended", timestamppb.New(time.Unix(0, 0)))
 			return nil, ctx.Err()
@@ -151,7 +152,7 @@ func killWait(t *testing.T, pid int) {
 // waitGone waits until the process ended. Its parent need not have reaped it.
 func waitGone(t *testing.T, pid int) {
 	t.Helper()
-	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 		data, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
 		if err != nil {
 			return

@@ -12,7 +12,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/containerd/cgroups/v3"
 	"github.com/containerd/cgroups/v3/cgroup1"
@@ -127,7 +126,7 @@ func TestStartServeShutdown(t *testing.T) {
 		defer close(waited)
 		taskapi.NewTTRPCTaskClient(c).Wait(context.Background(), &taskapi.WaitRequest{})
 	}()
-	time.Sleep(50 * time.Millisecond)
+	eventually(t, "the request arrives", func() bool { return slices.Contains(e.topics(), "/test/wait-begun") })
 	c.Close()
 	<-waited
 	eventually(t, "the request's context ends", func() bool { return slices.Contains(e.topics(), "/test/wait-ended") })

@@ -51,12 +51,13 @@ type eventLog struct {
 	t    *testing.T
 	path string
 
-	mu     sync.Mutex
-	events []*types.Envelope
-	refuse error         // the answer, if not nil
-	hold   chan struct{} // if not nil, wait for it before the answer
-	server *ttrpc.Server
-	served chan struct{}
+	mu      sync.Mutex
+	events  []*types.Envelope
+	refuse  error         // the answer, if not nil
+	refused int           // how often that was given
+	hold    chan struct{} // if not nil, wait for it before the answer
+	server  *ttrpc.Server
+	served  chan struct{}
 }
 
 func (e *eventLog) Forward(ctx context.Context, r *eventsapi.ForwardRequest) (*emptypb.Empty, error) {
@@ -69,6 +70,7 @@ func (e *eventLog) Forward(ctx context.Context, r *eventsapi.ForwardRequest) (*e
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.refuse != nil {
+		e.refused++
 		return nil, e.refuse
 	}
 	e.events = append(e.events, r.Envelope)
@@ -122,9 +124,13 @@ func (e *eventLog) topics() []string {
 	return topics
 }
 
+// patience is how long a test waits, at most, for what takes milliseconds on an idle
+// machine.
+const patience = time.Minute
+
 func eventually(t *testing.T, what string, f func() bool) {
 	t.Helper()
-	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 		if f() {
 			return
 		}

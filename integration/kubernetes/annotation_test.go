@@ -86,7 +86,7 @@ func (e *env) testAnnotations(t *testing.T) {
 				pod := "refused-" + name
 				e.Apply(t, annotated(pod, e.here, of.annotations...))
 				e.waitFailure(t, pod, of.want...)
-				e.Kubectl(t, "delete", "pod", pod, "--timeout=20s")
+				e.Kubectl(t, "delete", "pod", pod, "--timeout=60s")
 			})
 		}
 	})

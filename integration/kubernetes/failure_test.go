@@ -36,7 +36,7 @@ func (e *env) testFailures(t *testing.T) {
 			}
 			e.Apply(t, pod)
 			e.waitFailure(t, name, of.want...)
-			e.Kubectl(t, "delete", "pod", name, "--timeout=20s")
+			e.Kubectl(t, "delete", "pod", name, "--timeout=60s")
 		})
 	}
 	// It is not harmed by any of it.

@@ -47,7 +47,7 @@ func (e *env) testInstaller(t *testing.T) {
 			out, err := e.KubectlErr(e.here.Ctx(), "-n", "stasis", "logs", "--tail=50", "daemonset/"+name)
 			t.Logf("the log of %s: %s, %v", name, out, err)
 		}
-		e.Clean(t, "delete", "--ignore-not-found", "--timeout=60s", "-f", manifests, "-f", remove)
+		e.Clean(t, "delete", "--ignore-not-found", "--timeout=150s", "-f", manifests, "-f", remove)
 	})
 	// No node has the label yet.
 	e.Apply(t, render(plainPod, "NAME", "waits"))
@@ -82,7 +82,7 @@ func (e *env) testInstaller(t *testing.T) {
 		t.Errorf("containerd was restarted for nothing: process %d, then %d", pid, now)
 	}
 
-	e.Kubectl(t, "delete", "-f", manifests, "--timeout=60s")
+	e.Kubectl(t, "delete", "-f", manifests, "--timeout=150s")
 	e.Kubectl(t, "apply", "-f", remove)
 	// As long as there are containers, it waits.
 	e.Wait(t, "the removal to wait for a container", func() error {
@@ -97,7 +97,7 @@ func (e *env) testInstaller(t *testing.T) {
 	}
 	e.Kubectl(t, "delete", "pod", "waits")
 	e.waitDaemonSet(t, "stasis-remove")
-	e.Kubectl(t, "delete", "-f", remove, "--timeout=60s")
+	e.Kubectl(t, "delete", "-f", remove, "--timeout=150s")
 	e.Kubectl(t, "label", "node", n.Name, "stasis.run/node-")
 
 	after, err := n.MachineFiles()

@@ -83,7 +83,7 @@ func (e *env) testOwners(t *testing.T) {
 					}
 				}
 				e.Kubectl(t, "rollout", "restart", kind+"/"+name)
-				e.Kubectl(t, "rollout", "status", "--timeout=60s", kind+"/"+name)
+				e.Kubectl(t, "rollout", "status", "--timeout=150s", kind+"/"+name)
 			})
 		}
 	})
@@ -96,7 +96,7 @@ func (e *env) testOwners(t *testing.T) {
 		two := e.jobPod(t, "job-b")
 		e.WaitLog(t, two, "", "step ")
 		e.Kubectl(t, "exec", two, "--", "touch", "/tmp/last")
-		e.Kubectl(t, "wait", "--for=condition=complete", "--timeout=60s", "job/job-b")
+		e.Kubectl(t, "wait", "--for=condition=complete", "--timeout=150s", "job/job-b")
 		steps := strings.Fields(strings.ReplaceAll(e.Kubectl(t, "logs", two), "last ", ""))
 		first := 0
 		for i := 1; i < len(steps); i += 2 {

@@ -18,6 +18,9 @@ import (
 	"github.com/stasis-run/stasis/integration/kubernetes/cluster"
 )
 
+// patience is how long a test waits, at most, for what takes seconds on an idle machine.
+const patience = 3 * time.Minute
+
 // appPod is a pod with one container, app, which runs app/app.py.
 const appPod = `apiVersion: v1
 kind: Pod
@@ -32,8 +35,9 @@ spec:
     imagePullPolicy: IfNotPresent
     command: [python3, /app.py]
     env: [{name: NAME, value: app}]
-    readinessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1}
-    livenessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1, failureThreshold: 5} # a start takes a while
+    startupProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1, timeoutSeconds: 10, failureThreshold: 120} # a start takes a while
+    readinessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1, timeoutSeconds: 10}
+    livenessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1, timeoutSeconds: 10, failureThreshold: 5}
     volumeMounts: [{name: host, mountPath: /host}]
   volumes:
   - {name: host, hostPath: {path: /var/lib/host-NAME, type: DirectoryOrCreate}}
@@ -89,7 +93,7 @@ func (e *env) checkPod(t *testing.T, pod string, n *cluster.Node) {
 	if _, err := n.Run(ctx, "rm", "-f", file); err != nil {
 		t.Fatal(err)
 	}
-	e.Kubectl(t, "delete", "pod", pod, "--timeout=60s")
+	e.Kubectl(t, "delete", "pod", pod, "--timeout=150s")
 	if out, err := n.Run(ctx, "cat", file); err != nil || out != "in good order" {
 		t.Errorf("the pod did not end in good order: %q, %v", out, err)
 	}
@@ -127,7 +131,7 @@ func (e *env) checkExec(t *testing.T, pod string) {
 		t.Fatal(err)
 	}
 	// As in a user's terminal: setsid, so that it is the controlling one.
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	// The size comes after the start.
 	const script = `tty; until [ "$(stty size 2>/dev/null)" = "33 99" ]; do sleep 0.05; done; stty size; read line; echo got $line`
@@ -166,7 +170,7 @@ func (e *env) checkAttach(t *testing.T, pod string) {
 // after the other.
 func (e *env) follow(t *testing.T, args ...string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	cmd := e.Command(ctx, args...)
 	stdout, err := cmd.StdoutPipe()
@@ -218,7 +222,7 @@ func (e *env) forward(t *testing.T, pod string, port int) func(path string) stri
 	if err != nil || !ok {
 		t.Fatalf("kubectl port-forward printed %q, %v", line, err)
 	}
-	client := &http.Client{Timeout: time.Minute}
+	client := &http.Client{Timeout: patience}
 	return func(path string) string {
 		t.Helper()
 		r, err := client.Get("http://" + address + path)

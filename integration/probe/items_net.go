@@ -32,7 +32,7 @@ func connect(l net.Listener) (client, server net.Conn, err error) {
 	if server, err = l.Accept(); err != nil {
 		return nil, nil, err
 	}
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(patience)
 	return client, server, errors.Join(client.SetDeadline(deadline), server.SetDeadline(deadline))
 }
 
@@ -54,7 +54,7 @@ func connected(l net.Listener) (func() error, error) {
 	}
 	to, from := connStream("to", client, server), connStream("from", server, client)
 	return func() error {
-		deadline := time.Now().Add(10 * time.Second)
+		deadline := time.Now().Add(patience)
 		client.SetDeadline(deadline)
 		server.SetDeadline(deadline)
 		return errors.Join(to.check(), from.check(), checkListener(l))
@@ -119,7 +119,7 @@ func unixDgram(p *probe) (func() error, error) {
 		return errors.Join(err, err2)
 	}
 	return func() error {
-		server.SetReadDeadline(time.Now().Add(10 * time.Second))
+		server.SetReadDeadline(time.Now().Add(patience))
 		for i := range 2 {
 			buf := make([]byte, 1000)
 			size, _, err := server.ReadFrom(buf)
@@ -143,7 +143,7 @@ func udp(*probe) (func() error, error) {
 	}
 	client, err := net.Dial("udp", server.LocalAddr().String())
 	return func() error {
-		server.SetReadDeadline(time.Now().Add(10 * time.Second))
+		server.SetReadDeadline(time.Now().Add(patience))
 		if _, err := io.WriteString(client, "packet"); err != nil {
 			return err
 		}
@@ -171,7 +171,7 @@ func out(p *probe) (func() error, error) {
 		return err
 	}
 	return func() error {
-		conn.SetDeadline(time.Now().Add(10 * time.Second))
+		conn.SetDeadline(time.Now().Add(patience))
 		got, err := answers.ReadString('\n')
 		if err != nil {
 			return err

@@ -153,7 +153,7 @@ func threads(*probe) (func() error, error) {
 func counter(p *probe) (func() error, error) {
 	return func() error {
 		before := p.counter.Load()
-		for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 			if p.counter.Load() > before {
 				return nil
 			}
@@ -225,7 +225,7 @@ func stopped(*probe) (func() error, error) {
 // waitState waits a moment for a process to be in the state.
 func waitState(pid int, want byte) error {
 	var state byte
-	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
 		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 		if err != nil {
 			return err

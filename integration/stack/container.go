@@ -155,7 +155,7 @@ func (c *Container) Load(ctx context.Context) {
 // Wait waits for the task to end and returns its exit code.
 func (c *Container) Wait(ctx context.Context) uint32 {
 	c.s.tb.Helper()
-	ctx, cancel := context.WithTimeout(ctx, Patience(waitTimeout))
+	ctx, cancel := context.WithTimeout(ctx, WaitTimeout())
 	defer cancel()
 	select {
 	case status := <-c.exit:
@@ -263,7 +263,7 @@ func (c *Container) ExecProcess(ctx context.Context, p *specs.Process) (Result, 
 	}
 	// On a busy machine, the client may not have come to open its end of the
 	// FIFOs yet, and Delete would have it not do so. But a child of the process
-	// may hold the other end open.
+	// may hold the other end open, so this is as long as the shim waits.
 	read := make(chan struct{})
 	go func() {
 		proc.IO().Wait()
@@ -271,7 +271,7 @@ func (c *Container) ExecProcess(ctx context.Context, p *specs.Process) (Result, 
 	}()
 	select {
 	case <-read:
-	case <-time.After(Patience(time.Second)):
+	case <-time.After(Patience(10 * time.Second)):
 	}
 	status, err := proc.Delete(ctx)
 	if err != nil {
@@ -479,7 +479,7 @@ func (o *Output) Reset() {
 // WaitFor waits until text has been written.
 func (o *Output) WaitFor(ctx context.Context, text string) {
 	o.tb.Helper()
-	ctx, cancel := context.WithTimeout(ctx, Patience(waitTimeout))
+	ctx, cancel := context.WithTimeout(ctx, WaitTimeout())
 	defer cancel()
 	for {
 		s, changed := o.get()

@@ -71,7 +71,7 @@ func (s *Stack) Stop() {
 	}
 
 	// The stack's own context may have ended, and the test's has.
-	ctx, cancel := context.WithTimeout(context.Background(), Patience(waitTimeout))
+	ctx, cancel := context.WithTimeout(context.Background(), WaitTimeout())
 	defer cancel()
 	if s.containerd != nil {
 		if s.containerd.Exited() {
@@ -136,10 +136,10 @@ func (s *Stack) Stop() {
 			leak("shim socket %s", filepath.Join(s.path("s"), e.Name()))
 		}
 	}
-	// A socket that is just being made looks dead, and another stack may be
-	// making one.
+	// A socket that is just being made looks dead, and another stack, or the
+	// host's own containerd, may be making one.
 	dead := func() []string { return added(s.baseline.sockets, deadSockets()) }
-	brief, cancelBrief := context.WithTimeout(ctx, Patience(time.Second))
+	brief, cancelBrief := context.WithTimeout(ctx, Patience(10*time.Second))
 	defer cancelBrief()
 	poll(brief, func() bool { return len(dead()) == 0 })
 	for _, d := range dead() {

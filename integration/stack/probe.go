@@ -85,7 +85,7 @@ func (c *Container) StartProbe(ctx context.Context) {
 // ProbeErr asks the probe to check all its items.
 func (c *Container) ProbeErr(ctx context.Context) (ProbeReport, error) {
 	var report ProbeReport
-	ctx, cancel := context.WithTimeout(ctx, Patience(waitTimeout))
+	ctx, cancel := context.WithTimeout(ctx, WaitTimeout())
 	defer cancel()
 	r, err := c.ExecErr(ctx, "/probe", "check")
 	if err != nil {

@@ -128,7 +128,7 @@ func Start(tb TB, opts Options) *Stack {
 	sweepOnce.Do(func() { sweep(tb) })
 	tb.Logf("stack: on %s", describe(opts, bins))
 
-	s := &Stack{tb: tb, opts: opts, bins: bins, baseline: takeBaseline(), patience: Patience(10 * time.Second)}
+	s := &Stack{tb: tb, opts: opts, bins: bins, baseline: takeBaseline(), patience: Patience(time.Minute)}
 	if err := s.makeDir(); err != nil {
 		tb.Fatalf("stack: %v", err)
 	}
@@ -222,7 +222,7 @@ func (s *Stack) boot() error {
 		conn.Close()
 		return true
 	}
-	ctx, cancel := context.WithTimeout(s.ctx, Patience(bootTimeout))
+	ctx, cancel := context.WithTimeout(s.ctx, WaitTimeout())
 	defer cancel()
 	if err := poll(ctx, func() bool { return d.Exited() || dialed() }); err != nil {
 		return fmt.Errorf("containerd does not serve: %w", err)
@@ -245,9 +245,6 @@ func (s *Stack) boot() error {
 		}
 	}
 }
-
-// bootTimeout is generous for the sake of busy machines.
-const bootTimeout = time.Minute
 
 // Ctx returns a context with the namespace that Ctr uses too. It ends with the
 // test's own context, so before functions given to Cleanup are called, or
@@ -429,16 +426,17 @@ func tail(text string, n int) string {
 // Poll waits until cond is true, which it asks every few milliseconds.
 func (s *Stack) Poll(ctx context.Context, what string, cond func() bool) {
 	s.tb.Helper()
-	ctx, cancel := context.WithTimeout(ctx, Patience(waitTimeout))
+	ctx, cancel := context.WithTimeout(ctx, WaitTimeout())
 	defer cancel()
 	if err := poll(ctx, cond); err != nil {
 		s.tb.Fatalf("waiting for %s: %v", what, err)
 	}
 }
 
-// waitTimeout ends waits for things that take milliseconds. It is as long as
-// it is for the sake of busy machines.
-const waitTimeout = time.Minute
+// WaitTimeout returns how long to wait, at most, for what takes milliseconds on
+// an idle machine. It is long enough for a slow disk and busy CPUs, and costs time
+// only when something hangs.
+func WaitTimeout() time.Duration { return Patience(3 * time.Minute) }
 
 // Patience returns how long to wait on this host, at most, for what has happened
 // within d on any ordinary one.

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/cgroups/v3"
 	"golang.org/x/sys/unix"
 )
 
@@ -47,7 +48,11 @@ func TestLeaks(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer inCgroup.Wait()
-	cgroup := filepath.Join("/sys/fs/cgroup/pids", s.CgroupPath("leak"))
+	hierarchy := "/sys/fs/cgroup/pids"
+	if cgroups.Mode() == cgroups.Unified {
+		hierarchy = "/sys/fs/cgroup"
+	}
+	cgroup := filepath.Join(hierarchy, s.CgroupPath("leak"))
 	must(t, os.MkdirAll(cgroup, 0o755))
 	must(t, os.WriteFile(filepath.Join(cgroup, "cgroup.procs"), fmt.Append(nil, inCgroup.Process.Pid), 0))
 	must(t, os.Mkdir(s.path("mnt"), 0o755))

@@ -209,8 +209,8 @@ func (c *Cluster) broken() bool {
 		slices.ContainsFunc(c.Nodes, func(n *Node) bool { return n.kubelet != nil && n.kubelet.Exited() })
 }
 
-// waitTimeout ends waits for what takes seconds.
-const waitTimeout = time.Minute
+// waitTimeout ends waits for what takes seconds on an idle machine.
+const waitTimeout = 3 * time.Minute
 
 // writeKeys makes the key pair that service accounts' tokens are signed with.
 func (c *Cluster) writeKeys() error {

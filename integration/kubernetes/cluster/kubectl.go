@@ -82,7 +82,7 @@ func (c *Cluster) Delete(t *testing.T, manifests string) {
 	// Also after the test's own context has ended.
 	ctx, cancel := context.WithTimeout(context.Background(), waitTimeout)
 	defer cancel()
-	cmd := c.Command(ctx, "delete", "--ignore-not-found", "--cascade=foreground", "--timeout=60s", "-f", "-")
+	cmd := c.Command(ctx, "delete", "--ignore-not-found", "--cascade=foreground", "--timeout=150s", "-f", "-")
 	cmd.Stdin = strings.NewReader(manifests)
 	if _, err := c.run(cmd); err != nil {
 		t.Errorf("%v", err)

@@ -145,12 +145,12 @@ func (n *Node) leave() {
 	}
 	commands := [][]string{
 		{"cordon", n.Name},
-		{"delete", "pods", "--all-namespaces", "--field-selector=spec.nodeName=" + n.Name, "--grace-period=1", "--timeout=60s"},
+		{"delete", "pods", "--all-namespaces", "--field-selector=spec.nodeName=" + n.Name, "--grace-period=1", "--timeout=150s"},
 		{"delete", "node", n.Name},
 	}
 	if len(n.c.Nodes) == 1 {
 		// Or there were new pods for the ones that are deleted.
-		makers := []string{"delete", "deployments,statefulsets,daemonsets,jobs", "--all", "--all-namespaces", "--timeout=60s"}
+		makers := []string{"delete", "deployments,statefulsets,daemonsets,jobs", "--all", "--all-namespaces", "--timeout=150s"}
 		commands = slices.Insert(commands, 0, makers)
 	}
 	for _, args := range commands {
