@@ -30,7 +30,7 @@ func (a *app) openCapture(ctx context.Context, arg string) (*capture.Capture, fu
 	case err == nil && info.IsDir():
 		return &capture.Capture{Images: arg}, nothing, nil
 	case err == nil:
-		f, err := os.Open(arg)
+		f, err := a.openInput(ctx, arg)
 		if err != nil {
 			return nil, nothing, err
 		}

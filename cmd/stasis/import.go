@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"strings"
 
 	"github.com/containerd/containerd/v2/client"
@@ -49,15 +48,11 @@ that is given replaces a checkpoint.`,
 					return err
 				}
 			}
-			in := a.in
-			if args[0] != "-" {
-				file, err := os.Open(args[0])
-				if err != nil {
-					return err
-				}
-				defer file.Close()
-				in = file
+			in, err := a.openInput(cmd.Context(), args[0])
+			if err != nil {
+				return err
 			}
+			defer in.Close()
 			r := bufio.NewReaderSize(in, 64<<10)
 			if isOCI(r) {
 				return a.importOCI(cmd.Context(), r, ref)

@@ -165,3 +165,40 @@ func TestWriteFile(t *testing.T) {
 		t.Errorf("left behind: %q", left)
 	}
 }
+
+// A reader of what never comes ends with the context.
+func TestInterruptedInput(t *testing.T) {
+	fifo := filepath.Join(t.TempDir(), "fifo")
+	must0(t, unix.Mkfifo(fifo, 0o600))
+	hold, err := os.OpenFile(fifo, os.O_RDWR, 0) // a writer, so that opening succeeds
+	must0(t, err)
+	defer hold.Close()
+	r, w := io.Pipe()
+	defer w.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	a := &app{in: r}
+	for _, path := range []string{fifo, "-"} {
+		f, err := a.openInput(ctx, path)
+		must0(t, err)
+		read := make(chan error)
+		go func() {
+			_, err := f.Read(make([]byte, 10))
+			read <- err
+		}()
+		if path == "-" {
+			cancel()
+			if err := <-read; !errors.Is(err, context.Canceled) {
+				t.Errorf("%s: %v", path, err)
+			}
+		} else {
+			_, err := hold.Write([]byte("x"))
+			must0(t, err)
+			must0(t, <-read)
+		}
+		must0(t, f.Close())
+	}
+	must0(t, hold.Close())
+	if _, err := a.openInput(ctx, fifo); !errors.Is(err, context.Canceled) {
+		t.Errorf("a FIFO that nobody writes: %v", err)
+	}
+}

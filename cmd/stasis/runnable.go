@@ -61,7 +61,7 @@ func (a *app) runnable(ctx context.Context, c *client.Client, arg string, plain 
 }
 
 func (a *app) runnableArchive(ctx context.Context, c *client.Client, path string, plain bool, bar *progress) (images.Image, error) {
-	f, err := os.Open(path)
+	f, err := a.openInput(ctx, path)
 	if err != nil {
 		return images.Image{}, err
 	}
