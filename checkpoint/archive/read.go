@@ -105,6 +105,9 @@ func read(ctx context.Context, r io.Reader, dir string, limits Limits) (*capture
 	return c, nil
 }
 
+// maxDeleted bounds the list of deleted files.
+const maxDeleted = 1 << 20
+
 // metadata are the files of JSON; nil where there is none.
 type metadata struct{ config, spec, deleted []byte }
 
@@ -250,6 +253,9 @@ func (f *folder) join(deletedFiles []byte, mode int64) error {
 	if deletedFiles != nil {
 		if err := json.Unmarshal(deletedFiles, &deleted); err != nil {
 			return fault.Invalid("%s: %v", deletedName, err)
+		}
+		if len(deleted) > maxDeleted {
+			return fault.Invalid("%s: more than %d files", deletedName, maxDeleted)
 		}
 	}
 	if deletedFiles == nil && mode == 0 {

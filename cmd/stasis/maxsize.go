@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/docker/go-units"
@@ -43,8 +44,7 @@ func (a *app) addMaxSize(cmd *cobra.Command) {
 // store on another host has the limit of our state folder.
 func (a *app) storeLimit(ctx context.Context, c *client.Client) (int64, error) {
 	dir := storeRoot(ctx, c)
-	if dir == "" {
-		var err error
+	if _, err := os.Stat(dir); err != nil {
 		if dir, err = a.stateDir("work"); err != nil {
 			return 0, err
 		}

@@ -176,6 +176,7 @@ func TestInterruptedInput(t *testing.T) {
 	r, w := io.Pipe()
 	defer w.Close()
 	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
 	a := &app{in: r}
 	for _, path := range []string{fifo, "-"} {
 		f, err := a.openInput(ctx, path)
