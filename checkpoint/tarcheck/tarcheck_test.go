@@ -421,39 +421,3 @@ func unescape(s string) string {
 	}
 	return b.String()
 }
-
-// FuzzReader: what is accepted, archive/tar and GNU tar read alike.
-func FuzzReader(f *testing.F) {
-	for _, data := range honest(f) {
-		f.Add(data, false)
-	}
-	f.Add(join(sparseHeader(nil)), true)
-	f.Add(join(long('L', "evil"), x(record("path", "good")), raw{name: "f", flag: '0', magic: posix}), true)
-	f.Add(join(x(record("size", "5")), raw{name: "f", flag: '0', magic: posix, content: "hello"}), true)
-	f.Fuzz(func(t *testing.T, data []byte, fix bool) {
-		if len(data) > 1<<16 {
-			return
-		}
-		if fix {
-			// So that the fuzzer gets past the checksums.
-			for at := 0; at+blockSize <= len(data); at += blockSize {
-				b := data[at : at+blockSize]
-				if string(b[257:262]) != "ustar" {
-					continue
-				}
-				sum := 8 * int(' ')
-				for i, c := range b {
-					if i < 148 || i >= 156 {
-						sum += int(c)
-					}
-				}
-				copy(b[148:156], fmt.Sprintf("%06o\x00 ", sum))
-			}
-		}
-		entries, headers, err := check(data)
-		if err != nil {
-			return
-		}
-		compare(t, "fuzzed", data, entries, headers)
-	})
-}
