@@ -62,14 +62,14 @@ func readLayout(ctx context.Context, store content.Store, r io.Reader, limit int
 		if h.Typeflag != tar.TypeReg {
 			continue // links are of Docker's layout
 		}
-		if left -= h.Size; left < 0 {
-			return nil, capture.TooLarge(name, limit)
-		}
+		left -= h.Size
 		switch {
 		case name == ocispec.ImageIndexFile:
 			index, err = smallFile(tr, h, maxDocument)
 		case name == ocispec.ImageLayoutFile:
 			version, err = smallFile(tr, h, maxLayoutVersion)
+		case left < 0:
+			return nil, capture.TooLarge(name, limit)
 		case strings.HasPrefix(name, ocispec.ImageBlobsDir+"/"):
 			err = readLayoutBlob(ctx, store, name, h.Size, tr)
 		}
