@@ -4,8 +4,11 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
+	"encoding/json"
 	"fmt"
 	"io"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
@@ -18,6 +21,8 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/klauspost/compress/zstd"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/integration/stack"
@@ -147,6 +152,53 @@ func TestCLIBombs(t *testing.T) {
 		t.Errorf("with a wrong --max-size: %q", said)
 	}
 	unmount()
+}
+
+// TestCLIHostileRegistry pulls from a registry whose manifests would take much memory, or
+// lead to each other in very many ways.
+func TestCLIHostileRegistry(t *testing.T) {
+	s := stack.Start(t, stack.Options{})
+	manifests := map[string][]byte{} // by digest, or tag
+	add := func(tag string, index ocispec.Index) ocispec.Descriptor {
+		index.MediaType, index.SchemaVersion = ocispec.MediaTypeImageIndex, 2
+		data, err := json.Marshal(index)
+		must(t, err)
+		d := digest.FromBytes(data)
+		manifests[d.String()], manifests[tag] = data, data
+		return ocispec.Descriptor{MediaType: ocispec.MediaTypeImageIndex, Digest: d, Size: int64(len(data))}
+	}
+	large := add("", ocispec.Index{Annotations: map[string]string{"a": strings.Repeat("x", 5<<20)}})
+	add("large", ocispec.Index{Manifests: []ocispec.Descriptor{large}})
+	next := add("", ocispec.Index{})
+	for range 40 {
+		next = add("ways", ocispec.Index{Manifests: []ocispec.Descriptor{next, next}})
+	}
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		data, ok := manifests[filepath.Base(r.URL.Path)]
+		switch {
+		case r.URL.Path == "/v2/":
+		case !ok:
+			w.WriteHeader(http.StatusNotFound)
+		default:
+			w.Header().Set("Content-Type", ocispec.MediaTypeImageIndex)
+			w.Header().Set("Docker-Content-Digest", digest.FromBytes(data).String())
+			w.Header().Set("Content-Length", fmt.Sprint(len(data)))
+			if r.Method != http.MethodHead {
+				_, _ = w.Write(data)
+			}
+		}
+	}))
+	defer server.Close()
+	host := strings.TrimPrefix(server.URL, "http://")
+	for tag, want := range map[string]string{"large": "at most 4194304 are read", "ways": "lists more than"} {
+		if said := measured(t, s, "pull", host+"/x:"+tag); !strings.Contains(said, want) {
+			t.Errorf("%s: says %q; want %q in it", tag, said, want)
+		}
+		checkTidy(t, s)
+		if names := imageNames(t, s); len(names) != 0 {
+			t.Errorf("images %v", names)
+		}
+	}
 }
 
 // imageNames lists all images and what they are.

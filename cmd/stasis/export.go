@@ -20,7 +20,9 @@ func newExportCommand(a *app) *cobra.Command {
 		Short: "Write a checkpoint to a file",
 		Long: `Write a checkpoint to a file, or to stdout if that is "-". The format archive is
 the one of Podman, CRI-O and the kubelet; oci is the image as it is, with all its
-layers, in a tar that every tool for images reads.`,
+layers, in a tar that every tool for images reads. A file is there when all of it is,
+for root alone; behind a link its target is replaced. To a device or a FIFO it is
+written.`,
 		Example: `  stasis export backup/db:1 db.tar.zst
   stasis export backup/db:1 - --compress none | ssh other stasis import - db:1
   stasis export backup/db:1 db-image.tar --format oci`,
