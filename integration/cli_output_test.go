@@ -335,3 +335,29 @@ func TestCLIPrivate(t *testing.T) {
 		t.Error("a secret of the container's is in a log")
 	}
 }
+
+// TestCLIAttachHungUp attaches a container to what nobody reads: the command ends, and
+// the container runs on.
+func TestCLIAttachHungUp(t *testing.T) {
+	s := stack.Start(t, stack.Options{})
+	ctx := s.Ctx()
+	c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sh", "-c", "while :; do echo line; sleep 0.1; done"))
+	c.Start(ctx)
+	c.Stdout.WaitFor(ctx, "line\n")
+	ref := strings.TrimSpace(s.Stasis("checkpoint", "c"))
+	cmd := s.StasisCommand("restore", ref, "d", "--attach")
+	r, w, err := os.Pipe()
+	must(t, err)
+	must(t, r.Close())
+	cmd.Stdout = w
+	_ = cmd.Run()
+	must(t, w.Close())
+	if code := cmd.ProcessState.ExitCode(); code != 141 {
+		t.Errorf("exit code %d", code)
+	}
+	d := load(t, s, "d")
+	runsOn(t, ctx, d)
+	d.Kill(ctx, syscall.SIGKILL)
+	d.Delete(ctx)
+	checkTidy(t, s)
+}
