@@ -66,7 +66,11 @@ func run(ctx context.Context, args []string, in io.Reader, out, errs io.Writer) 
 	err = a.explainSize(cmd, err)
 	a.close()
 	var code exitCode
-	if unsaid := a.out.failed(); unsaid != nil {
+	unsaid := a.out.failed()
+	if o := (*outputError)(nil); unsaid == nil && errors.As(err, &o) {
+		unsaid = o
+	}
+	if unsaid != nil {
 		return reportUnsaid(errs, err, unsaid)
 	}
 	switch {

@@ -224,11 +224,13 @@ func (a *app) newRestored(ctx context.Context, c *client.Client, img client.Imag
 func (a *app) startRestored(ctx context.Context, container client.Container, spec *specs.Spec, f *restoreFlags) (_ client.Task, attached func(context.Context) error, err error) {
 	terminal := spec.Process != nil && spec.Process.Terminal
 	creator := unattachedIO(f.logURI, terminal)
+	// What the container prints: if nobody reads it, that does not undo the restore.
+	out := newOutput(a.out.w, func(error) {})
 	switch {
 	case f.attach && terminal:
-		creator = cio.NewCreator(cio.WithStreams(a.in, a.out, nil), cio.WithTerminal)
+		creator = cio.NewCreator(cio.WithStreams(a.in, out, nil), cio.WithTerminal)
 	case f.attach:
-		creator = cio.NewCreator(cio.WithStreams(a.in, a.out, a.err))
+		creator = cio.NewCreator(cio.WithStreams(a.in, out, a.err))
 	}
 	task, err := container.NewTask(ctx, creator)
 	if err != nil {
@@ -272,8 +274,8 @@ func (a *app) startRestored(ctx context.Context, container client.Container, spe
 		var status client.ExitStatus
 		select {
 		case status = <-exited:
-		case <-a.out.broken:
-			return a.out.failed() // the container runs on
+		case <-out.broken:
+			return out.failed() // the container runs on
 		}
 		if err := status.Error(); err != nil {
 			return fmt.Errorf("wait for %s: %w", container.ID(), err)
