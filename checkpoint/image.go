@@ -222,6 +222,10 @@ func readManifestBy(dir string, decode func([]byte) (*Manifest, error)) (*Manife
 	if len(data) > maxManifest {
 		return nil, fault.Invalid("%s: larger than %d bytes", manifestName, maxManifest)
 	}
+	// One for each file, and some of control groups.
+	if err := capture.CheckNodes(data, 4*maxFiles); err != nil {
+		return nil, fmt.Errorf("%s: %w", manifestName, err)
+	}
 	m, err := decode(data)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", manifestName, err)

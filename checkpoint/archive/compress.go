@@ -36,13 +36,13 @@ type nopCloser struct{ io.Writer }
 
 func (nopCloser) Close() error { return nil }
 
-// decompress returns what r holds, whether compressed or not. What cannot be
+// Decompress returns what r holds, whether compressed or not. What cannot be
 // decompressed is an invalid argument; errors of r itself are returned as they
 // are, and so is io.ErrUnexpectedEOF.
 //
 // containerd's compression.DecompressStream is not used: it runs other programs,
 // and takes as much memory as a stream asks for.
-func decompress(r io.Reader) (io.ReadCloser, error) {
+func Decompress(r io.Reader) (io.ReadCloser, error) {
 	d := &decompressed{source: source{Reader: r}}
 	buf := bufio.NewReaderSize(&d.source, 64<<10)
 	head, err := buf.Peek(10)

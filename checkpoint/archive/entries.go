@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"path"
 	"slices"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/tarcheck"
 )
 
 // Limits on what is read; a zero takes the default.
@@ -22,8 +24,9 @@ type Limits struct {
 	// Metadata is the largest size of each of the files of JSON, in bytes. The
 	// default is 16 MiB.
 	Metadata int64
-	// Total is what all that is written may take, in bytes. The default is what
-	// is free in the file system.
+	// Total is what all that is written may take, in bytes. The default is half of
+	// what is free in the file system. More gives an error that matches
+	// capture.ErrTooLarge.
 	Total int64
 }
 
@@ -40,6 +43,7 @@ func (l Limits) withDefaults() Limits {
 // entries are the plain files of an archive, in its order.
 type entries struct {
 	tar   *tar.Reader
+	scan  *tarcheck.Reader // below tar
 	body  io.ReadCloser
 	bytes counter // read of body
 	left  int     // entries that may still come
@@ -51,12 +55,13 @@ const blockSize = 512
 
 // openEntries begins to read an archive, compressed or not.
 func openEntries(ctx context.Context, r io.Reader, limits Limits) (*entries, error) {
-	body, err := decompress(capture.NewReader(ctx, r))
+	body, err := Decompress(capture.NewReader(ctx, r))
 	if err != nil {
 		return nil, truncated("the beginning", err)
 	}
 	e := &entries{body: body, left: limits.Files, seen: map[string]bool{}}
-	e.tar = tar.NewReader(io.TeeReader(body, &e.bytes))
+	e.scan = tarcheck.NewReader(io.TeeReader(body, &e.bytes), nil)
+	e.tar = tar.NewReader(e.scan)
 	return e, nil
 }
 
@@ -77,6 +82,9 @@ func (e *entries) next() (*tar.Header, error) {
 			// file.
 			if e.bytes-end < blockSize {
 				return nil, fault.Invalid("truncated: it has no end")
+			}
+			if err := e.scan.Finish(); err != nil {
+				return nil, truncated("its end", err)
 			}
 			return nil, io.EOF
 		case errors.Is(err, tar.ErrHeader), errors.Is(err, io.ErrUnexpectedEOF):
@@ -150,7 +158,13 @@ func (e *entries) read(hdr *tar.Header, limit int64) ([]byte, error) {
 		return nil, fault.Invalid("%s: %d bytes, at most %d are read", hdr.Name, hdr.Size, limit)
 	}
 	data, err := io.ReadAll(e.tar)
-	return data, truncated(hdr.Name, err)
+	if err != nil {
+		return nil, truncated(hdr.Name, err)
+	}
+	if err := capture.CheckJSON(data); err != nil {
+		return nil, fmt.Errorf("%s: %w", hdr.Name, err)
+	}
+	return data, nil
 }
 
 // truncated says which file an archive ends in.

@@ -16,11 +16,10 @@ import (
 	"strings"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
-
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 	"github.com/stasis-run/stasis/checkpoint/rootfs"
+	"github.com/stasis-run/stasis/checkpoint/tarcheck"
 )
 
 // Read reads an archive that Podman, CRI-O, containerd's CRI or Write made,
@@ -106,6 +105,9 @@ func read(ctx context.Context, r io.Reader, dir string, limits Limits) (*capture
 	return c, nil
 }
 
+// maxDeleted bounds the list of deleted files.
+const maxDeleted = 1 << 20
+
 // metadata are the files of JSON; nil where there is none.
 type metadata struct{ config, spec, deleted []byte }
 
@@ -160,17 +162,15 @@ func (m *metadata) parseConfig() (config, error) {
 // outside, whatever a name says.
 type folder struct {
 	root  *os.Root
-	left  int64 // bytes that may still be written
+	limit int64 // bytes that may be written
+	left  int64 // what is left of it
 	layer bool  // there is one
 }
 
 func newFolder(dir string, total int64) (*folder, error) {
-	if total == 0 {
-		var st unix.Statfs_t
-		if err := unix.Statfs(dir, &st); err != nil {
-			return nil, fmt.Errorf("statfs %s: %w", dir, err)
-		}
-		total = int64(st.Bavail) * st.Bsize
+	total, err := capture.Limit(dir, total)
+	if err != nil {
+		return nil, err
 	}
 	root, err := os.OpenRoot(dir)
 	if err != nil {
@@ -180,7 +180,7 @@ func newFolder(dir string, total int64) (*folder, error) {
 		root.Close()
 		return nil, err
 	}
-	return &folder{root: root, left: total}, nil
+	return &folder{root: root, limit: total, left: total}, nil
 }
 
 // file puts a file of the archive where it belongs.
@@ -188,7 +188,7 @@ func (f *folder) file(in *entries, hdr *tar.Header) error {
 	switch dir, name, _ := strings.Cut(hdr.Name, "/"); {
 	case hdr.Name == filesName:
 		// Of containerd it is compressed within an archive that is not.
-		files, err := decompress(in.tar)
+		files, err := Decompress(in.tar)
 		if err != nil {
 			return fmt.Errorf("%s: %w", hdr.Name, truncated(hdr.Name, err))
 		}
@@ -198,9 +198,9 @@ func (f *folder) file(in *entries, hdr *tar.Header) error {
 		if err := skipRoot(buf); err != nil {
 			return truncated(hdr.Name, err)
 		}
-		return f.write(layerName, hdr.Name, buf)
+		return f.tar(layerName, hdr.Name, buf)
 	case hdr.Name == devShmName:
-		return f.write(hdr.Name, hdr.Name, in.tar)
+		return f.tar(hdr.Name, hdr.Name, in.tar)
 	case hdr.Name == statsName, hdr.Name == logName:
 		return f.incidental(in, imagesName+"/"+hdr.Name, hdr)
 	case dir != imagesName:
@@ -223,6 +223,12 @@ func (f *folder) incidental(in *entries, dest string, hdr *tar.Header) error {
 	return f.write(dest, hdr.Name, in.tar)
 }
 
+// tar is write for a tar, which is handed on as it is: it must be the same to all
+// that read it.
+func (f *folder) tar(dest, from string, r io.Reader) error {
+	return f.write(dest, from, tarcheck.NewReader(r, nil))
+}
+
 // write writes a new file. from is its name in the archive.
 func (f *folder) write(dest, from string, r io.Reader) error {
 	file, err := f.root.OpenFile(dest, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
@@ -235,7 +241,7 @@ func (f *folder) write(dest, from string, r io.Reader) error {
 		return fmt.Errorf("%s: %w", from, err)
 	}
 	if f.left < 0 {
-		return fault.Invalid("%s: the archive is larger than is allowed, or than there is space", from)
+		return capture.TooLarge(from, f.limit)
 	}
 	return nil
 }
@@ -247,6 +253,9 @@ func (f *folder) join(deletedFiles []byte, mode int64) error {
 	if deletedFiles != nil {
 		if err := json.Unmarshal(deletedFiles, &deleted); err != nil {
 			return fault.Invalid("%s: %v", deletedName, err)
+		}
+		if len(deleted) > maxDeleted {
+			return fault.Invalid("%s: more than %d files", deletedName, maxDeleted)
 		}
 	}
 	if deletedFiles == nil && mode == 0 {

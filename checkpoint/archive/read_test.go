@@ -200,6 +200,10 @@ func TestReadRefuses(t *testing.T) {
 		"too many files":             {with(t, many(20)...), "too many files"},
 		"too large":                  {with(t, file("checkpoint/pages-1.img", string(zeros))), "larger than is allowed"},
 		"a bomb":                     {compress(t, with(t, file("checkpoint/pages-1.img", string(zeros))), compression.Zstd), "larger than is allowed"},
+		"data after the end":         {append(bytes.Clone(good), good...), "after its end"},
+		"two names":                  {append(twoNames(t), good...), "same entry"},
+		"a layer with two names":     {with(t, file(filesName, string(twoNames(t)))), "same entry"},
+		"a /dev/shm with two names":  {with(t, file(devShmName, string(twoNames(t)))), "same entry"},
 		"a bomb of a layer":          {with(t, file(filesName, string(compress(t, tarOf(t, file("x", string(zeros))), compression.Gzip)))), "larger than is allowed"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -233,6 +237,15 @@ func sparse(t testing.TB) []byte {
 	}
 	copy(block[148:], fmt.Sprintf("%06o\x00 ", sum))
 	return block
+}
+
+// twoNames is an entry with a long name of GNU's and another of PAX's.
+func twoNames(t testing.TB) []byte {
+	t.Helper()
+	var gnu, pax bytes.Buffer
+	must(t, tar.NewWriter(&gnu).WriteHeader(&tar.Header{Format: tar.FormatGNU, Typeflag: tar.TypeReg, Name: "volumes/" + strings.Repeat("x", 120)}))
+	must(t, tar.NewWriter(&pax).WriteHeader(&tar.Header{Format: tar.FormatPAX, Typeflag: tar.TypeReg, Name: "volumes/é"}))
+	return append(gnu.Bytes()[:2*blockSize], pax.Bytes()...)
 }
 
 func damaged(data []byte) []byte {

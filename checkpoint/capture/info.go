@@ -24,6 +24,9 @@ func EncodeInfo(i Info) ([]byte, error) {
 // DecodeInfo reads info.json. It refuses keys that it does not know: they would
 // be something that the writer found necessary to say.
 func DecodeInfo(data []byte) (Info, error) {
+	if err := CheckJSON(data); err != nil {
+		return Info{}, err
+	}
 	var head struct {
 		Version int `json:"version"`
 	}

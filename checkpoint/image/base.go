@@ -15,6 +15,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
@@ -70,6 +71,9 @@ func readBase(ctx context.Context, store content.Store, desc ocispec.Descriptor,
 // decodeConfig reads an image's config, without the layers.
 func decodeConfig(data []byte) (base, error) {
 	var b base
+	if err := capture.CheckJSON(data); err != nil {
+		return base{}, err
+	}
 	if err := json.Unmarshal(data, &b.config); err != nil {
 		return base{}, fault.Invalid("no valid JSON: %v", err)
 	}

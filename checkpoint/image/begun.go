@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"os"
 	"path/filepath"
 	"slices"
 	"sync/atomic"
@@ -118,7 +117,7 @@ func manifestSum(dir, name string) string {
 			Sum  string `json:"sum"`
 		} `json:"files"`
 	}
-	data, err := os.ReadFile(filepath.Join(dir, "stasis.json"))
+	data, err := capture.ReadSmall(filepath.Join(dir, "stasis.json"), maxMetadata)
 	if err != nil || json.Unmarshal(data, &m) != nil {
 		return ""
 	}

@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
@@ -133,6 +134,9 @@ func readDocument(ctx context.Context, store content.Provider, desc ocispec.Desc
 }
 
 func decodeDocument(data []byte, index bool) (document, error) {
+	if err := capture.CheckJSON(data); err != nil {
+		return document{}, fmt.Errorf("a manifest or index: %w", err)
+	}
 	var doc document
 	if err := json.Unmarshal(data, &doc); err != nil {
 		return document{}, fault.Invalid("no valid manifest or index: %v", err)

@@ -14,6 +14,9 @@ const (
 	maxMetadata = 16 << 20
 	// maxFiles is the number of CRIU's images, as in package checkpoint.
 	maxFiles = 1 << 16
+	// maxBlobs is how many blobs an image in a file may have, and how many entries a
+	// manifest or index that is kept.
+	maxBlobs = 1 << 12
 	// maxManifests is how many manifests of an index are looked at. Images for
 	// many platforms have about twenty.
 	maxManifests = 64

@@ -73,7 +73,7 @@ func writePodman(ctx context.Context, store content.Store, c *capture.Capture, o
 	return writeBlob(ctx, store, ocispec.MediaTypeImageIndex, data, gcLabels(manifest))
 }
 
-func readPodman(ctx context.Context, store content.Provider, f found, dir string) (*capture.Capture, error) {
+func readPodman(ctx context.Context, store content.Provider, f found, dir string, limit int64) (*capture.Capture, error) {
 	if n := len(f.doc.Layers); n != 1 {
 		return nil, fault.Invalid("it has %d layers; a checkpoint image of Podman or CRI-O has one", n)
 	}
@@ -90,7 +90,7 @@ func readPodman(ctx context.Context, store content.Provider, f found, dir string
 	if err := os.Remove(dir); err != nil {
 		return nil, err
 	}
-	c, err := archive.Read(ctx, b, dir, archive.Limits{})
+	c, err := archive.Read(ctx, b, dir, archive.Limits{Total: limit})
 	if err != nil {
 		return nil, err
 	}

@@ -85,14 +85,22 @@ func (d document) layer(digest string) *ocispec.Descriptor {
 // matches errdefs.ErrInvalidArgument; one of a newer format, or one for which
 // dir has no room, errdefs.ErrFailedPrecondition.
 func Read(ctx context.Context, store content.Provider, desc ocispec.Descriptor, dir string) (*capture.Capture, error) {
-	c, err := read(ctx, store, desc, dir)
+	return ReadLimited(ctx, store, desc, dir, 0)
+}
+
+// ReadLimited is Read for a checkpoint that has at most limit bytes when it is not
+// compressed, its writable layer included. If limit is 0, it is half of what is free
+// where dir is, as for Read. A larger one gives an error that matches
+// capture.ErrTooLarge.
+func ReadLimited(ctx context.Context, store content.Provider, desc ocispec.Descriptor, dir string, limit int64) (*capture.Capture, error) {
+	c, err := read(ctx, store, desc, dir, limit)
 	if err != nil {
 		return nil, fmt.Errorf("checkpoint image %s: %w", desc.Digest, err)
 	}
 	return c, nil
 }
 
-func read(ctx context.Context, store content.Provider, desc ocispec.Descriptor, dir string) (_ *capture.Capture, err error) {
+func read(ctx context.Context, store content.Provider, desc ocispec.Descriptor, dir string, limit int64) (_ *capture.Capture, err error) {
 	f, err := find(ctx, store, desc)
 	if err != nil {
 		return nil, err
@@ -106,13 +114,16 @@ func read(ctx context.Context, store content.Provider, desc ocispec.Descriptor, 
 			undo()
 		}
 	}()
+	if limit, err = capture.Limit(dir, limit); err != nil {
+		return nil, err
+	}
 	switch f.form {
 	case Runnable:
-		return readRunnable(ctx, store, f, dir)
+		return readRunnable(ctx, store, f, dir, limit)
 	case Index:
-		return readIndex(ctx, store, f.doc, dir)
+		return readIndex(ctx, store, f.doc, dir, limit)
 	case Podman:
-		return readPodman(ctx, store, f, dir)
+		return readPodman(ctx, store, f, dir, limit)
 	}
 	return nil, fault.Invalid("no checkpoint of any kind that Stasis knows")
 }
@@ -142,7 +153,7 @@ func emptyDir(dir string) (undo func(), err error) {
 	}, nil
 }
 
-func readRunnable(ctx context.Context, store content.Provider, f found, dir string) (*capture.Capture, error) {
+func readRunnable(ctx context.Context, store content.Provider, f found, dir string, limit int64) (*capture.Capture, error) {
 	switch version, err := strconv.Atoi(f.doc.Annotations[AnnotationVersion]); {
 	case err != nil || version < 1:
 		return nil, fault.Invalid("annotation %s is %q", AnnotationVersion, f.doc.Annotations[AnnotationVersion])
@@ -158,7 +169,7 @@ func readRunnable(ctx context.Context, store content.Provider, f found, dir stri
 		return nil, err
 	}
 	c := &capture.Capture{Images: filepath.Join(dir, "checkpoint")}
-	err = unpack(ctx, store, desc, size, c.Images, func(r io.Reader) error { return unpackStasis(ctx, r, c, size) })
+	err = unpack(ctx, store, desc, size, limit, c.Images, func(r io.Reader) error { return unpackStasis(ctx, r, c, size) })
 	if err != nil {
 		return nil, fmt.Errorf("layer %s: %w", desc.Digest, err)
 	}
@@ -167,12 +178,12 @@ func readRunnable(ctx context.Context, store content.Provider, f found, dir stri
 		if writable == nil {
 			return nil, fault.Invalid("no layer has the digest that annotation %s names", AnnotationWritableLayer)
 		}
-		c.Layer = storedLayer{store, *writable}
+		c.Layer = storedLayer{store, *writable, limit - size}
 	}
 	return c, nil
 }
 
-func readIndex(ctx context.Context, store content.Provider, doc document, dir string) (*capture.Capture, error) {
+func readIndex(ctx context.Context, store content.Provider, doc document, dir string, limit int64) (*capture.Capture, error) {
 	info, spec, err := indexInfo(ctx, store, doc)
 	if err != nil {
 		return nil, err
@@ -181,14 +192,14 @@ func readIndex(ctx context.Context, store content.Provider, doc document, dir st
 	desc := *doc.one(images.MediaTypeContainerd1Checkpoint)
 	tar := desc
 	tar.MediaType = ocispec.MediaTypeImageLayer // which is what it is
-	err = unpack(ctx, store, tar, desc.Size, c.Images, func(r io.Reader) error {
+	err = unpack(ctx, store, tar, desc.Size, limit, c.Images, func(r io.Reader) error {
 		return unpackFlat(ctx, r, c.Images, desc.Size)
 	})
 	if err != nil {
 		return nil, fmt.Errorf("CRIU's images, %s: %w", desc.Digest, err)
 	}
 	if writable := doc.one(ocispec.MediaTypeImageLayerGzip); writable != nil {
-		c.Layer = storedLayer{store, *writable}
+		c.Layer = storedLayer{store, *writable, limit - desc.Size}
 	}
 	if doc.one(MediaTypeInfo) == nil {
 		addManifest(&c.Info, c.Images)
@@ -198,11 +209,11 @@ func readIndex(ctx context.Context, store content.Provider, doc document, dir st
 
 // unpack opens a layer, makes the folder for CRIU's images, and has f read the
 // tar into it.
-func unpack(ctx context.Context, store content.Provider, desc ocispec.Descriptor, size int64, dir string, f func(io.Reader) error) error {
+func unpack(ctx context.Context, store content.Provider, desc ocispec.Descriptor, size, limit int64, dir string, f func(io.Reader) error) error {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return err
 	}
-	if err := checkSpace(dir, size); err != nil {
+	if err := checkSpace(dir, size, limit); err != nil {
 		return err
 	}
 	b, err := openBlob(ctx, store, desc)
@@ -220,7 +231,7 @@ func unpack(ctx context.Context, store content.Provider, desc ocispec.Descriptor
 // does not even have the container's ID. Whether it is right, package checkpoint
 // finds out when the folder is opened.
 func addManifest(info *capture.Info, dir string) {
-	data, err := os.ReadFile(filepath.Join(dir, "stasis.json"))
+	data, err := capture.ReadSmall(filepath.Join(dir, "stasis.json"), maxMetadata)
 	var m struct {
 		Created   time.Time `json:"created"`
 		Container struct {

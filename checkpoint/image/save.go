@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"strings"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
@@ -25,7 +26,52 @@ func Save(ctx context.Context, store content.Provider, records images.Store, nam
 	return img, nil
 }
 
-func save(ctx context.Context, store content.Provider, records images.Store, name string, desc ocispec.Descriptor, labels map[string]string) (images.Image, error) {
+// SaveNew is Save for a name that no user has typed, but a file or a checkpoint
+// brings: no image that has it is replaced, whatever it is. If another has it, the
+// beginning of the digest is added. made tells that there is a new record; else the
+// same checkpoint has had the name already.
+func SaveNew(ctx context.Context, store content.Provider, records images.Store, name string, desc ocispec.Descriptor) (img images.Image, made bool, err error) {
+	img, err = newRecord(ctx, store, name, desc, nil)
+	if err != nil {
+		return images.Image{}, false, fmt.Errorf("save checkpoint image %s: %w", name, err)
+	}
+	for _, n := range []int{0, 12, len(desc.Digest.Encoded())} {
+		if img.Name, err = withDigest(name, desc.Digest.Encoded()[:n]); err != nil {
+			break
+		}
+		// Not Get first: another command may be about to take the name.
+		created, cerr := records.Create(ctx, img)
+		if cerr == nil {
+			return created, true, nil
+		}
+		if err = cerr; !errdefs.IsAlreadyExists(err) {
+			break
+		}
+		if old, gerr := records.Get(ctx, img.Name); gerr == nil && old.Target.Digest == desc.Digest {
+			return old, false, nil
+		}
+	}
+	return images.Image{}, false, fmt.Errorf("save checkpoint image %s: %w", name, err)
+}
+
+// maxTag is the length of a tag that registries take.
+const maxTag = 128
+
+// withDigest adds digits of a digest to the tag of a name; none change nothing.
+func withDigest(name, digits string) (string, error) {
+	if digits == "" {
+		return name, nil
+	}
+	at := strings.LastIndexByte(name, ':')
+	if strings.ContainsRune(name, '@') || at < strings.LastIndexByte(name, '/') {
+		return "", fault.New(errdefs.ErrAlreadyExists, "there is another image of this name; give it another one")
+	}
+	repository, tag := name[:at+1], name[at+1:]
+	return repository + tag[:min(len(tag), maxTag-1-len(digits))] + "-" + digits, nil
+}
+
+// newRecord is the record of a checkpoint.
+func newRecord(ctx context.Context, store content.Provider, name string, desc ocispec.Descriptor, labels map[string]string) (images.Image, error) {
 	form, err := Detect(ctx, store, desc)
 	if err != nil {
 		return images.Image{}, err
@@ -38,6 +84,14 @@ func save(ctx context.Context, store content.Provider, records images.Store, nam
 		img.Labels["containerd.io/checkpoint"] = "true" // as containerd's client does
 	}
 	maps.Copy(img.Labels, labels)
+	return img, nil
+}
+
+func save(ctx context.Context, store content.Provider, records images.Store, name string, desc ocispec.Descriptor, labels map[string]string) (images.Image, error) {
+	img, err := newRecord(ctx, store, name, desc, labels)
+	if err != nil {
+		return images.Image{}, err
+	}
 	created, err := records.Create(ctx, img)
 	if !errdefs.IsAlreadyExists(err) {
 		return created, err

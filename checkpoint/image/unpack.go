@@ -19,6 +19,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/tarcheck"
 )
 
 // unpacker writes CRIU's images of a tar into a folder, and nothing else
@@ -119,10 +120,14 @@ func badTar(err error) error {
 // images go to a folder that exists, and whose /dev/shm goes beside it.
 func unpackStasis(ctx context.Context, r io.Reader, c *capture.Capture, limit int64) error {
 	u := newUnpacker(c.Images, limit)
-	tr := tar.NewReader(r)
+	scan := tarcheck.NewReader(r, nil)
+	tr := tar.NewReader(scan)
 	for {
 		h, err := tr.Next()
 		if errors.Is(err, io.EOF) {
+			if err := scan.Finish(); err != nil {
+				return badTar(err)
+			}
 			break
 		}
 		if err != nil {
@@ -149,7 +154,8 @@ func unpackStasis(ctx context.Context, r io.Reader, c *capture.Capture, limit in
 			}
 		case h.Name == devShmPath:
 			c.DevShm = filepath.Join(filepath.Dir(c.Images), filepath.Base(devShmPath))
-			err = u.write(ctx, c.DevShm, h, tr)
+			// It is handed on as it is.
+			err = u.write(ctx, c.DevShm, h, tarcheck.NewReader(tr, nil))
 		case inside:
 			err = u.image(ctx, name, h, tr)
 		default:
@@ -170,11 +176,12 @@ func unpackStasis(ctx context.Context, r io.Reader, c *capture.Capture, limit in
 // unpackFlat reads the tar of containerd's form: CRIU's images, and no folder.
 func unpackFlat(ctx context.Context, r io.Reader, dir string, limit int64) error {
 	u := newUnpacker(dir, limit)
-	tr := tar.NewReader(r)
+	scan := tarcheck.NewReader(r, nil)
+	tr := tar.NewReader(scan)
 	for {
 		h, err := tr.Next()
 		if errors.Is(err, io.EOF) {
-			return nil
+			return badTar(scan.Finish())
 		}
 		if err != nil {
 			return badTar(err)
@@ -291,6 +298,7 @@ func (b *blobReader) Close() error {
 type storedLayer struct {
 	store content.Provider
 	desc  ocispec.Descriptor
+	limit int64 // of the tar, in bytes
 }
 
 func (l storedLayer) WriteLayer(ctx context.Context, w io.Writer) error {
@@ -299,8 +307,12 @@ func (l storedLayer) WriteLayer(ctx context.Context, w io.Writer) error {
 		return err
 	}
 	defer b.Close()
-	if err := copyContext(ctx, w, b, make([]byte, chunkSize)); err != nil {
+	in := &io.LimitedReader{R: tarcheck.NewReader(b, nil), N: l.limit + 1}
+	if err := copyContext(ctx, w, in, make([]byte, chunkSize)); err != nil {
 		return fmt.Errorf("read the writable layer %s: %w", l.desc.Digest, err)
+	}
+	if in.N <= 0 {
+		return capture.TooLarge("the writable layer "+l.desc.Digest.String(), l.limit)
 	}
 	return b.finish()
 }
@@ -315,8 +327,12 @@ func uncompressedSize(desc ocispec.Descriptor) (int64, error) {
 	return size, nil
 }
 
-// checkSpace refuses early what the file system has no room for.
-func checkSpace(dir string, size int64) error {
+// checkSpace refuses early what is larger than allowed, or what the file system has no
+// room for.
+func checkSpace(dir string, size, limit int64) error {
+	if size > limit {
+		return capture.TooLarge("CRIU's images", limit)
+	}
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
 		return fmt.Errorf("%s: %w", dir, err)

@@ -23,6 +23,7 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/utsns"
 
 	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
@@ -101,6 +102,9 @@ func (r *reader) readManifest() error {
 	}
 	if err != nil {
 		return err
+	}
+	if err := capture.CheckNodes(data, 4*maxEntries); err != nil {
+		return fmt.Errorf("stasis.json: %w", err)
 	}
 	var m checkpoint.Manifest
 	if err := json.Unmarshal(data, &m); err != nil {

@@ -19,13 +19,14 @@ import (
 
 // Apply puts an OCI layer, uncompressed, onto the root filesystem in the folder
 // root, and returns the bytes of content it has written, holes counted. It reads
-// layer up to the end of the tar. After an error the root filesystem is not to
+// layer up to its end. After an error the root filesystem is not to
 // be used; a layer that is at fault gives errdefs.ErrInvalidArgument.
 //
 // The layer is untrusted. Links on the way to a file lead nowhere but into root;
 // other mounts in root are not entered. Refused are paths that are absolute or
-// go up, overlayfs's whiteouts and attributes, files named twice, and more than
-// 4 Mi entries or 1 TiB. Its owners, modes and devices are the container's
+// go up, overlayfs's whiteouts and attributes, files named twice, tars that programs
+// read differently (package tarcheck), and more than 4 Mi entries (or half of the
+// inodes that are free) or 1 TiB. Its owners, modes and devices are the container's
 // matter, as those of any image are.
 //
 // containerd's archive.Apply would lose what a copy of a container has: the
@@ -45,6 +46,13 @@ func apply(ctx context.Context, root string, layer io.Reader, l limits) (int64, 
 		return 0, err
 	}
 	defer r.close()
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(r.fd, &st); err != nil {
+		return 0, r.fail("statfs", "", err)
+	}
+	if st.Files > 0 { // else the file system has no fixed number
+		l.entries = int(min(uint64(l.entries), st.Ffree/2))
+	}
 	a := &applier{root: r, guard: newGuard(layer, l), buf: make([]byte, 256<<10)}
 	defer a.forget()
 	for {

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -244,5 +245,30 @@ func TestApplyForeignAttributes(t *testing.T) {
 	must(t, unix.Lstat(f.at("d"), &st))
 	if st.Mtim != timespec(clock) || st.Mode&0o7777 != 0o755 {
 		t.Errorf("%+v", st)
+	}
+}
+
+// A layer of many tiny files does not take all the inodes of a disk.
+func TestApplyInodes(t *testing.T) {
+	root := t.TempDir()
+	if err := unix.Mount("tmpfs", root, "tmpfs", 0, "nr_inodes=100"); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(root, 0)
+	var layer bytes.Buffer
+	w := tar.NewWriter(&layer)
+	for i := range 80 {
+		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: fmt.Sprint(i), Mode: 0o600}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Apply(t.Context(), root, &layer); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "entries") {
+		t.Errorf("error %v", err)
+	}
+	if made, err := os.ReadDir(root); err != nil || len(made) > 50 {
+		t.Errorf("%d files, %v", len(made), err)
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/tarcheck"
 )
 
 // limits bound what a layer may ask for.
@@ -31,7 +32,9 @@ const nameCost = 64
 // those that no honest one has. Its errors match errdefs.ErrInvalidArgument.
 type guard struct {
 	tr   *tar.Reader
+	scan *tarcheck.Reader // below tr
 	in   *input
+	limits
 	left limits
 	// seen has the path of each entry, and of the folders above it, and whether it
 	// is a folder. The markers' own folders are not in it.
@@ -40,7 +43,8 @@ type guard struct {
 
 func newGuard(r io.Reader, l limits) *guard {
 	in := &input{Reader: r}
-	return &guard{tr: tar.NewReader(in), in: in, left: l, seen: map[string]bool{}}
+	scan := tarcheck.NewReader(in, nil)
+	return &guard{tr: tar.NewReader(scan), scan: scan, in: in, limits: l, left: l, seen: map[string]bool{}}
 }
 
 // input remembers that there is no more. To archive/tar a file cut between two
@@ -72,13 +76,16 @@ func (g *guard) next() (item, error) {
 			err = io.ErrUnexpectedEOF
 		}
 		if err == io.EOF {
-			return item{}, err
+			if err := g.scan.Finish(); err != nil {
+				return item{}, readError("", err)
+			}
+			return item{}, io.EOF
 		}
 		if err != nil {
 			return item{}, readError("", err)
 		}
 		if g.left.entries--; g.left.entries < 0 {
-			return item{}, fault.Invalid("the tar has more than %d entries", defaultLimits.entries)
+			return item{}, fault.Invalid("the tar has more than %d entries", g.entries)
 		}
 		if hdr.Typeflag == tar.TypeXGlobalHeader {
 			continue // a comment

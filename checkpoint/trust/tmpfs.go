@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/tarcheck"
 )
 
 // checkTmpfs looks at the files of the container's tmpfs mounts, which CRIU has
@@ -45,12 +46,16 @@ func (c *checker) checkArchive(name string) error {
 	if limit := c.limits().withSwap; limit > 0 && limit < math.MaxInt64/2 {
 		in.left = 2 * int64(limit) // holes take no memory
 	}
-	archive := tar.NewReader(in)
+	// What is checked here by Go's reader, CRIU hands to GNU tar.
+	scan := tarcheck.NewReader(in, nil)
+	archive := tar.NewReader(scan)
 	links := map[string]bool{}
 	for {
 		h, err := archive.Next()
 		if errors.Is(err, io.EOF) {
-			return nil
+			if err = scan.Finish(); err == nil {
+				return nil
+			}
 		}
 		if errors.Is(err, errTooLarge) {
 			c.refuse("%s: has more than fits the container's memory limit", name)

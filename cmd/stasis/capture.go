@@ -30,7 +30,7 @@ func (a *app) openCapture(ctx context.Context, arg string) (*capture.Capture, fu
 	case err == nil && info.IsDir():
 		return &capture.Capture{Images: arg}, nothing, nil
 	case err == nil:
-		f, err := os.Open(arg)
+		f, err := a.openInput(ctx, arg)
 		if err != nil {
 			return nil, nothing, err
 		}
@@ -48,14 +48,14 @@ func (a *app) openCapture(ctx context.Context, arg string) (*capture.Capture, fu
 		return nil, nothing, err
 	}
 	return a.unpacked(func(dir string) (*capture.Capture, error) {
-		return image.Read(ctx, c.ContentStore(), img.Target, dir)
+		return image.ReadLimited(ctx, c.ContentStore(), img.Target, dir, int64(a.maxSize))
 	})
 }
 
 // openArchive is openCapture for an archive.
 func (a *app) openArchive(ctx context.Context, r io.Reader) (*capture.Capture, func(), error) {
 	return a.unpacked(func(dir string) (*capture.Capture, error) {
-		return archive.Read(ctx, r, dir, archive.Limits{})
+		return archive.Read(ctx, r, dir, archive.Limits{Total: int64(a.maxSize)})
 	})
 }
 

@@ -5,7 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
+	"io"
 	"path/filepath"
 	"regexp"
 	"strconv"
@@ -156,11 +156,14 @@ func (a *app) checkpoint(ctx context.Context, f *checkpointFlags, args []string)
 		}
 		results = append(results, *r)
 	}
-	if a.json() {
+	stdout := isStdout(f.file) // has the archive, and nothing else
+	if a.json() && !stdout {
 		return errors.Join(append(failed, printJSON(a.out, results))...)
 	}
 	for _, r := range results {
-		fmt.Fprintln(a.out, r.Ref+r.File)
+		if !stdout {
+			fmt.Fprintln(a.out, r.Ref+r.File)
+		}
 		if !a.quiet && r.Frozen > 0 {
 			fmt.Fprintf(a.err, "stasis: %s stood still for %s; %s of memory and state, %s of files; done in %s\n", r.Container,
 				r.Frozen.Round(time.Millisecond), size(r.ImageBytes), size(r.LayerBytes), r.Took.Round(time.Millisecond))
@@ -384,7 +387,10 @@ func (a *app) storeCapture(ctx context.Context, d *dumper, got *capture.Capture,
 	}
 	if f.file != "" {
 		result.File = f.file
-		err = writeArchive(ctx, f.file, got, f.compression)
+		err = a.writeTo(ctx, f.file, func(w io.Writer) error { return archive.Write(ctx, w, got, f.compression) })
+		if err != nil {
+			err = fmt.Errorf("write the archive %s: %w", f.file, err)
+		}
 	} else {
 		if ref == "" {
 			ref = defaultRef(d.container.ID(), got.Info.Checkpointed)
@@ -422,29 +428,4 @@ func checkRef(ctx context.Context, c *client.Client, ref string) error {
 		return fmt.Errorf("there is an image %s that is no checkpoint; choose another REF: %w", ref, errdefs.ErrAlreadyExists)
 	}
 	return nil
-}
-
-// writeArchive writes a new archive; a file that is there is replaced when the
-// archive is whole.
-func writeArchive(ctx context.Context, path string, c *capture.Capture, comp compression.Compression) (err error) {
-	if path == "-" {
-		return archive.Write(ctx, os.Stdout, c, comp)
-	}
-	f, err := os.CreateTemp(filepath.Dir(path), ".stasis-*")
-	if err != nil {
-		return fmt.Errorf("write the archive: %w", err)
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, os.Remove(f.Name()))
-		}
-	}()
-	err = archive.Write(ctx, f, c, comp)
-	if err == nil {
-		err = f.Sync()
-	}
-	if err := errors.Join(err, f.Close()); err != nil {
-		return fmt.Errorf("write the archive %s: %w", path, err)
-	}
-	return os.Rename(f.Name(), path)
 }

@@ -60,15 +60,16 @@ made from, which is pulled if it is not here.`,
 			if f.format.value == "archive" {
 				return a.writeArchiveTo(ctx, ref, got, f)
 			}
-			return a.storeAs(ctx, ref, got, f)
+			return a.storeAs(ctx, ref, a.typed, got, f)
 		},
 	}
 	addFormFlags(cmd, &f, "runnable", "index", "archive", "podman")
+	a.addMaxSize(cmd)
 	return cmd
 }
 
 // storeAs makes an image of a checkpoint and says its name.
-func (a *app) storeAs(ctx context.Context, ref string, got *capture.Capture, f formFlags) (err error) {
+func (a *app) storeAs(ctx context.Context, ref string, name naming, got *capture.Capture, f formFlags) (err error) {
 	ctx, c, done, err := a.leased(ctx)
 	if err != nil {
 		return err
@@ -76,27 +77,31 @@ func (a *app) storeAs(ctx context.Context, ref string, got *capture.Capture, f f
 	defer done()
 	bar := a.progress(ref)
 	defer bar.Done()
-	digest, err := a.storeWithBase(ctx, c, ref, got, f, bar)
+	desc, err := a.storeWithBase(ctx, c, got, f, bar)
+	if err != nil {
+		return err
+	}
+	img, err := name(ctx, c, ref, desc)
 	if err != nil {
 		return err
 	}
 	if a.json() {
-		return printJSON(a.out, stored{ref, digest})
+		return printJSON(a.out, stored{img.Name, desc.Digest.String()})
 	}
-	fmt.Fprintln(a.out, ref)
+	fmt.Fprintln(a.out, img.Name)
 	return nil
 }
 
-func (a *app) storeWithBase(ctx context.Context, c *client.Client, ref string, got *capture.Capture, f formFlags, bar *progress) (string, error) {
+func (a *app) storeWithBase(ctx context.Context, c *client.Client, got *capture.Capture, f formFlags, bar *progress) (ocispec.Descriptor, error) {
 	if got.Info.Version == 0 {
-		return "", errors.New("a folder of CRIU's images does not tell the container's spec and its changed files, so it cannot become an image")
+		return ocispec.Descriptor{}, errors.New("a folder of CRIU's images does not tell the container's spec and its changed files, so it cannot become an image")
 	}
 	var base ocispec.Descriptor
 	if f.format.value != "podman" {
 		var err error
 		if base, err = a.findBase(ctx, c, got.Info.Base, false, bar); err != nil {
-			return "", err
+			return ocispec.Descriptor{}, err
 		}
 	}
-	return store(ctx, c, ref, got, base, f.format.value, a.storeOptions(ctx, c, compressions[f.compress.value], bar))
+	return storeContent(ctx, c, got, base, f.format.value, a.storeOptions(ctx, c, compressions[f.compress.value], bar))
 }

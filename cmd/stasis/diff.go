@@ -37,7 +37,7 @@ type fileDiff struct {
 }
 
 func newDiffCommand(a *app) *cobra.Command {
-	return &cobra.Command{
+	cmd := &cobra.Command{
 		Use:   "diff FIRST SECOND",
 		Short: "Show what changed between two checkpoints",
 		Long: `Show what changed between two checkpoints of a container: files of its root
@@ -71,6 +71,8 @@ filesystem, and pages of its memory. Both may be in any form.`,
 			return printDiff(a.out, d)
 		},
 	}
+	a.addMaxSize(cmd)
+	return cmd
 }
 
 func printDiff(out io.Writer, d difference) error {

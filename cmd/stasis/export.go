@@ -2,15 +2,12 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
-	"os"
 
 	ctrarchive "github.com/containerd/containerd/v2/core/images/archive"
 	"github.com/containerd/platforms"
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
 
 	"github.com/stasis-run/stasis/checkpoint/archive"
 	"github.com/stasis-run/stasis/checkpoint/capture"
@@ -23,7 +20,9 @@ func newExportCommand(a *app) *cobra.Command {
 		Short: "Write a checkpoint to a file",
 		Long: `Write a checkpoint to a file, or to stdout if that is "-". The format archive is
 the one of Podman, CRI-O and the kubelet; oci is the image as it is, with all its
-layers, in a tar that every tool for images reads.`,
+layers, in a tar that every tool for images reads. A file is there when all of it is,
+for root alone; behind a link its target is replaced. To a device or a FIFO it is
+written.`,
 		Example: `  stasis export backup/db:1 db.tar.zst
   stasis export backup/db:1 - --compress none | ssh other stasis import - db:1
   stasis export backup/db:1 db-image.tar --format oci`,
@@ -42,19 +41,8 @@ layers, in a tar that every tool for images reads.`,
 		},
 	}
 	addFormFlags(cmd, &f, "archive", "oci")
+	a.addMaxSize(cmd)
 	return cmd
-}
-
-// writeTo has write write a file, or stdout if path is "-". A file is there when
-// all of it is, for its owner alone.
-func (a *app) writeTo(path string, write func(io.Writer) error) error {
-	if path != "-" {
-		return writeFile(path, write)
-	}
-	if f, ok := a.out.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
-		return errors.New("this would write an archive to the terminal: redirect it, or name a file")
-	}
-	return write(a.out)
 }
 
 // writeArchiveTo writes an archive and says where it is.
@@ -62,7 +50,7 @@ func (a *app) writeArchiveTo(ctx context.Context, path string, c *capture.Captur
 	bar := a.progress(path)
 	defer bar.Done()
 	bar.Stage("write")
-	err := a.writeTo(path, func(w io.Writer) error {
+	err := a.writeTo(ctx, path, func(w io.Writer) error {
 		return archive.Write(ctx, &counting{w: w, bar: bar}, c, compressions[f.compress.value])
 	})
 	if err != nil {
@@ -74,7 +62,7 @@ func (a *app) writeArchiveTo(ctx context.Context, path string, c *capture.Captur
 // wroteFile says what file was written, unless that is stdout.
 func (a *app) wroteFile(path string) error {
 	switch {
-	case path == "-":
+	case isStdout(path):
 		return nil
 	case a.json():
 		return printJSON(a.out, map[string]string{"file": path})
@@ -95,7 +83,7 @@ func (a *app) exportOCI(ctx context.Context, ref, path string) error {
 	bar := a.progress(path)
 	defer bar.Done()
 	bar.Stage("write")
-	err = a.writeTo(path, func(w io.Writer) error {
+	err = a.writeTo(ctx, path, func(w io.Writer) error {
 		return c.Export(ctx, &counting{w: w, bar: bar}, ctrarchive.WithPlatform(platforms.All), ctrarchive.WithSkipDockerManifest(),
 			ctrarchive.WithImage(c.ImageService(), img.Name))
 	})

@@ -3,7 +3,6 @@ package main
 import (
 	"fmt"
 	"io"
-	"os"
 	"strings"
 	"time"
 
@@ -51,7 +50,7 @@ Arguments and environment are read out of the memory of the processes.`,
 				in.Info = &c.Info
 			}
 			if html != "" {
-				if err := writeFile(html, func(w io.Writer) error { return writeHTML(w, args[0], in) }); err != nil {
+				if err := a.writeTo(cmd.Context(), html, func(w io.Writer) error { return writeHTML(w, args[0], in) }); err != nil {
 					return fmt.Errorf("write the page: %w", err)
 				}
 				if !a.json() {
@@ -64,30 +63,11 @@ Arguments and environment are read out of the memory of the processes.`,
 			return printInspection(a.out, args[0], in)
 		},
 	}
+	a.addMaxSize(cmd)
 	cmd.Flags().BoolVar(&secrets, "show-secrets", false, "show the environment of the processes as well")
 	cmd.Flags().StringVar(&html, "html", "", "write a page with a map of the memory to this `FILE` instead")
 	must(cmd.MarkFlagFilename("html", "html"))
 	return cmd
-}
-
-// writeFile writes a file for its owner alone, all of it or nothing.
-func writeFile(path string, write func(io.Writer) error) error {
-	tmp := path + ".partial"
-	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	err = write(f)
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(tmp, path)
-	}
-	if err != nil {
-		os.Remove(tmp)
-	}
-	return err
 }
 
 // fact is one line about a checkpoint.

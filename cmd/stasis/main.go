@@ -25,6 +25,7 @@ const (
 	exitFailed      = 1
 	exitUsage       = 2   // the command line is wrong, and nothing was done
 	exitInterrupted = 130 // as a shell has it for SIGINT
+	exitHungUp      = 141 // as a shell has it for SIGPIPE
 )
 
 // exitCode is an error for a command that has said what is to be said.
@@ -41,7 +42,14 @@ func main() {
 	// A write past the page cache waits for the disk, and Go's scheduler finds out
 	// milliseconds later that the thread's CPU is free: one more uses that.
 	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + 1)
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	signals := []os.Signal{os.Interrupt, syscall.SIGTERM}
+	if !signal.Ignored(syscall.SIGHUP) { // else it is nohup's
+		signals = append(signals, syscall.SIGHUP)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), signals...)
+	// It would end us before what was unpacked is removed. Writing gives an error
+	// instead. It is not ignored, as the programs that we run would inherit that.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	// A second signal ends us at once: what then is left lying, prune removes.
 	context.AfterFunc(ctx, stop)
 	os.Exit(run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
@@ -49,12 +57,22 @@ func main() {
 
 // run is main for tests: it runs one command line and returns the exit code.
 func run(ctx context.Context, args []string, in io.Reader, out, errs io.Writer) int {
-	a := &app{in: in, out: out, err: errs}
+	working, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	a := &app{in: in, out: newOutput(out, cancel), err: errs}
 	root := newRootCommand(a)
 	root.SetArgs(args)
-	err := root.ExecuteContext(ctx)
+	cmd, err := root.ExecuteContextC(working)
+	err = a.explainSize(cmd, err)
 	a.close()
 	var code exitCode
+	unsaid := a.out.failed()
+	if o := (*outputError)(nil); unsaid == nil && errors.As(err, &o) {
+		unsaid = o
+	}
+	if unsaid != nil {
+		return reportUnsaid(errs, err, unsaid)
+	}
 	switch {
 	case err == nil:
 		return 0
@@ -71,4 +89,24 @@ func run(ctx context.Context, args []string, in io.Reader, out, errs io.Writer) 
 		return exitUsage
 	}
 	return exitFailed
+}
+
+// reportUnsaid says that the output could not be written, and returns the exit code.
+// err is what came of the command otherwise.
+func reportUnsaid(errs io.Writer, err, unsaid error) int {
+	var code exitCode
+	switch {
+	case err == nil, errors.Is(err, context.Canceled), errors.As(err, &code):
+		err = unsaid
+	case !errors.Is(err, unsaid):
+		err = errors.Join(err, unsaid)
+	}
+	if !hungUp(unsaid) {
+		fmt.Fprintf(errs, "stasis: %v\n", err)
+		return exitFailed
+	}
+	if err != unsaid { // else it is what everybody does with head
+		fmt.Fprintf(errs, "stasis: %v\n", err)
+	}
+	return exitHungUp
 }

@@ -153,7 +153,8 @@ func (a *app) pull(ctx context.Context, c *client.Client, ref string, plainHTTP 
 	defer stop()
 	// Fetch rather than Pull: that takes one manifest of an index, and the
 	// checkpoints of containerd's clients are an index of several parts.
-	img, err := c.Fetch(ctx, ref, client.WithResolver(resolver(ctx, plainHTTP, nil)), client.WithImageHandler(images.HandlerFunc(d.found)))
+	img, err := c.Fetch(ctx, ref, client.WithResolver(resolver(ctx, plainHTTP, nil)),
+		client.WithImageHandler(image.Bounded()), client.WithImageHandler(images.HandlerFunc(d.found)))
 	if err != nil {
 		return images.Image{}, fmt.Errorf("pull %s: %w", ref, err)
 	}

@@ -82,6 +82,7 @@ Else the exit codes are those of every command.`,
 	flags.StringVar(&f.runtime, "runtime", runtimeName, "containerd's runtime; Stasis's shim must be behind it")
 	flags.StringVar(&f.runcBinary, "runc-binary", "", "the OCI runtime; default: the one that made the checkpoint, as the other names mounts differently")
 	flags.StringVar(&f.snapshotter, "snapshotter", "", "containerd's snapshotter; default: containerd's own choice")
+	a.addMaxSize(cmd)
 	flags.BoolVar(&f.plainHTTP, "plain-http", false, "pull without TLS; implied for localhost")
 	return cmd
 }
@@ -106,6 +107,13 @@ func (a *app) restore(ctx context.Context, f *restoreFlags, arg, id string) (err
 	if err != nil {
 		return err
 	}
+	runs := false
+	defer func() {
+		// When the lease has ended, so that nothing keeps the content.
+		if err != nil && !runs {
+			err = errors.Join(err, a.removeAdded(ctx, c))
+		}
+	}()
 	defer done()
 	bar := a.progress(arg)
 	defer bar.Done()
@@ -149,6 +157,7 @@ func (a *app) restore(ctx context.Context, f *restoreFlags, arg, id string) (err
 		err = fmt.Errorf("restore %s as %s: %w", arg, id, err)
 		return errors.Join(err, removeContainer(ctx, container))
 	}
+	runs = true
 	restored := time.Since(restoring)
 	bar.Done()
 	if f.healthy != "" {
@@ -215,11 +224,13 @@ func (a *app) newRestored(ctx context.Context, c *client.Client, img client.Imag
 func (a *app) startRestored(ctx context.Context, container client.Container, spec *specs.Spec, f *restoreFlags) (_ client.Task, attached func(context.Context) error, err error) {
 	terminal := spec.Process != nil && spec.Process.Terminal
 	creator := unattachedIO(f.logURI, terminal)
+	// What the container prints: if nobody reads it, that does not undo the restore.
+	out := newOutput(a.out.w, func(error) {})
 	switch {
 	case f.attach && terminal:
-		creator = cio.NewCreator(cio.WithStreams(a.in, a.out, nil), cio.WithTerminal)
+		creator = cio.NewCreator(cio.WithStreams(a.in, out, nil), cio.WithTerminal)
 	case f.attach:
-		creator = cio.NewCreator(cio.WithStreams(a.in, a.out, a.err))
+		creator = cio.NewCreator(cio.WithStreams(a.in, out, a.err))
 	}
 	task, err := container.NewTask(ctx, creator)
 	if err != nil {
@@ -260,7 +271,12 @@ func (a *app) startRestored(ctx context.Context, container client.Container, spe
 			defer followSize(ctx, task, con)()
 		}
 		defer forwardSignals(ctx, task, signals)()
-		status := <-exited
+		var status client.ExitStatus
+		select {
+		case status = <-exited:
+		case <-out.broken:
+			return out.failed() // the container runs on
+		}
 		if err := status.Error(); err != nil {
 			return fmt.Errorf("wait for %s: %w", container.ID(), err)
 		}

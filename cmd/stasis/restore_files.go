@@ -82,7 +82,7 @@ func makeFile(ctx context.Context, dir, destination, hostname string, root *os.R
 // makeDevShm makes a folder for /dev/shm. It is on a disk: a tmpfs would have to
 // be unmounted by whoever deletes the container.
 func makeDevShm(ctx context.Context, path string, root *os.Root) error {
-	if err := os.Mkdir(path, 0o777); err != nil {
+	if err := os.Mkdir(path, 0o700); err != nil {
 		return err
 	}
 	if hasDevShm(root) {

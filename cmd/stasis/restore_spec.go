@@ -18,6 +18,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/rootfs"
 )
 
@@ -75,6 +76,9 @@ func readSpec(root *os.Root) (*specs.Spec, error) {
 	data, err := root.ReadFile(embeddedSpec)
 	if err != nil {
 		return nil, err
+	}
+	if err := capture.CheckJSON(data); err != nil {
+		return nil, fmt.Errorf("/.stasis/spec.json: %w", err)
 	}
 	spec := &specs.Spec{}
 	if err := json.Unmarshal(data, spec); err != nil {

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/pkg/identifiers"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/spf13/cobra"
@@ -30,9 +31,15 @@ type app struct {
 	state              string
 	output             choice
 	quiet              bool
+	maxSize            byteSize
 
-	in       io.Reader
-	out, err io.Writer
+	in  io.Reader
+	out *output
+	err io.Writer
+
+	// added are images that were made under names that nobody typed, or pulled for
+	// them. A restore that fails removes them again.
+	added []images.Image
 
 	// started: the command line was good, and a command is at work.
 	started bool
@@ -55,8 +62,10 @@ func newRootCommand(a *app) *cobra.Command {
 and starts it again, here or elsewhere. A checkpoint is an image: it lies in
 containerd's image store, and travels through any registry.
 
-Exit codes: 0 done; 1 failed; 2 wrong usage, nothing was done; 130 interrupted.
-Results go to stdout, all else to stderr.`,
+Exit codes: 0 done; 1 failed; 2 wrong usage, nothing was done; 130 interrupted by a
+signal; 141 whoever read the output has ended, as head does. Results go to stdout,
+all else to stderr; what cannot be written to stdout is a failure. A signal
+(SIGINT, SIGTERM, SIGHUP) ends a command when it has cleaned up, a second one at once.`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
@@ -70,7 +79,9 @@ Results go to stdout, all else to stderr.`,
 	}
 	cobra.EnableCommandSorting = false // commands has an order of its own
 	root.SetIn(a.in)
-	root.SetOut(a.out)
+	if a.out != nil {
+		root.SetOut(a.out)
+	}
 	root.SetErr(a.err)
 	a.output = choice{"table", []string{"table", "json"}}
 	f := root.PersistentFlags()

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/images"
@@ -51,7 +52,7 @@ func (a *app) runnable(ctx context.Context, c *client.Client, arg string, plain 
 		return images.Image{}, fmt.Errorf("it is an image, but no checkpoint of a container's processes; of `ctr containers checkpoint`, it needs --task: %w", errdefs.ErrInvalidArgument)
 	}
 	return a.madeRunnable(ctx, c, plain, bar, func(dir string) (*capture.Capture, string, error) {
-		got, err := image.Read(ctx, c.ContentStore(), record.Target, dir)
+		got, err := image.ReadLimited(ctx, c.ContentStore(), record.Target, dir, int64(a.maxSize))
 		if err != nil {
 			return nil, "", err
 		}
@@ -60,13 +61,13 @@ func (a *app) runnable(ctx context.Context, c *client.Client, arg string, plain 
 }
 
 func (a *app) runnableArchive(ctx context.Context, c *client.Client, path string, plain bool, bar *progress) (images.Image, error) {
-	f, err := os.Open(path)
+	f, err := a.openInput(ctx, path)
 	if err != nil {
 		return images.Image{}, err
 	}
 	defer f.Close()
 	return a.madeRunnable(ctx, c, plain, bar, func(dir string) (*capture.Capture, string, error) {
-		got, err := archive.Read(ctx, f, dir, archive.Limits{})
+		got, err := archive.Read(ctx, f, dir, archive.Limits{Total: int64(a.maxSize)})
 		if err != nil {
 			return nil, "", err
 		}
@@ -104,10 +105,11 @@ func (a *app) makeRunnable(ctx context.Context, c *client.Client, name string, g
 	if err != nil {
 		return images.Image{}, err
 	}
-	if _, err := store(ctx, c, name, got, base, "runnable", a.storeOptions(ctx, c, compression.Uncompressed, bar)); err != nil {
+	desc, err := storeContent(ctx, c, got, base, "runnable", a.storeOptions(ctx, c, compression.Uncompressed, bar))
+	if err != nil {
 		return images.Image{}, err
 	}
-	return c.ImageService().Get(ctx, name)
+	return a.untyped(ctx, c, name, desc)
 }
 
 // findBase returns the image that a checkpoint builds on.
@@ -115,7 +117,11 @@ func (a *app) findBase(ctx context.Context, c *client.Client, base capture.Base,
 	if base.Name == "" {
 		return ocispec.Descriptor{}, fmt.Errorf("the checkpoint does not name the image that its container was made from: %w", errdefs.ErrFailedPrecondition)
 	}
+	before := time.Now()
 	record, err := a.findImage(ctx, c, base.Name, plain, bar)
+	if err == nil && record.CreatedAt.After(before) {
+		a.added = append(a.added, record)
+	}
 	if err != nil {
 		return ocispec.Descriptor{}, fmt.Errorf("the checkpoint builds on image %s, which is not here: %w", base.Name, err)
 	}

@@ -26,26 +26,27 @@ func (a *app) storeOptions(ctx context.Context, c *client.Client, comp compressi
 // store makes an image of a capture, in one of the forms, and names it; ctx has a
 // lease. It returns the image's digest.
 func store(ctx context.Context, c *client.Client, ref string, got *capture.Capture, base ocispec.Descriptor, format string, o image.Options) (string, error) {
-	content := c.ContentStore()
-	var desc ocispec.Descriptor
-	var err error
-	switch format {
-	case "runnable":
-		desc, err = image.WriteRunnable(ctx, content, base, got, o)
-	case "index":
-		desc, err = image.WriteIndex(ctx, content, base, got, o)
-	case "podman":
-		desc, err = image.WritePodman(ctx, content, got, o)
-	default:
-		return "", fmt.Errorf("%s is no form of image", format)
-	}
+	desc, err := storeContent(ctx, c, got, base, format, o)
 	if err != nil {
 		return "", err
 	}
-	if _, err := image.Save(ctx, content, c.ImageService(), ref, desc, nil); err != nil {
+	if _, err := image.Save(ctx, c.ContentStore(), c.ImageService(), ref, desc, nil); err != nil {
 		return "", err
 	}
 	return desc.Digest.String(), nil
+}
+
+// storeContent is store without the name.
+func storeContent(ctx context.Context, c *client.Client, got *capture.Capture, base ocispec.Descriptor, format string, o image.Options) (ocispec.Descriptor, error) {
+	switch format {
+	case "runnable":
+		return image.WriteRunnable(ctx, c.ContentStore(), base, got, o)
+	case "index":
+		return image.WriteIndex(ctx, c.ContentStore(), base, got, o)
+	case "podman":
+		return image.WritePodman(ctx, c.ContentStore(), got, o)
+	}
+	return ocispec.Descriptor{}, fmt.Errorf("%s is no form of image", format)
 }
 
 // storeRoot is the folder of containerd's content store, if there is one on this

@@ -1,0 +1,31 @@
+package image
+
+import (
+	"context"
+	"sync/atomic"
+
+	"github.com/containerd/containerd/v2/core/images"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
+)
+
+// maxPulled is for manifests and indexes of a registry, in bytes. Registries take no
+// larger ones. containerd's client decodes them, to some forty times the memory.
+const maxPulled = 4 << 20
+
+// Bounded returns a handler for one fetch by containerd's client, which bounds the
+// manifests and indexes that it reads into memory, and their number: an index can list
+// the same one many times, and that one the next.
+func Bounded() images.HandlerFunc {
+	var n atomic.Int64
+	return func(_ context.Context, desc ocispec.Descriptor) ([]ocispec.Descriptor, error) {
+		if n.Add(1) > maxBlobs*4 {
+			return nil, fault.Invalid("an image that lists more than %d blobs", maxBlobs*4)
+		}
+		if (images.IsIndexType(desc.MediaType) || images.IsManifestType(desc.MediaType)) && desc.Size > maxPulled {
+			return nil, fault.Invalid("%s (%s) has %d bytes; at most %d are read", desc.Digest, desc.MediaType, desc.Size, maxPulled)
+		}
+		return nil, nil
+	}
+}
