@@ -7,7 +7,6 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/checkpoint-restore/go-criu/v8/crit/images/mnt"
 	"golang.org/x/sys/unix"
 )
 
@@ -136,7 +135,7 @@ func (v *view) lookup(at string) node {
 // in returns what a mount has at a path. Whatever the image says of the mount has
 // been compared with the spec.
 func (v *view) in(m mountEntry, rel string) node {
-	rootDev := v.tree.at["/"]
+	root := v.tree.at["/"]
 	inside := strings.TrimPrefix(path.Join("/", m.GetRoot(), rel), "/")
 	w, listed := v.c.wanted[m.at]
 	switch kind := virtualTypes[m.GetFstype()]; {
@@ -168,8 +167,11 @@ func (v *view) in(m mountEntry, rel string) node {
 		return node{}
 	case kind != "":
 		return node{} // devpts, mqueue: no links
-	case m.GetRootDev() == rootDev.GetRootDev() && m.GetFstype() == rootDev.GetFstype() && m.GetFstype() == uint32(mnt.Fstype_OVERLAYFS):
-		return v.onHost(v.rootfs, inside)
+	case m.fileSystem() == root.fileSystem():
+		// A part of the root filesystem, which is perhaps a part itself.
+		if at := "/" + inside; isBelow(at, root.GetRoot()) {
+			return v.onHost(v.rootfs, strings.TrimPrefix(at[len(trimRoot(root.GetRoot())):], "/"))
+		}
 	}
 	return node{bad: "is in a mount whose files cannot be checked"}
 }

@@ -317,3 +317,25 @@ func TestKernelFiles(t *testing.T) {
 		f.refused(want)
 	}
 }
+
+// A folder of the root filesystem that is mounted on itself, or elsewhere, has the
+// same files.
+func TestPartOfRoot(t *testing.T) {
+	for _, root := range []string{"/", "/snapshots/7/fs"} {
+		f := newForgery(t)
+		f.grantCap("CAP_SYS_ADMIN")
+		f.link("/proc/1/root", "a/b/x")
+		f.mount("/", func(m *mnt.MntEntry) { m.Root = &root })
+		f.addMount(&mnt.MntEntry{Mountpoint: proto.String("/c"), Fstype: u32(17), RootDev: u32(101), Root: proto.String(filepath.Join(root, "a"))})
+		f.regular("/c/b/none", 0)
+		f.accepted()
+		f.regular("/c/b/x/etc/shadow", 0)
+		f.refused(`"/c/b/x/etc/shadow" goes over a link of procfs`)
+	}
+	f := newForgery(t)
+	f.grantCap("CAP_SYS_ADMIN")
+	f.mount("/", func(m *mnt.MntEntry) { m.Root = proto.String("/snapshots/7/fs") })
+	f.addMount(&mnt.MntEntry{Mountpoint: proto.String("/c"), Fstype: u32(17), RootDev: u32(101), Root: proto.String("/etc")})
+	f.regular("/c/shadow", 0)
+	f.refused("is in a mount whose files cannot be checked")
+}
