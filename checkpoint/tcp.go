@@ -95,6 +95,10 @@ func addressesIn(path string) (addrs []netip.Addr, err error) {
 	return addrs, err
 }
 
+// InNamespace runs fn on a thread that is in the namespace at path, of the kind that
+// the flag of clone(2) names.
+func InNamespace(path string, kind int, fn func() error) error { return inNamespace(path, kind, fn) }
+
 // inNamespace runs fn on a thread that is in the namespace at path, of the kind that
 // the flag of clone(2) names; "" is the caller's own.
 func inNamespace(path string, kind int, fn func() error) error {

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -91,7 +92,7 @@ var forgeries = map[string]forgery{
 	}), want: []string{"process 1 (sleep)", "permit more than the spec's profile"}},
 	"real-time":   taskCore(func(e *core.CoreEntry) { e.ThreadCore.SchedPolicy = proto.Uint32(unix.SCHED_FIFO) }).says("scheduling policy"),
 	"null page":   {file: "mm-1.img", kind: &mm.MmEntry{}, do: first(func(e *mm.MmEntry) { *e.Vmas[0].Start = 0 }), want: []string{"process 1 (sleep)", "0x0"}},
-	"tasks":       {file: "pstree.img", kind: &pstree.PstreeEntry{}, do: first(func(e *pstree.PstreeEntry) { e.Threads = append(e.Threads, 1, 1, 1, 1, 1, 1, 1, 1) }), want: []string{"9 processes and threads, the container may have 8"}},
+	"threads":     {file: "pstree.img", kind: &pstree.PstreeEntry{}, do: first(func(e *pstree.PstreeEntry) { e.Threads = append(e.Threads, 1, 1, 1, 1, 1, 1, 1, 1) }), want: []string{"thread 1 of process 1 is listed twice"}},
 	"cgroup":      {file: "cgroup.img", kind: &cgroup.CgroupEntry{}, do: first(func(e *cgroup.CgroupEntry) { *e.Sets[0].Ctls[0].Path = "/" }), want: []string{"is outside of the container's"}},
 	"agent":       {file: "cgroup.img", kind: &cgroup.CgroupEntry{}, do: first(func(e *cgroup.CgroupEntry) { *e.Controllers[0].Dirs[0].Properties[0].Name = "release_agent" }), want: []string{"release_agent"}},
 	"run ID":      {file: "inventory.img", kind: &inventory.InventoryEntry{}, do: first(func(e *inventory.InventoryEntry) { e.DumpCriuRunId = proto.String("x; flush ruleset") }), want: []string{"run ID"}},
@@ -119,11 +120,16 @@ func TestTrust(t *testing.T) {
 	must(t, os.Mkdir(volume, 0o755))
 	c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sleep", "1000"), seccompprofile.WithDefaultProfile(),
 		oci.WithMounts([]specs.Mount{{Type: "bind", Source: volume, Destination: "/volume", Options: []string{"rbind", "ro"}}}),
-		oci.WithPidsLimit(8), oomScore(321), oci.WithNoNewPrivileges, oci.WithDroppedCapabilities([]string{"CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"}))
+		oci.WithPidsLimit(8), oomScore(321), oci.WithNoNewPrivileges, oci.WithDroppedCapabilities([]string{"CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE"}))
 	c.Start(ctx)
 	must(t, os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", c.Task.Pid()), []byte("100"), 0))
+	// Links to where CRIU has the host's root while it restores.
+	must(t, os.Symlink(hostRoot, filepath.Join(volume, "x")))
+	c.Exec(ctx, "ln", "-s", hostRoot, "/x")
+	c.Exec(ctx, "ln", "-s", hostRoot, "/dev/shm/x")
 	good := filepath.Join(s.Dir, "good")
 	c.Checkpoint(ctx, good, &options.CheckpointOptions{Exit: true})
+	maps.Copy(forgeries, hostileForgeries)
 	for name, f := range forgeries {
 		t.Run(name, func(t *testing.T) {
 			dir := filepath.Join(s.Dir, "forged", strings.ReplaceAll(name, " ", "-"))

@@ -1,7 +1,6 @@
 package trust
 
 import (
-	"fmt"
 	"path"
 	"regexp"
 	"slices"
@@ -19,7 +18,6 @@ import (
 
 var (
 	controllerName = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^(name=)?[A-Za-z0-9_.-]*$`) })
-	propertyName   = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^[a-z0-9_]+(\.[A-Za-z0-9_-]+)*$`) })
 )
 
 func (c *checker) checkCgroups() error {
@@ -31,7 +29,15 @@ func (c *checker) checkCgroups() error {
 		return nil // CRIU leaves them where the runtime has put them
 	}
 	roots := map[string]string{} // the group of each controller
+	hierarchies, err := hostHierarchies()
+	if err != nil {
+		return err
+	}
 	for _, ctl := range e.GetControllers() {
+		// CRIU mounts each, which makes one that is not there, for the host.
+		if names := hierarchy(ctl.GetCnames()); !hierarchies[names] || len(ctl.GetCnames()) == 0 {
+			c.refuse("cgroup.img: controller %s is none that this host has", quote(names))
+		}
 		for _, name := range ctl.GetCnames() {
 			if _, twice := roots[name]; twice || !controllerName().MatchString(name) || name == ".." {
 				c.refuse("cgroup.img: controller %s is listed twice, or none", quote(name))
@@ -39,6 +45,8 @@ func (c *checker) checkCgroups() error {
 			switch dirs := ctl.GetDirs(); {
 			case len(dirs) == 1:
 				roots[name] = "/" + strings.TrimPrefix(dirs[0].GetDirName(), "/")
+			case len(dirs) > maxGroups:
+				c.refuse("cgroup.img: processes are in %d groups of controller %s", len(dirs), quote(name))
 			case len(dirs) > 1:
 				common := commonGroup(name, dirs, e.GetSets())
 				if common == "" {
@@ -48,7 +56,7 @@ func (c *checker) checkCgroups() error {
 			}
 		}
 		for _, dir := range ctl.GetDirs() {
-			c.checkCgroupFolder(dir, true, strings.Join(ctl.GetCnames(), ","))
+			c.checkCgroupFolder(dir, true, hierarchy(ctl.GetCnames()))
 		}
 	}
 	for _, set := range e.GetSets() {
@@ -58,6 +66,9 @@ func (c *checker) checkCgroups() error {
 	}
 	return nil
 }
+
+// maxGroups bounds those that CRIU lists for one controller.
+const maxGroups = 1024
 
 // commonGroup is for a container that has made groups below its own and has moved
 // all its processes into them: CRIU then lists only those. It returns the group
@@ -127,67 +138,13 @@ func (c *checker) checkCgroupFolder(dir *cgroup.CgroupDirEntry, top bool, contro
 	if climbs(name) || !top && (strings.Contains(name, "/") || name == "" || name == ".") {
 		c.refuse("cgroup.img: group %s of controller %s climbs out of the container's", quote(name), quote(controller))
 	}
-	if p := dir.GetDirPerms(); p != nil && (p.GetUid() != 0 && !c.grant.uid(p.GetUid()) || p.GetGid() != 0 && !c.grant.gid(p.GetGid())) {
-		c.refuse("cgroup.img: group %s belongs to %d:%d, which the spec does not grant", quote(name), p.GetUid(), p.GetGid())
-	}
+	c.checkCgroupPerms(quote(name), dir.GetDirPerms(), 0o755)
 	for _, prop := range dir.GetProperties() {
-		if !propertyName().MatchString(prop.GetName()) || prop.GetName() == "release_agent" {
-			c.refuse("cgroup.img: %s is no property of a control group", quote(prop.GetName()))
-		}
-		if top {
-			c.checkProperty(prop)
-		}
+		c.checkProperty(prop, top)
 	}
 	for _, child := range dir.GetChildren() {
 		c.checkCgroupFolder(child, false, controller)
 	}
-}
-
-// checkProperty is for the container's own group. CRIU sets its properties only if
-// it is told to (cgroups_mode full), which the manifest of the checkpoint decides.
-// That the limits are those of then is what the mode is for; access to devices
-// beyond the spec's is not.
-func (c *checker) checkProperty(prop *cgroup.CgroupPropEntry) {
-	if mode := c.img.Options().CgroupsMode; mode != "full" && mode != "strict" || prop.GetName() != "devices.list" {
-		return
-	}
-	for line := range strings.Lines(prop.GetValue()) {
-		if line = strings.TrimSpace(line); !c.mayUseDevices(line) {
-			c.refuse("cgroup.img: access to devices %s is beyond the spec's", quote(line))
-		}
-	}
-}
-
-// runtimeDevices are what the OCI runtimes allow every container.
-var runtimeDevices = []string{"c *:* m", "b *:* m", "c 1:3 rwm", "c 1:5 rwm", "c 1:7 rwm", "c 1:8 rwm", "c 1:9 rwm", "c 5:0 rwm",
-	"c 5:1 rwm", "c 5:2 rwm", "c 10:200 rwm", "c 136:* rwm"}
-
-// mayUseDevices tells whether the spec has a line of devices.list.
-func (c *checker) mayUseDevices(line string) bool {
-	if slices.Contains(runtimeDevices, line) || allDevicesOf(c.spec) {
-		return true
-	}
-	if c.spec.Linux == nil || c.spec.Linux.Resources == nil {
-		return false
-	}
-	number := func(n *int64) string {
-		if n == nil || *n < 0 {
-			return "*"
-		}
-		return fmt.Sprint(*n)
-	}
-	kind, rest, _ := strings.Cut(line, " ")
-	node, access, _ := strings.Cut(rest, " ")
-	for _, r := range c.spec.Linux.Resources.Devices {
-		if !r.Allow || r.Type != kind && r.Type != "" && r.Type != "a" {
-			continue
-		}
-		missing := strings.ContainsFunc(access, func(a rune) bool { return !strings.ContainsRune(r.Access, a) })
-		if !missing && node == number(r.Major)+":"+number(r.Minor) {
-			return true
-		}
-	}
-	return false
 }
 
 // annotationSandboxID is on every container of a pod.

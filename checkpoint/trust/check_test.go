@@ -33,6 +33,10 @@ type forgery struct {
 
 func newForgery(t testing.TB) *forgery {
 	t.Helper()
+	hostHierarchies = func() (map[string]bool, error) {
+		return map[string]bool{"": true, "blkio": true, "cpu": true, "cpuacct": true, "cpuset": true, "devices": true, "freezer": true,
+			"memory": true, "name=systemd": true, "pids": true}, nil
+	}
 	if runtime.GOARCH != "amd64" {
 		t.Skip("testdata was made on amd64")
 	}
@@ -119,6 +123,13 @@ func (f *forgery) write(name, kind string, msgs ...proto.Message) {
 func (f *forgery) raw(name string, data []byte) {
 	f.t.Helper()
 	must(f.t, os.WriteFile(filepath.Join(f.dir, name), data, 0o600))
+}
+
+func (f *forgery) read(name string) []byte {
+	f.t.Helper()
+	data, err := os.ReadFile(filepath.Join(f.dir, name))
+	must(f.t, err)
+	return data
 }
 
 func (f *forgery) check() error {

@@ -12,6 +12,9 @@ import (
 	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
+// maxPriority is the highest SO_PRIORITY that needs no capability.
+const maxPriority = 6
+
 // decode decodes a message that CRIU will decode again, with another library, and
 // refuses what the two could see differently: a field or value that go-criu does
 // not know, a field that is missing, a string that ends early for CRIU. Messages
@@ -24,6 +27,9 @@ func (c *checker) decode(msg []byte, into proto.Message) error {
 }
 
 func (c *checker) walk(m protoreflect.Message) (err error) {
+	if err := c.budget.spend(1, 0); err != nil {
+		return err
+	}
 	name := m.Descriptor().Name()
 	if len(m.GetUnknown()) > 0 {
 		return fault.Invalid("%s has a field or value that this version of Stasis does not know, and cannot check", name)
@@ -35,6 +41,9 @@ func (c *checker) walk(m protoreflect.Message) (err error) {
 			c.refuse("a file sends signals as user %d/%d, which the spec does not grant", e.GetUid(), e.GetEuid())
 		}
 	case *skopts.SkOptsEntry:
+		if e.GetSoPriority() > maxPriority && !c.grant.any("CAP_NET_ADMIN", "CAP_NET_RAW") {
+			c.refuse("a socket has the priority %d, which needs CAP_NET_ADMIN or CAP_NET_RAW", e.GetSoPriority())
+		}
 		if e.GetSoMark() != 0 && !c.grant.any("CAP_NET_ADMIN", "CAP_NET_RAW") {
 			c.refuse("a socket has the packet mark %#x, which needs CAP_NET_ADMIN or CAP_NET_RAW", e.GetSoMark())
 		}

@@ -73,6 +73,7 @@ func (c *checker) checkFile(e *fdinfo.FileEntry) {
 	}
 	if sk := e.GetIsk(); sk != nil {
 		c.checkSocketNamespace(who, sk.NsId)
+		c.checkPort(who, sk)
 		if sk.GetType() == unix.SOCK_RAW && !g.any("CAP_NET_RAW") {
 			c.refuse("%s: raw socket of protocol %d needs CAP_NET_RAW", who, sk.GetProto())
 		}
@@ -108,8 +109,24 @@ func (c *checker) checkFile(e *fdinfo.FileEntry) {
 	if e.Ffy != nil && !g.any("CAP_SYS_ADMIN") {
 		c.refuse("%s: fanotify needs CAP_SYS_ADMIN", who)
 	}
+	c.checkOtherFlags(who, e)
 	for _, wd := range e.GetIfy().GetWd() {
 		c.checkWatch(who, wd)
+	}
+}
+
+// checkOtherFlags is for what else CRIU opens with the flags of an image.
+func (c *checker) checkOtherFlags(who string, e *fdinfo.FileEntry) {
+	for _, f := range []struct {
+		kind  string
+		flags uint32
+	}{
+		{"terminal", e.GetTty().GetFlags()}, {"memory file", e.GetMemfd().GetFlags()}, {"pipe", e.GetPipe().GetFlags()},
+		{"namespace", e.GetNsf().GetFlags()},
+	} {
+		if bad := badFlags(f.flags); bad != "" {
+			c.refuse("%s: %s %s", who, f.kind, bad)
+		}
 	}
 }
 
@@ -118,6 +135,9 @@ func (c *checker) checkRegular(who string, reg *regfile.RegFileEntry) {
 	if bad := inRoot(name); bad != "" {
 		c.refuse("%s: %s", who, bad)
 		return
+	}
+	if bad := badFlags(reg.GetFlags()); bad != "" {
+		c.refuse("%s: %s %s", who, quote(name), bad)
 	}
 	if reg.GetExt() {
 		c.refuse("%s: %s is external", who, quote(name))
@@ -266,6 +286,9 @@ func (c *checker) checkGhosts() error {
 		switch e.GetMode() & unix.S_IFMT {
 		case unix.S_IFCHR, unix.S_IFBLK:
 			c.refuse("%s: a deleted file that is a device", name)
+		case unix.S_IFLNK:
+			// It is there for a moment, in which CRIU opens other files.
+			c.refuse("%s: a deleted file that is a link", name)
 		}
 		if !c.grant.uid(e.GetUid()) || !c.grant.gid(e.GetGid()) {
 			c.refuse("%s: a deleted file of %d:%d, which the spec does not grant", name, e.GetUid(), e.GetGid())

@@ -1,6 +1,8 @@
 package trust
 
 import (
+	"fmt"
+	"io"
 	"os"
 	"strings"
 
@@ -47,17 +49,19 @@ func (c *checker) checkLimits() error {
 	if l.tasks > 0 && uint64(tasks) > l.tasks {
 		c.refuse("%d processes and threads, the container may have %d", tasks, l.tasks)
 	}
-	if l.memory == 0 {
-		return nil
-	}
 	// Processes share pages with those that they were forked from, and the
 	// images do not tell which: the largest needs its own at least.
+	memory := map[string]layout{}
+	for _, t := range c.tasks {
+		memory[fmt.Sprintf("pagemap-%d.img", t.pid)] = t.memory
+	}
 	var largest, shared uint64
 	for _, name := range c.img.Names() {
 		if !strings.HasPrefix(name, "pagemap-") {
 			continue
 		}
-		pages, err := c.pages(name)
+		l := memory[name]
+		pages, err := c.pages(name, l, l.whole)
 		switch {
 		case err != nil:
 			return err
@@ -67,16 +71,38 @@ func (c *checker) checkLimits() error {
 			largest = max(largest, pages)
 		}
 	}
-	if need := (largest + shared) * uint64(os.Getpagesize()); need > l.withSwap {
+	if need := (largest + shared) * uint64(os.Getpagesize()); l.memory > 0 && need > l.withSwap {
 		c.refuse("%d MiB of memory, the container may have %d MiB", (need+1<<20-1)>>20, l.withSwap>>20)
 	}
 	return nil
 }
 
-// pages counts those that a restore brings back, from wherever.
-func (c *checker) pages(name string) (pages uint64, err error) {
+// pages counts those that a restore brings back, from wherever. Those of a process
+// have to lie in its memory, in order: CRIU reads them to the addresses that the
+// image says.
+func (c *checker) pages(name string, in layout, private bool) (pages uint64, err error) {
 	var id uint32
-	err = c.each(name, "PAGEMAP", checkpoint.Pagemap(&id, func(r checkpoint.PageRun) error {
+	size := uint64(os.Getpagesize())
+	end := uint64(0) // of the run before
+	areas := in.areas
+	err = c.img.Each(name, "PAGEMAP", checkpoint.Pagemap(&id, func(r checkpoint.PageRun) error {
+		if err := c.budget.run(); err != nil {
+			return err
+		}
+		if r.Addr%size != 0 || r.Addr < end || r.Pages == 0 {
+			c.refuse("%s: the pages at %#x are not in order", name, r.Addr)
+			return io.EOF
+		}
+		end = r.Addr + r.Pages*size // both are bounded
+		if private {
+			for len(areas) > 0 && areas[0].end <= r.Addr {
+				areas = areas[1:]
+			}
+			if len(areas) == 0 || r.Addr < areas[0].start || end > areas[0].end {
+				c.refuse("%s: the pages at %#x are outside of the process's memory", name, r.Addr)
+				return io.EOF
+			}
+		}
 		if !r.Present() && !r.InParent() {
 			return nil
 		}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/mnt"
 	"github.com/containerd/continuity/fs"
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
@@ -30,8 +31,15 @@ import (
 func CheckMounts(ctx context.Context, img *checkpoint.Image, spec *specs.Spec, rootfs string) error {
 	c := newChecker(ctx, img, spec)
 	err := c.checkMounts(rootfs)
-	if err == nil {
-		err = c.checkHandles(rootfs)
+	for _, step := range []func() error{
+		c.checkTmpfs,
+		func() error { return c.checkHandles(rootfs) },
+		func() error { return c.checkPaths(rootfs) },
+	} {
+		if err != nil {
+			break
+		}
+		err = step()
 	}
 	if err != nil {
 		return fmt.Errorf("checkpoint %s: %w", img.Dir(), err)
@@ -55,18 +63,25 @@ var virtualTypes = map[uint32]string{
 	uint32(mnt.Fstype_CGROUP): "cgroup", uint32(mnt.Fstype_CGROUP2): "cgroup2",
 }
 
-// maxMounts bounds the mounts of a namespace; the kernel's own limit is 100,000.
-const maxMounts = 100_000
+// maxMounts bounds the mounts of a checkpoint.
+const maxMounts = 20_000
 
 func (c *checker) readMounts() error {
 	if c.mounts != nil {
 		return nil
 	}
 	c.mounts = map[string][]mountEntry{}
+	var names []string
 	for _, name := range c.img.Names() {
-		if !strings.HasPrefix(name, "mountpoints-") {
-			continue
+		if strings.HasPrefix(name, "mountpoints-") {
+			names = append(names, name)
 		}
+	}
+	if len(names) > 1 && !c.grant.any("CAP_SYS_ADMIN") {
+		return fault.New(errdefs.ErrPermissionDenied, "the processes are in %d mount namespaces, which needs CAP_SYS_ADMIN", len(names))
+	}
+	total := 0
+	for _, name := range names {
 		err := c.each(name, "MNTS", func(msg []byte) error {
 			e := &mnt.MntEntry{}
 			if err := c.decode(msg, e); err != nil {
@@ -77,13 +92,20 @@ func (c *checker) readMounts() error {
 					c.refuse("%s: path %s climbs with ..", name, quote(p))
 				}
 			}
-			if p := e.GetMountpoint(); !strings.HasPrefix(strings.TrimPrefix(p, "."), "/") {
+			at := path.Clean("/" + strings.TrimPrefix(e.GetMountpoint(), "."))
+			if p := strings.TrimPrefix(e.GetMountpoint(), "."); !strings.HasPrefix(p, "/") {
 				c.refuse("%s: path %s is not absolute", name, quote(p))
+			} else if p != at || len(p) > maxPath {
+				// CRIU compares them as they are.
+				c.refuse("%s: path %s is not as the kernel tells paths", name, quote(p))
 			}
-			if len(c.mounts[name]) == maxMounts {
+			if e.GetDeleted() && e.ExtKey == nil && !c.grant.any("CAP_SYS_ADMIN") {
+				c.refuse("%s: the mount at %s is of a folder that a restore would make", name, quote(at))
+			}
+			if total++; total > maxMounts {
 				return fault.Invalid("more than %d mounts", maxMounts)
 			}
-			c.mounts[name] = append(c.mounts[name], mountEntry{e, path.Clean("/" + strings.TrimPrefix(e.GetMountpoint(), "."))})
+			c.mounts[name] = append(c.mounts[name], mountEntry{e, at})
 			return nil
 		})
 		if err != nil {
@@ -107,16 +129,15 @@ func (c *checker) checkMounts(rootfs string) error {
 	if err := c.readMounts(); err != nil {
 		return err
 	}
-	if len(c.mounts) > 1 && !c.grant.any("CAP_SYS_ADMIN") {
-		c.refuse("the processes are in %d mount namespaces, which needs CAP_SYS_ADMIN", len(c.mounts))
-	}
 	want, err := c.wantedMounts(rootfs)
 	if err != nil {
 		return err
 	}
 	c.wanted = want
+	ids := map[uint32]bool{}
 	for _, name := range slices.Sorted(maps.Keys(c.mounts)) {
-		c.compareMounts(c.mounts[name], want)
+		c.compareMounts(newMountTree(c.mounts[name]), want)
+		c.checkTree(c.mounts[name], ids)
 	}
 	return c.checkKinds(rootfs)
 }
@@ -178,16 +199,10 @@ var mountFlags = []struct {
 	flag   uint32
 }{{"ro", unix.MS_RDONLY}, {"rro", unix.MS_RDONLY}, {"nosuid", unix.MS_NOSUID}, {"nodev", unix.MS_NODEV}, {"noexec", unix.MS_NOEXEC}}
 
-func (c *checker) compareMounts(have []mountEntry, want map[string]wanted) {
+func (c *checker) compareMounts(have *mountTree, want map[string]wanted) {
 	seen := map[string]bool{}
 	devices := map[uint32]string{} // whose file system, by its number: a type, or the path of an external one
-	var root mountEntry
-	for _, m := range have {
-		if m.at == "/" {
-			root = m
-		}
-	}
-	for _, m := range have {
+	for _, m := range have.all {
 		switch {
 		case seen[m.at]:
 			c.refuse("mount %s is there twice", quote(m.at))
@@ -197,10 +212,10 @@ func (c *checker) compareMounts(have []mountEntry, want map[string]wanted) {
 			continue
 		}
 		seen[m.at] = true
-		c.checkMount(m, root, have, want)
+		c.checkMount(m, have, want)
 		c.checkFileSystem(m, devices)
 	}
-	if root.MntEntry == nil {
+	if _, root := have.at["/"]; !root {
 		c.refuse("there is no root mount")
 	}
 	for _, at := range slices.Sorted(maps.Keys(want)) {
@@ -215,7 +230,7 @@ func (c *checker) compareMounts(have []mountEntry, want map[string]wanted) {
 }
 
 // checkMount is for one mount of the checkpoint.
-func (c *checker) checkMount(m, root mountEntry, all []mountEntry, want map[string]wanted) {
+func (c *checker) checkMount(m mountEntry, all *mountTree, want map[string]wanted) {
 	w, listed := want[m.at]
 	switch {
 	case m.at == "/":
@@ -225,13 +240,13 @@ func (c *checker) checkMount(m, root mountEntry, all []mountEntry, want map[stri
 	case w.why == "masked":
 		c.checkMask(m)
 	case w.why == "read-only":
-		c.checkReadonly(m, root, all)
+		c.checkReadonly(m, all)
 	case listed:
 		c.checkListed(m, w.Mount)
 	case c.ofCgroups(m, want), c.ofDevice(m, all):
-	case (isBelow(m.at, "/proc/") || isBelow(m.at, "/sys/")) && (m.masks() || m.onItself(root, all)):
+	case (isBelow(m.at, "/proc/") || isBelow(m.at, "/sys/")) && (m.masks() || all.onItself(m)):
 		// The spec of then took more away than this one.
-	case m.external() == "" && c.grant.any("CAP_SYS_ADMIN") && (m.virtual() || shares(m, all)):
+	case m.external() == "" && c.grant.any("CAP_SYS_ADMIN") && (m.virtual() || all.shares(m)):
 		// Its processes can mount that themselves.
 	default:
 		c.refuse("the checkpoint has a mount at %s, where the spec has none", quote(m.at))
@@ -304,8 +319,8 @@ func (c *checker) checkMask(m mountEntry) {
 	}
 }
 
-func (c *checker) checkReadonly(m, root mountEntry, all []mountEntry) {
-	if !m.onItself(root, all) {
+func (c *checker) checkReadonly(m mountEntry, all *mountTree) {
+	if !all.onItself(m) {
 		c.refuse("%s is not read-only in the checkpoint, as the spec has it", quote(m.at))
 	}
 }
@@ -315,19 +330,6 @@ func (c *checker) checkReadonly(m, root mountEntry, all []mountEntry) {
 func (m mountEntry) masks() bool {
 	return m.external() == "/dev/null" || m.external() != "" && m.external() == m.at ||
 		m.external() == "" && m.GetFstype() == uint32(mnt.Fstype_TMPFS) && m.GetFlags()&unix.MS_RDONLY != 0
-}
-
-// onItself: runtimes mount a path that is to be read-only on itself.
-func (m mountEntry) onItself(root mountEntry, all []mountEntry) bool {
-	parent := root
-	for _, other := range all {
-		if other.at != m.at && isBelow(m.at, other.at) && (parent.MntEntry == nil || len(other.at) > len(parent.at)) {
-			parent = other
-		}
-	}
-	return parent.MntEntry != nil && parent.GetRootDev() == m.GetRootDev() &&
-		path.Join("/", m.GetRoot()) == path.Join("/", parent.GetRoot(), strings.TrimPrefix(m.at, parent.at)) &&
-		m.external() == "" && m.GetFlags()&unix.MS_RDONLY != 0
 }
 
 // ofCgroups tells whether a mount is a hierarchy below the spec's mount of cgroup v1.
@@ -348,21 +350,14 @@ func (c *checker) ofCgroups(m mountEntry, want map[string]wanted) bool {
 
 // ofDevice tells whether a mount is a device of the spec, as in a user namespace,
 // or the container's terminal.
-func (c *checker) ofDevice(m mountEntry, all []mountEntry) bool {
+func (c *checker) ofDevice(m mountEntry, all *mountTree) bool {
 	if c.grant.devices[m.at] && m.external() == m.at {
 		return true
 	}
 	if m.at != "/dev/console" || !c.hasTerminal() || m.GetFstype() != uint32(mnt.Fstype_DEVPTS) {
 		return false
 	}
-	return m.external() == "" && shares(m, all)
-}
-
-// shares tells whether a mount is of a file system that another one is of.
-func shares(m mountEntry, all []mountEntry) bool {
-	return slices.ContainsFunc(all, func(other mountEntry) bool {
-		return other.at != m.at && other.external() == "" && other.GetRootDev() == m.GetRootDev() && other.GetFstype() == m.GetFstype()
-	})
+	return m.external() == "" && all.shares(m)
 }
 
 // checkFileSystem refuses what looks like another mount of a file system from

@@ -35,8 +35,16 @@ func (f *forgery) addMount(m *mnt.MntEntry) {
 	f.t.Helper()
 	alter(f, mountsImage, "MNTS", func(all []*mnt.MntEntry) []*mnt.MntEntry {
 		base := proto.Clone(all[0]).(*mnt.MntEntry)
-		base.ExtKey = nil
+		base.ExtKey, base.MntId, base.ParentMntId = nil, proto.Uint32(9000+uint32(len(all))), nil
 		proto.Merge(base, m)
+		if base.ParentMntId == nil { // that by path
+			at := ""
+			for _, other := range all {
+				if o := other.GetMountpoint(); len(o) > len(at) && o != base.GetMountpoint() && isBelow(base.GetMountpoint(), o) {
+					at, base.ParentMntId = o, other.MntId
+				}
+			}
+		}
 		return append(all, base)
 	})
 }

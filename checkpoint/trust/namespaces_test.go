@@ -1,6 +1,7 @@
 package trust
 
 import (
+	"strings"
 	"testing"
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/cgroup"
@@ -117,6 +118,12 @@ func TestCgroups(t *testing.T) {
 		}
 		return nil
 	}
+	property := func(name, value string) func(*cgroup.CgroupEntry) {
+		return func(e *cgroup.CgroupEntry) {
+			p := memory(e).Dirs[0].Properties[0]
+			p.Name, p.Value = &name, &value
+		}
+	}
 	for _, tc := range []struct {
 		name string
 		fn   func(*cgroup.CgroupEntry)
@@ -128,17 +135,52 @@ func TestCgroups(t *testing.T) {
 		{"climbing", member("/../other"), "is outside of the container's"},
 		{"in no list", func(e *cgroup.CgroupEntry) { e.Sets[0].Ctls[7].Name = proto.String("memory/../pids") }, "which the image does not list"},
 		{"namespace", func(e *cgroup.CgroupEntry) { e.Sets[0].Ctls[7].CgnsPrefix = proto.Uint32(9999) }, "ends in the middle of a name"},
-		{"controller", func(e *cgroup.CgroupEntry) { memory(e).Cnames[0] = "../x" }, `controller "../x" is listed twice, or none`},
+		{"controller", func(e *cgroup.CgroupEntry) { memory(e).Cnames[0] = "../x" }, `controller "../x" is none that this host has`},
 		{"two", func(e *cgroup.CgroupEntry) { memory(e).Dirs = append(memory(e).Dirs, memory(e).Dirs[0]) }, "in several groups"},
 		{"folder", func(e *cgroup.CgroupEntry) { memory(e).Dirs[0].DirName = proto.String("a/../..") }, "climbs out of"},
 		{"child", func(e *cgroup.CgroupEntry) {
 			memory(e).Dirs[0].Children = []*cgroup.CgroupDirEntry{{DirName: proto.String("a/../../b")}}
 		}, "climbs out of"},
-		{"release_agent", func(e *cgroup.CgroupEntry) { memory(e).Dirs[0].Properties[0].Name = proto.String("release_agent") }, `"release_agent" is no property`},
-		{"property", func(e *cgroup.CgroupEntry) { memory(e).Dirs[0].Properties[0].Name = proto.String("../../x") }, `"../../x" is no property`},
+		{"hierarchy that the host lacks", func(e *cgroup.CgroupEntry) {
+			e.Controllers = append(e.Controllers, &cgroup.CgControllerEntry{Cnames: []string{"name=evil"}, Dirs: []*cgroup.CgroupDirEntry{{DirName: proto.String("x")}}})
+			e.Sets[0].Ctls = append(e.Sets[0].Ctls, &cgroup.CgMemberEntry{Name: proto.String("name=evil"), Path: proto.String("/x"), CgnsPrefix: proto.Uint32(2)})
+		}, `controller "name=evil" is none that this host has`},
+		{"two controllers in one", func(e *cgroup.CgroupEntry) { memory(e).Cnames = []string{"memory", "hugetlb"} }, `controller "hugetlb,memory" is none that this host has`},
+		{"no controller", func(e *cgroup.CgroupEntry) { e.Controllers = append(e.Controllers, &cgroup.CgControllerEntry{}) }, `controller "" is none`},
+		{"access to devices", property("devices.allow", "a *:* rwm"), `property "devices.allow" is no property that a restore may set`},
+		{"no access", property("devices.deny", "a"), `property "devices.deny" is no property`},
+		{"moved", property("cgroup.procs", "1"), `property "cgroup.procs" would move processes`},
+		{"moved thread", property("tasks", "0"), `property "tasks" would move processes`},
+		{"release", property("notify_on_release", "1"), "would have the host run its release agent"},
+		{"ended", property("cgroup.kill", "1"), `property "cgroup.kill" is no property`},
+		{"event", property("cgroup.event_control", "1 2"), "is no property"},
+		{"controllers", property("cgroup.subtree_control", "+memory"), "lists no controllers"},
+		{"list of controllers", property("cgroup.subtree_control", "cpu memory\n"), ""},
+		{"large", property("memory.limit_in_bytes", strings.Repeat("0", 5000)), "is of 5000 bytes"},
+		{"of a child", func(e *cgroup.CgroupEntry) {
+			memory(e).Dirs[0].Children = []*cgroup.CgroupDirEntry{{DirName: proto.String("a"), Properties: []*cgroup.CgroupPropEntry{
+				{Name: proto.String("devices.allow"), Value: proto.String("a")}}}}
+		}, `property "devices.allow" is no property`},
+		{"release_agent", func(e *cgroup.CgroupEntry) { memory(e).Dirs[0].Properties[0].Name = proto.String("release_agent") }, `property "release_agent" is no property that a restore may set`},
+		{"property", func(e *cgroup.CgroupEntry) { memory(e).Dirs[0].Properties[0].Name = proto.String("../../x") }, `property "../../x" is no property`},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			f := newForgery(t)
+			one(f, "cgroup.img", "CGROUP", tc.fn)
+			f.judged(tc.want, "cgroup.img")
+		})
+	}
+	for _, tc := range []struct {
+		name string
+		fn   func(*cgroup.CgroupEntry)
+		want string
+	}{
+		{"for all to write", func(e *cgroup.CgroupEntry) { memory(e).Dirs[0].Properties[0].Perms.Mode = u32(0o100666) }, `"memory.limit_in_bytes" has the mode 0666, at most 0644`},
+		{"of another user", func(e *cgroup.CgroupEntry) { memory(e).Dirs[0].Properties[0].Perms.Uid = u32(7) }, `"memory.limit_in_bytes" belongs to 7:0`},
+		{"folder for all to write", func(e *cgroup.CgroupEntry) { memory(e).Dirs[0].DirPerms.Mode = u32(0o40777) }, "has the mode 0777, at most 0755"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			f := confined(t)
 			one(f, "cgroup.img", "CGROUP", tc.fn)
 			f.judged(tc.want, "cgroup.img")
 		})

@@ -7,7 +7,6 @@ import (
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/creds"
 	core "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
-	"github.com/checkpoint-restore/go-criu/v8/crit/images/mm"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/pstree"
 	"golang.org/x/sys/unix"
 
@@ -22,6 +21,7 @@ type task struct {
 	alive   bool
 	threads []uint32
 	ids     *core.TaskKobjIdsEntry // nil for a zombie
+	memory  layout
 }
 
 // Task states, CRIU's compel/include/uapi/task-state.h. In the latter two there is
@@ -83,6 +83,10 @@ func (c *checker) checkTask(p *pstree.PstreeEntry) (task, error) {
 	}
 	c.checkTaskCore(&t, tc)
 	for _, tid := range t.threads {
+		if c.threads[tid] {
+			return t, fault.Invalid("pstree.img: thread %d of process %d is listed twice", tid, t.pid)
+		}
+		c.threads[tid] = true
 		thread := e.GetThreadCore()
 		if tid != t.pid {
 			var other core.CoreEntry
@@ -222,20 +226,4 @@ func (c *checker) checkLSM(who string, e *creds.CredsEntry) {
 	if len(e.GetApparmorData()) > 0 {
 		c.refuse("%s: brings AppArmor policies", who)
 	}
-}
-
-// checkMemoryMap refuses a mapping at addresses that only root can map: a null
-// pointer of the kernel's would be read there.
-func (c *checker) checkMemoryMap(t *task) error {
-	var m mm.MmEntry
-	if err := c.need(fmt.Sprintf("mm-%d.img", t.pid), "MM", &m); err != nil {
-		return err
-	}
-	for _, vma := range m.GetVmas() {
-		if vma.GetStart() < minAddress() && !c.grant.any("CAP_SYS_RAWIO") {
-			c.refuse("%s: memory at address %#x, below vm.mmap_min_addr, needs CAP_SYS_RAWIO", t, vma.GetStart())
-			break
-		}
-	}
-	return nil
 }

@@ -9,7 +9,6 @@ import (
 	"io"
 	"math"
 	"path"
-	"slices"
 	"strings"
 
 	"github.com/stasis-run/stasis/checkpoint/fault"
@@ -22,6 +21,18 @@ func (c *checker) checkTmpfs() error {
 	if err := c.readMounts(); err != nil {
 		return err
 	}
+	ways := map[string][]*mountTree{} // by the number in an archive's name
+	for _, list := range c.mounts {
+		tree := newMountTree(list)
+		for _, m := range list {
+			for _, number := range m.archives() {
+				if n := len(ways[number]); n == 0 || ways[number][n-1] != tree {
+					ways[number] = append(ways[number], tree)
+				}
+			}
+		}
+	}
+	c.tmpfsLinks, c.tmpfsWays = map[string]map[string]string{}, ways
 	for _, name := range c.img.Names() {
 		if strings.HasPrefix(name, "tmpfs-") {
 			if err := c.checkArchive(name); err != nil {
@@ -49,8 +60,13 @@ func (c *checker) checkArchive(name string) error {
 	// What is checked here by Go's reader, CRIU hands to GNU tar.
 	scan := tarcheck.NewReader(in, nil)
 	archive := tar.NewReader(scan)
-	links := map[string]bool{}
+	number := archiveNumber(name)
+	links := map[string]string{}
+	c.tmpfsLinks[number] = links
 	for {
+		if err := c.budget.spend(1, 0); err != nil {
+			return err
+		}
 		h, err := archive.Next()
 		if errors.Is(err, io.EOF) {
 			if err = scan.Finish(); err == nil {
@@ -67,19 +83,36 @@ func (c *checker) checkArchive(name string) error {
 			}
 			return fault.Invalid("%s: no tar archive: %v", name, err)
 		}
+		if len(h.Name) > maxPath || len(h.Linkname) > maxPath {
+			return fault.Invalid("%s: a name of more than %d bytes", name, maxPath)
+		}
+		if otherName(h) {
+			c.refuse("%s: file %s has other names as well", name, quote(h.Name))
+		}
 		if climbs(h.Name) || strings.HasPrefix(h.Name, "/") || h.Typeflag == tar.TypeLink && (climbs(h.Linkname) || strings.HasPrefix(h.Linkname, "/")) {
 			c.refuse("%s: file %s is outside of its mount", name, quote(h.Name))
 		}
 		file := path.Clean(h.Name)
 		for dir := path.Dir(file); dir != "." && dir != "/"; dir = path.Dir(dir) {
-			if links[dir] {
+			if _, link := links[dir]; link {
 				c.refuse("%s: file %s is behind a link of the archive", name, quote(h.Name))
 				break
 			}
 		}
+		target, link := links[path.Clean(h.Linkname)] // of a second name of a link
 		if h.Typeflag == tar.TypeSymlink {
-			links[file] = true
-			c.checkLink(name, file)
+			target, link = h.Linkname, true
+		} else if h.Typeflag != tar.TypeLink {
+			link = false
+		}
+		if link {
+			if before, twice := links[file]; twice && before != target {
+				c.refuse("%s: %s is a link to two files", name, quote(h.Name))
+			}
+			links[file] = target
+			if err := c.checkLink(name, number, file); err != nil {
+				return err
+			}
 		}
 		switch h.Typeflag {
 		case tar.TypeReg, tar.TypeDir, tar.TypeSymlink, tar.TypeLink, tar.TypeFifo, tar.TypeGNUSparse:
@@ -95,22 +128,48 @@ func (c *checker) checkArchive(name string) error {
 	}
 }
 
+// otherName tells whether an entry has further names in headers of other kinds: tar
+// programs do not agree which they go by.
+func otherName(h *tar.Header) bool {
+	for _, n := range []struct{ name, key string }{{h.Name, "path"}, {h.Linkname, "linkpath"}} {
+		other, ok := h.PAXRecords[n.key]
+		if sparse := h.PAXRecords["GNU.sparse.name"]; ok && n.key == "path" && sparse != "" {
+			other = sparse
+		}
+		if ok && strings.TrimSuffix(other, "/") != strings.TrimSuffix(n.name, "/") {
+			return true
+		}
+	}
+	return false
+}
+
+// archiveNumber is what the name of an archive has of the mount that it is of.
+func archiveNumber(name string) string {
+	return strings.TrimSuffix(strings.TrimPrefix(strings.TrimPrefix(name, "tmpfs-"), "dev-"), ".tar.gz.img")
+}
+
+// archives are the numbers of the archives that may have a mount's files: that of
+// its file system, and in CRIU before 3.0 its own.
+func (m mountEntry) archives() [2]string {
+	return [2]string{fmt.Sprint(m.GetRootDev()), fmt.Sprint(m.GetMntId())}
+}
+
 // checkLink refuses a link on the way to a mount: CRIU follows it, before the root
 // filesystem is the container's.
-func (c *checker) checkLink(archive, file string) {
-	number := strings.TrimSuffix(strings.TrimPrefix(strings.TrimPrefix(archive, "tmpfs-"), "dev-"), ".tar.gz.img")
-	for _, list := range c.mounts {
-		for _, m := range list {
-			// By its file system, in CRIU before 3.0 by itself.
-			if number != fmt.Sprint(m.GetRootDev()) && number != fmt.Sprint(m.GetMntId()) {
-				continue
+func (c *checker) checkLink(archive, number, file string) error {
+	for _, tree := range c.tmpfsWays[number] {
+		for _, m := range tree.tars[number] {
+			if err := c.budget.step(); err != nil {
+				return err
 			}
 			link := path.Join(m.at, file)
-			if i := slices.IndexFunc(list, func(other mountEntry) bool { return isBelow(other.at, link) }); i >= 0 {
-				c.refuse("%s: %s is a link on the way to the mount at %s", archive, quote(file), quote(list[i].at))
+			if at, ok := tree.ways[link]; ok {
+				c.refuse("%s: %s is a link on the way to the mount at %s", archive, quote(file), quote(at))
+				return nil
 			}
 		}
 	}
+	return nil
 }
 
 // mayMakeDevice tells whether the container can make the device itself.

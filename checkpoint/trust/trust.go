@@ -41,7 +41,7 @@ func Check(ctx context.Context, img *checkpoint.Image, spec *specs.Spec) error {
 	c := newChecker(ctx, img, spec)
 	for _, step := range []func() error{
 		c.checkNames, c.checkDescriptors, c.checkInventory, c.checkTasks, c.checkNamespaces, c.checkNetwork,
-		c.checkFiles, c.checkCgroups, c.checkTmpfs, c.checkLimits,
+		c.checkFiles, c.checkCgroups, c.checkLimits,
 	} {
 		if err := context.Cause(ctx); err != nil {
 			return err
@@ -55,10 +55,11 @@ func Check(ctx context.Context, img *checkpoint.Image, spec *specs.Spec) error {
 
 // checker is one check.
 type checker struct {
-	ctx   context.Context
-	img   *checkpoint.Image
-	spec  *specs.Spec
-	grant grant
+	ctx    context.Context
+	img    *checkpoint.Image
+	spec   *specs.Spec
+	grant  grant
+	budget budget
 
 	found []string // what is refused, at most maxFindings
 	more  int      // how many others
@@ -66,13 +67,20 @@ type checker struct {
 	names     map[string]bool
 	inventory inventoryFacts
 	tasks     []task
+	threads   map[uint32]bool         // the numbers of all of them
 	filters   map[uint32]verdict      // on each chain of seccomp filters
 	mounts    map[string][]mountEntry // by the image that has them
 	wanted    map[string]wanted       // the spec's, by path in the root filesystem
+
+	portStart  int                          // see unprivilegedPorts; -1 if it was not read
+	used       map[uint32][]use             // see uses
+	tmpfsLinks map[string]map[string]string // of each archive of tmpfs files, by its number: where its links lead
+	tmpfsWays  map[string][]*mountTree      // the namespaces that have a mount of it
 }
 
 func newChecker(ctx context.Context, img *checkpoint.Image, spec *specs.Spec) *checker {
-	c := &checker{ctx: ctx, img: img, spec: spec, grant: grantOf(spec), names: map[string]bool{}, filters: map[uint32]verdict{}}
+	c := &checker{ctx: ctx, img: img, spec: spec, grant: grantOf(spec), names: map[string]bool{},
+		filters: map[uint32]verdict{}, threads: map[uint32]bool{}, portStart: -1, budget: newBudget(ctx)}
 	for _, name := range img.Names() {
 		c.names[name] = true
 	}
@@ -104,7 +112,15 @@ func (c *checker) each(name, kind string, fn func(msg []byte) error) error {
 	if !c.names[name] {
 		return nil
 	}
-	return c.img.Each(name, kind, fn)
+	if err := c.budget.spend(1, 0); err != nil {
+		return err
+	}
+	return c.img.Each(name, kind, func(msg []byte) error {
+		if err := c.budget.spend(1, len(msg)); err != nil {
+			return err
+		}
+		return fn(msg)
+	})
 }
 
 // one decodes the only message of an image, and reports whether it is there.
@@ -134,6 +150,9 @@ func (c *checker) firstOnly(name, kind string, into proto.Message) error {
 	found := false
 	err := c.img.Each(name, kind, func(msg []byte) error {
 		found = true
+		if err := c.budget.spend(1, len(msg)); err != nil {
+			return err
+		}
 		if err := c.decode(msg, into); err != nil {
 			return err
 		}

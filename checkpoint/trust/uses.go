@@ -1,0 +1,108 @@
+package trust
+
+import (
+	"fmt"
+
+	core "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/fs"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/mm"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/pstree"
+	"golang.org/x/sys/unix"
+)
+
+// use is what a process has an entry of files.img for.
+type use struct {
+	pid    uint32
+	what   string // such as "cwd"
+	access uint32 // what it is opened for besides the entry's own flags, as bits of a mode
+}
+
+// uses returns who has what, by the numbers of entries of files.img. Few checks
+// need it, and it reads some images again.
+func (c *checker) uses() (map[uint32][]use, error) {
+	if c.used != nil {
+		return c.used, nil
+	}
+	c.used = map[uint32][]use{}
+	tables := map[uint32][]uint32{} // of descriptors, and who has each
+	err := c.each("pstree.img", "PSTREE", func(msg []byte) error {
+		var p pstree.PstreeEntry
+		if err := c.decode(msg, &p); err != nil {
+			return err
+		}
+		pid := p.GetPid()
+		var ids core.TaskKobjIdsEntry
+		if _, err := c.one(fmt.Sprintf("ids-%d.img", pid), "IDS", &ids); err != nil {
+			return err
+		}
+		tables[ids.GetFilesId()] = append(tables[ids.GetFilesId()], pid)
+		var dirs fs.FsEntry
+		found, err := c.one(fmt.Sprintf("fs-%d.img", pid), "FS", &dirs)
+		if found {
+			c.use(dirs.GetCwdId(), use{pid: pid, what: "cwd"})
+			c.use(dirs.GetRootId(), use{pid: pid, what: "root"})
+		}
+		if err != nil {
+			return err
+		}
+		return c.usesOfMemory(pid)
+	})
+	if err != nil {
+		return nil, err
+	}
+	for table, pids := range tables {
+		err := c.each(fmt.Sprintf("fdinfo-%d.img", table), "FDINFO", func(msg []byte) error {
+			var e fdinfo.FdinfoEntry
+			if err := c.decode(msg, &e); err != nil {
+				return err
+			}
+			for _, pid := range pids {
+				if err := c.budget.spend(1, 0); err != nil {
+					return err
+				}
+				c.use(e.GetId(), use{pid: pid, what: fmt.Sprintf("fd %d", e.GetFd())})
+			}
+			return nil
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	return c.used, nil
+}
+
+func (c *checker) use(id uint32, u use) { c.used[id] = append(c.used[id], u) }
+
+// usesOfMemory is for the executable and what is mapped.
+func (c *checker) usesOfMemory(pid uint32) error {
+	var m mm.MmEntry
+	found, err := c.one(fmt.Sprintf("mm-%d.img", pid), "MM", &m)
+	if err != nil || !found {
+		return err
+	}
+	c.use(m.GetExeFileId(), use{pid: pid, what: "exe"})
+	for _, v := range m.GetVmas() {
+		if v.GetStatus()&(areaFilePrivate|areaFileShared) == 0 {
+			continue
+		}
+		u := use{pid: pid, what: fmt.Sprintf("mapping at %#x", v.GetStart()), access: 4}
+		if v.Fdflags != nil {
+			u.access = opens(v.GetFdflags())
+		} else if v.GetFlags()&unix.MAP_SHARED != 0 && v.GetProt()&unix.PROT_WRITE != 0 {
+			u.access = 6
+		}
+		c.use(uint32(v.GetShmid()), u)
+	}
+	return nil
+}
+
+// whose names a process that has an entry of files.img, for an error.
+func (c *checker) whose(id uint32) (string, error) {
+	uses, err := c.uses()
+	if err != nil || len(uses[id]) == 0 {
+		return "", err
+	}
+	u := uses[id][0]
+	return fmt.Sprintf("process %d: %s: ", u.pid, u.what), nil
+}
