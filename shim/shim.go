@@ -76,6 +76,10 @@ type Runtime struct {
 
 // Main runs the shim binary and returns its exit code.
 func Main(build Build, rt Runtime) int {
+	if filepath.Base(os.Args[0]) == checkpoint.CRIUName {
+		fmt.Fprintln(os.Stderr, checkpoint.ExecCRIU(os.Args))
+		return 1
+	}
 	err := run(os.Args[1:], build, rt)
 	if err == nil || errors.Is(err, flag.ErrHelp) {
 		return 0
