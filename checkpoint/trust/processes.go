@@ -95,7 +95,10 @@ func (l *look) process(pid int) error {
 		return nil // the host's, as the spec has it
 	}
 	name := nameOf(pid)
-	see := func(what string, at *os.File, entry string) error { return l.see(name+": "+what, at, entry, mounts) }
+	see := func(what string, at *os.File, entry string) error {
+		_, err := l.see(name+": "+what, at, entry, mounts)
+		return err
+	}
 	if err := each(dir+"/map_files", func(d *os.File, entry string) error {
 		return see("mapping "+entry, d, entry)
 	}, l.ctx); err != nil {
@@ -108,7 +111,7 @@ func (l *look) process(pid int) error {
 		// Threads mostly have all of that in common.
 		thread, _ := strconv.Atoi(tid)
 		if thread == pid || !same(pid, thread, kcmpFiles) {
-			if err := l.descriptors(fmt.Sprintf("%s/task/%s", dir, tid), see); err != nil {
+			if err := l.descriptors(name, pid, thread, mounts); err != nil {
 				return err
 			}
 		}
@@ -119,9 +122,16 @@ func (l *look) process(pid int) error {
 	}, l.ctx)
 }
 
-func (l *look) descriptors(dir string, see func(string, *os.File, string) error) error {
+// descriptors is for those of a thread, and of a process if it is the first.
+func (l *look) descriptors(name string, pid, thread int, mounts map[uint64]bool) error {
+	dir := fmt.Sprintf("/proc/%d/task/%d", pid, thread)
 	return each(dir+"/fd", func(d *os.File, entry string) error {
-		return see("descriptor "+entry, d, entry)
+		what := fmt.Sprintf("%s: descriptor %s", name, entry)
+		file, err := l.see(what, d, entry, mounts)
+		if err != nil || file.mount != l.kernel.sockets {
+			return err
+		}
+		return l.inFlight(what, dir, pid, thread, entry, mounts)
 	}, l.ctx)
 }
 
@@ -196,24 +206,29 @@ func nameOf(pid int) string {
 
 // see refuses a file that lies elsewhere than in the mounts. at and entry are a
 // magic link to it, which is followed and never opened.
-func (l *look) see(what string, at *os.File, entry string, mounts map[uint64]bool) error {
-	file, err := fileAt(int(at.Fd()), entry)
+func (l *look) see(what string, at *os.File, entry string, mounts map[uint64]bool) (file, error) {
+	f, err := fileAt(int(at.Fd()), entry)
 	if err != nil {
-		return fmt.Errorf("%s: %w", what, err)
+		return f, fmt.Errorf("%s: %w", what, err)
 	}
-	switch {
-	case mounts[file.mount]:
-	case l.kernel.namespaces != 0 && file.mount == l.kernel.namespaces:
-		if !l.owned[file.inode] && !l.mayHold(file.inode) {
-			path, _ := os.Readlink(filepath.Join(at.Name(), entry))
-			l.refuse("%s is of namespace %s, which is not the container's", what, quote(path))
-		}
-	case l.kernel.others[file.mount]:
-	default:
+	l.judge(what, f, mounts, func() string {
 		path, _ := os.Readlink(filepath.Join(at.Name(), entry))
-		l.refuse("%s leads to %s, outside of the container's mounts", what, quote(path))
+		return path
+	})
+	return f, nil
+}
+
+func (l *look) judge(what string, f file, mounts map[uint64]bool, path func() string) {
+	switch {
+	case mounts[f.mount]:
+	case f.mount == l.kernel.namespaces:
+		if !l.owned[f.inode] && !l.mayHold(f.inode) {
+			l.refuse("%s is of namespace %s, which is not the container's", what, quote(path()))
+		}
+	case l.kernel.others[f.mount]:
+	default:
+		l.refuse("%s leads to %s, outside of the container's mounts", what, quote(path()))
 	}
-	return nil
 }
 
 // mayHold tells whether a process may hold a namespace that none of the processes is

@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"unsafe"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -180,6 +181,7 @@ func readMountIDs(ctx context.Context, f *os.File) (map[uint64]bool, error) {
 // them has no path by which the host's could be opened.
 type internalMounts struct {
 	namespaces uint64          // of namespaces
+	sockets    uint64          // of sockets; it is among others too
 	others     map[uint64]bool // of pipes, sockets, memory, event descriptors, …
 }
 
@@ -203,7 +205,11 @@ func kernelMounts() (internalMounts, error) {
 		return m, err
 	}
 	made = append(made, pipe[:]...)
-	add(unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0))
+	socket, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return m, err
+	}
+	made = append(made, socket)
 	add(unix.Eventfd(0, unix.EFD_CLOEXEC))            // like epoll, inotify, timers, …
 	add(unix.MemfdCreate("stasis", unix.MFD_CLOEXEC)) // like anonymous shared memory, System V's
 	add(unix.PidfdOpen(os.Getpid(), 0))
@@ -217,12 +223,34 @@ func kernelMounts() (internalMounts, error) {
 		}
 		m.others[id] = true
 	}
+	if m.sockets, err = mountOf(socket); err != nil {
+		return m, err
+	}
 	f, err := fileAt(unix.AT_FDCWD, "/proc/self/ns/mnt")
 	if err != nil {
 		return m, err
 	}
 	m.namespaces = f.mount
+	if id, ok := asyncMount(); ok {
+		m.others[id] = true
+	}
 	return m, nil
+}
+
+// asyncMount is that of the rings of asynchronous I/O (io_setup(2)), which are only
+// ever mapped.
+func asyncMount() (uint64, bool) {
+	var ring uintptr // both the context and where it is mapped
+	if _, _, errno := unix.Syscall(unix.SYS_IO_SETUP, 1, uintptr(unsafe.Pointer(&ring)), 0); errno != 0 {
+		return 0, false
+	}
+	defer func() { _, _, _ = unix.Syscall(unix.SYS_IO_DESTROY, ring, 0, 0) }()
+	maps, _ := filepath.Glob(fmt.Sprintf("/proc/self/map_files/%x-*", ring))
+	if len(maps) != 1 {
+		return 0, false
+	}
+	f, err := fileAt(unix.AT_FDCWD, maps[0])
+	return f.mount, err == nil
 }
 
 // hugePages are the logarithms of the sizes of huge pages that the kernel has.
