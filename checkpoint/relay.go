@@ -114,6 +114,7 @@ func rightsIn(oob []byte) (fds []int, err error) {
 // keeps; nobody but CRIU waits for it.
 type relay struct {
 	check    func(ctx context.Context, pids []int) error
+	cgroup   string             // linux.cgroupsPath
 	ctx      context.Context    // of the restore
 	stop     context.CancelFunc // ends the runtime, and CRIU with it
 	listener *net.UnixListener
@@ -146,6 +147,9 @@ func (r *RestoreRequest) newRelay(ctx context.Context) (_ *relay, _ context.Cont
 		return nil, nil, err
 	}
 	l := &relay{check: r.Check, ctx: ctx, conns: map[*net.UnixConn]bool{}}
+	if r.Spec.Linux != nil {
+		l.cgroup = r.Spec.Linux.CgroupsPath
+	}
 	defer func() {
 		if err != nil {
 			l.close()
@@ -231,6 +235,7 @@ func (l *relay) serve(c *net.UnixConn) {
 		_ = criu.CloseWrite()
 	}()
 	_ = forward(runtime, criu, func(message []byte) ([]byte, error) { return message, l.heard(message, pid) })
+	l.ended()
 	// What CRIU has not asked yet, it shall ask for in vain.
 	runtime.Close()
 	criu.Close()
@@ -467,6 +472,8 @@ func (l *relay) restored(criu int) {
 	if err == nil {
 		err = process.AllTraced(pids, criu)
 	}
+	// Should CRIU be killed now, or this shim, nothing runs all the same.
+	defer process.FreezeCgroup(init, l.cgroup)()
 	if err == nil {
 		err = l.check(l.ctx, pids)
 	}
@@ -478,6 +485,15 @@ func (l *relay) restored(criu int) {
 		kill(pids)
 	case !l.cancelled: // else they are killed
 		l.passed = true
+	}
+}
+
+// ended is called when CRIU says nothing more: it may be dead.
+func (l *relay) ended() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.init != 0 && !l.passed {
+		kill(process.Tree(l.init))
 	}
 }
 

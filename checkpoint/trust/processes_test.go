@@ -151,6 +151,19 @@ var deeds = map[string]func(){
 		fly(socket, unix.SOCK_STREAM)
 		do(unix.Close(socket))
 	},
+	"many": func() {
+		do(unix.Close(given))
+		fd, err := unix.Open("/etc/passwd", unix.O_RDONLY, 0)
+		do(err)
+		for range 10_000 { // of the same page, or they would be one
+			_, err := unix.Mmap(fd, 0, 4096, unix.PROT_READ, unix.MAP_PRIVATE)
+			do(err)
+		}
+		for range 1000 {
+			_, err := unix.Dup(fd)
+			do(err)
+		}
+	},
 	"chroot": func() {
 		do(unix.Close(given))
 		dir, err := os.MkdirTemp("", "stasis")
@@ -176,7 +189,7 @@ func flyAll(kind int, fds ...int) int {
 
 // start runs a process in a mount namespace of its own that does a deed with a file of
 // the test's.
-func startDeed(t *testing.T, deed string, flags uintptr, file *os.File) int {
+func startDeed(t testing.TB, deed string, flags uintptr, file *os.File) int {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
@@ -329,5 +342,23 @@ func TestProcessesOfOne(t *testing.T) {
 				t.Errorf("%v, want %q", err, c.want)
 			}
 		})
+	}
+}
+
+// BenchmarkProcesses looks at a process with 10,000 mappings and 1,000 descriptors.
+func BenchmarkProcesses(b *testing.B) {
+	if os.Getuid() != 0 {
+		b.Skip("needs root")
+	}
+	file, err := os.Open("/dev/null")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer file.Close()
+	pid := startDeed(b, "many", unix.CLONE_NEWNS, file)
+	for b.Loop() {
+		if err := CheckProcesses(b.Context(), ownMounts(), []int{pid}); err != nil {
+			b.Fatal(err)
+		}
 	}
 }
