@@ -1,6 +1,6 @@
 // Package shim is how containerd starts, finds, groups and deletes a shim.
 //
-// The binary runs in one of five ways:
+// The binary runs in one of six ways:
 //
 //	start    containerd's call. Finds the shim of the container's group, or
 //	         spawns one, and prints its address.
@@ -11,6 +11,8 @@
 //	-info    describes the runtime.
 //	loopback
 //	         the OCI runtime's call in a restore, see checkpoint.LoopbackHook.
+//	swrk     the OCI runtime's call in a restore, under the name criu, see
+//	         checkpoint.ExecCRIU.
 //
 // What is called a group is the set of containers that share a shim: those of
 // a pod, mostly.

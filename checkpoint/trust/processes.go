@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -58,6 +57,8 @@ type look struct {
 	kernel internalMounts
 	spaces map[uint64]map[uint64]bool // the mounts of each mount namespace, by its inode
 	owned  map[uint64]bool            // the container's namespaces, by inode
+
+	dirents []byte // of each, which nests but has read all before it calls
 }
 
 func (l *look) verdict() error {
@@ -99,15 +100,15 @@ func (l *look) process(pid int) error {
 		_, err := l.see(name+": "+what, at, entry, mounts)
 		return err
 	}
-	if err := each(dir+"/map_files", func(d *os.File, entry string) error {
+	if err := l.each(dir+"/map_files", func(d *os.File, entry string) error {
 		return see("mapping "+entry, d, entry)
-	}, l.ctx); err != nil {
+	}); err != nil {
 		return err
 	}
 	if err := links(dir, see, "exe"); err != nil {
 		return err
 	}
-	return each(dir+"/task", func(d *os.File, tid string) error {
+	return l.each(dir+"/task", func(d *os.File, tid string) error {
 		// Threads mostly have all of that in common.
 		thread, _ := strconv.Atoi(tid)
 		if thread == pid || !same(pid, thread, kcmpFiles) {
@@ -119,20 +120,20 @@ func (l *look) process(pid int) error {
 			return links(fmt.Sprintf("%s/task/%s", dir, tid), see, "cwd", "root")
 		}
 		return nil
-	}, l.ctx)
+	})
 }
 
 // descriptors is for those of a thread, and of a process if it is the first.
 func (l *look) descriptors(name string, pid, thread int, mounts map[uint64]bool) error {
 	dir := fmt.Sprintf("/proc/%d/task/%d", pid, thread)
-	return each(dir+"/fd", func(d *os.File, entry string) error {
+	return l.each(dir+"/fd", func(d *os.File, entry string) error {
 		what := fmt.Sprintf("%s: descriptor %s", name, entry)
 		file, err := l.see(what, d, entry, mounts)
 		if err != nil || file.mount != l.kernel.sockets {
 			return err
 		}
 		return l.inFlight(what, dir, pid, thread, entry, mounts)
-	}, l.ctx)
+	})
 }
 
 // links looks at some of a process's links.
@@ -150,30 +151,40 @@ func links(dir string, see func(string, *os.File, string) error, names ...string
 	return nil
 }
 
+// direntBuffer is in bytes. Whenever it is full, the kernel goes through all mappings
+// of a process again.
+const direntBuffer = 1 << 20
+
 // each calls fn with the entries of a folder of /proc.
-func each(dir string, fn func(d *os.File, entry string) error, ctx context.Context) error {
-	d, err := os.Open(dir)
+func (l *look) each(dir string, fn func(d *os.File, entry string) error) error {
+	d, err := os.OpenFile(dir, unix.O_RDONLY|unix.O_DIRECTORY, 0)
 	if err != nil {
 		return err
 	}
 	defer d.Close()
+	if l.dirents == nil {
+		l.dirents = make([]byte, direntBuffer)
+	}
+	var names []string
 	for {
-		names, err := d.Readdirnames(1024)
-		for _, name := range names {
-			if err := context.Cause(ctx); err != nil {
-				return err
-			}
-			if err := fn(d, name); err != nil {
-				return err
-			}
-		}
-		if err == io.EOF {
-			return nil
-		}
+		n, err := unix.ReadDirent(int(d.Fd()), l.dirents)
 		if err != nil {
+			return os.NewSyscallError("getdents", err)
+		}
+		if n == 0 {
+			break
+		}
+		_, _, names = unix.ParseDirent(l.dirents[:n], -1, names)
+	}
+	for _, name := range names {
+		if err := context.Cause(l.ctx); err != nil {
+			return err
+		}
+		if err := fn(d, name); err != nil {
 			return err
 		}
 	}
+	return nil
 }
 
 // What kcmp(2) compares.
