@@ -13,7 +13,6 @@ import (
 	"sync"
 	"syscall"
 
-	runc "github.com/containerd/go-runc"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
 
@@ -129,9 +128,9 @@ type relay struct {
 	refused   error // why they may not
 }
 
-// newRelay returns a relay, and the context with which the runtime is to be called.
-// It ends when ctx does, but not before the processes are sure never to run.
-func (r *RestoreRequest) newRelay(ctx context.Context) (_ *relay, _ context.Context, err error) {
+// newRelay returns a relay, and the environment with which the runtime is to be
+// called, with a context that ends by stop only.
+func (r *RestoreRequest) newRelay(ctx context.Context, stop context.CancelFunc) (_ *relay, env []string, err error) {
 	real, err := exec.LookPath(CRIUName)
 	if err != nil {
 		return nil, nil, fmt.Errorf("find CRIU: %w", err)
@@ -146,7 +145,7 @@ func (r *RestoreRequest) newRelay(ctx context.Context) (_ *relay, _ context.Cont
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return nil, nil, err
 	}
-	l := &relay{check: r.Check, ctx: ctx, conns: map[*net.UnixConn]bool{}}
+	l := &relay{check: r.Check, ctx: ctx, stop: stop, conns: map[*net.UnixConn]bool{}}
 	if r.Spec.Linux != nil {
 		l.cgroup = r.Spec.Linux.CgroupsPath
 	}
@@ -166,19 +165,15 @@ func (r *RestoreRequest) newRelay(ctx context.Context) (_ *relay, _ context.Cont
 	if l.listener, err = net.ListenUnix("unixpacket", &net.UnixAddr{Name: socket, Net: "unixpacket"}); err != nil {
 		return nil, nil, err
 	}
-	runCtx, stop := context.WithCancel(runc.WithExtraEnv(context.WithoutCancel(ctx),
-		realEnv+"="+real, relayEnv+"="+socket,
-		"PATH="+dir+string(filepath.ListSeparator)+os.Getenv("PATH")))
-	l.stop = stop
 	l.serving.Go(l.accept)
-	return l, runCtx, nil
+	return l, []string{
+		realEnv + "=" + real, relayEnv + "=" + socket,
+		"PATH=" + dir + string(filepath.ListSeparator) + os.Getenv("PATH"),
+	}, nil
 }
 
 // close ends the relay, whose runtime has ended.
 func (l *relay) close() {
-	if l.stop != nil {
-		l.stop()
-	}
 	if l.listener != nil {
 		l.listener.Close()
 	}
@@ -225,6 +220,13 @@ func (l *relay) serve(c *net.UnixConn) {
 	runtime, criu, pid, err := l.swap(c)
 	if err != nil || !l.own(runtime) || !l.own(criu) {
 		return // CRIU, and so the restore, fails for want of a socket
+	}
+	// CRIU's children may have its socket, too, which then does not end with it.
+	if alive := onDeath(pid, func() {
+		l.ended()
+		_ = criu.CloseRead() // what it has said before is read all the same
+	}); alive != nil {
+		defer alive.Close()
 	}
 	down := make(chan struct{})
 	go func() {
@@ -288,6 +290,31 @@ func peerOf(c *net.UnixConn) (pid int, err error) {
 		}
 	})
 	return pid, errors.Join(cerr, err)
+}
+
+// onDeath calls fn when a process ends, unless what it returns is closed before. That
+// is nil where the kernel does not tell (before 5.3).
+func onDeath(pid int, fn func()) *os.File {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return nil
+	}
+	_ = unix.SetNonblock(fd, true) // for Go to wait for it
+	f := os.NewFile(uintptr(fd), "pidfd")
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return f
+	}
+	go func() {
+		err := raw.Read(func(fd uintptr) bool {
+			n, _ := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+			return n > 0
+		})
+		if err == nil {
+			fn()
+		}
+	}()
+	return f
 }
 
 // unixConn takes a descriptor over.

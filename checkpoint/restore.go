@@ -108,7 +108,9 @@ type refusal struct{ error }
 
 // restore calls the runtime, and has what it restores looked at before it runs.
 func (r *RestoreRequest) restore(ctx context.Context, opts *runc.RestoreOpts) (int, error) {
-	relay, runCtx, err := r.newRelay(ctx)
+	runCtx, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
+	relay, env, err := r.newRelay(ctx, end)
 	if err != nil {
 		return 0, err
 	}
@@ -118,7 +120,7 @@ func (r *RestoreRequest) restore(ctx context.Context, opts *runc.RestoreOpts) (i
 		defer close(done)
 		relay.cancel()
 	})
-	pid, err := r.Runtime.Restore(runCtx, opts)
+	pid, err := r.Runtime.Restore(runc.WithExtraEnv(runCtx, env...), opts)
 	if !stop() {
 		<-done
 	}
