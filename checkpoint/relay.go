@@ -506,13 +506,15 @@ func (l *relay) restored(criu int) {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	switch {
-	case err != nil:
+	if err == nil {
+		err = context.Cause(l.ctx)
+	}
+	if err != nil {
 		l.refused = err
 		kill(pids)
-	case !l.cancelled: // else they are killed
-		l.passed = true
+		return
 	}
+	l.passed = true
 }
 
 // ended is called when CRIU says nothing more: it may be dead.

@@ -232,13 +232,11 @@ func TestRelay(t *testing.T) {
 			defer cancel()
 			runCtx, end := context.WithCancel(context.Background())
 			defer end()
-			var l *relay
-			cancelNow := func() { cancel(); l.cancel() }
 			looked := 0
 			r := &RestoreRequest{Bundle: t.TempDir(), Self: self, Spec: &specs.Spec{}, Check: func(ctx context.Context, pids []int) error {
 				looked++
 				if c.cancel == "check" {
-					cancelNow()
+					cancel()
 				}
 				return c.check
 			}}
@@ -251,11 +249,19 @@ func TestRelay(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer folder.Close()
+			cancelled := make(chan struct{})
+			stop := context.AfterFunc(ctx, func() {
+				defer close(cancelled)
+				l.cancel()
+			})
 			pid, got, err := callCRIU(runCtx, t, env, folder, func(script string) {
 				if script == c.cancel {
-					cancelNow()
+					cancel()
 				}
 			})
+			if !stop() {
+				<-cancelled
+			}
 			pid, err = l.verdict(pid, err)
 			l.close()
 			data, rerr := os.ReadFile(note)
