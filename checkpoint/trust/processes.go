@@ -40,10 +40,20 @@ func CheckProcesses(ctx context.Context, spec *specs.Spec, pids []int) error {
 	if l.kernel, err = kernelMounts(); err != nil {
 		return fmt.Errorf("find the kernel's own mounts: %w", err)
 	}
-	if err := l.namespaces(pids); err != nil {
+	var living []int
+	for _, pid := range pids {
+		ok, err := alive(pid)
+		if err != nil {
+			return fmt.Errorf("look at restored process %d: %w", pid, err)
+		}
+		if ok {
+			living = append(living, pid)
+		}
+	}
+	if err := l.namespaces(living); err != nil {
 		return err
 	}
-	for _, pid := range pids {
+	for _, pid := range living {
 		if err := l.process(pid); err != nil {
 			return fmt.Errorf("look at restored process %d: %w", pid, err)
 		}
@@ -84,9 +94,6 @@ func alive(pid int) (bool, error) {
 
 // process is for one of them.
 func (l *look) process(pid int) error {
-	if ok, err := alive(pid); err != nil || !ok {
-		return err
-	}
 	dir := fmt.Sprintf("/proc/%d", pid)
 	mounts, err := l.mountsOf(pid)
 	if err != nil {

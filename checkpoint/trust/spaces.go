@@ -64,11 +64,6 @@ func (l *look) namespaces(pids []int) error {
 			if err := context.Cause(l.ctx); err != nil {
 				return err
 			}
-			if ok, err := alive(pid); err != nil {
-				return err
-			} else if !ok {
-				continue
-			}
 			have, err := namespaceOf(strconv.Itoa(pid), name)
 			if err != nil {
 				return err
@@ -85,6 +80,11 @@ func (l *look) namespaces(pids []int) error {
 			case own && have != first && (kind != specs.MountNamespace || !l.grant.any("CAP_SYS_ADMIN")):
 				l.refuse("%s: is in another %s namespace than %s", nameOf(pid), kind, nameOf(pids[0]))
 			}
+		}
+	}
+	for _, pid := range pids {
+		if inode, err := namespaceOf(strconv.Itoa(pid), "time"); err == nil {
+			l.owned[inode] = true // CRIU makes one, whatever the spec says
 		}
 	}
 	return nil
