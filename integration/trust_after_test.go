@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/containerd/v2/pkg/oci"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/integration/stack"
 )
@@ -58,7 +59,7 @@ while True:
 	good := filepath.Join(s.Dir, "good")
 	c.Checkpoint(ctx, good, &options.CheckpointOptions{Exit: true})
 	ran := filepath.Join(volume, "ran")
-	must(t, os.Remove(ran))
+	must(t, os.RemoveAll(ran))
 
 	refused := func(t *testing.T, err error, want ...string) {
 		t.Helper()
@@ -130,7 +131,7 @@ while True:
 		_, err := os.Lstat(ran)
 		return err == nil
 	})
-	c.Kill(ctx, 9)
+	c.Kill(ctx, unix.SIGKILL)
 	c.Delete(ctx)
 }
 
@@ -159,7 +160,9 @@ if child == 0:
 	signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCONT])
 	while True:
 		time.sleep(0.01)
-		open("/pending", "w").write(str(signal.SIGCONT in signal.sigpending()))
+		with open("/pending.new", "w") as f:
+			f.write(str(signal.SIGCONT in signal.sigpending()))
+		os.rename("/pending.new", "/pending")
 print("ready")
 signal.sigwait([signal.SIGUSR1])
 print("seen", seen, os.waitpid(child, os.WNOHANG | os.WUNTRACED | os.WCONTINUED), open("/pending").read())
@@ -169,11 +172,12 @@ time.sleep(1000)`))
 			dir := filepath.Join(s.Dir, "checkpoint")
 			c.Checkpoint(ctx, dir, &options.CheckpointOptions{Exit: true})
 			c.Restore(ctx, dir)
-			pending := func() string {
-				return strings.TrimSpace(c.Exec(ctx, "cat", "/pending"))
-			}
-			s.Poll(ctx, "child to run", func() bool { return pending() != "" })
-			must(t, c.Task.Kill(ctx, 10))
+			c.Exec(ctx, "rm", "-f", "/pending")
+			s.Poll(ctx, "child to run", func() bool {
+				r, err := c.ExecErr(ctx, "cat", "/pending")
+				return err == nil && r.Code == 0
+			})
+			must(t, c.Task.Kill(ctx, unix.SIGUSR1))
 			c.Stdout.WaitFor(ctx, "seen [] (0, 0) False\n")
 		})
 	}
