@@ -123,6 +123,7 @@ type relay struct {
 	mu        sync.Mutex
 	conns     map[*net.UnixConn]bool // nil once the relay is closed
 	init      int                    // once all processes are made; CRIU's end could let them run from then on
+	criu      int                    // that one's
 	cancelled bool
 	passed    bool  // the check has passed, and the processes may run
 	refused   error // why they may not
@@ -223,7 +224,7 @@ func (l *relay) serve(c *net.UnixConn) {
 	}
 	// CRIU's children may have its socket, too, which then does not end with it.
 	if alive := onDeath(pid, func() {
-		l.ended()
+		l.ended(pid)
 		_ = criu.CloseRead() // what it has said before is read all the same
 	}); alive != nil {
 		defer alive.Close()
@@ -237,7 +238,7 @@ func (l *relay) serve(c *net.UnixConn) {
 		_ = criu.CloseWrite()
 	}()
 	_ = forward(runtime, criu, func(message []byte) ([]byte, error) { return message, l.heard(message, pid) })
-	l.ended()
+	l.ended(pid)
 	// What CRIU has not asked yet, it shall ask for in vain.
 	runtime.Close()
 	criu.Close()
@@ -420,7 +421,7 @@ func (l *relay) heard(message []byte, criu int) error {
 	switch script {
 	case "post-restore":
 		// The last at which CRIU takes a failure for one.
-		return l.made(pid)
+		return l.made(pid, criu)
 	case "pre-resume":
 		l.restored(criu)
 	}
@@ -477,15 +478,15 @@ func eachField(message []byte, fn func(n protowire.Number, raw, value []byte, nu
 	return nil
 }
 
-// made is called when all processes are there, with the pid of the first, and CRIU
-// is still at work in them.
-func (l *relay) made(init int) error {
+// made is called when all processes are there, with the pids of the first and of CRIU,
+// which is still at work in them.
+func (l *relay) made(init, criu int) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.cancelled {
 		return context.Cause(l.ctx)
 	}
-	l.init = init
+	l.init, l.criu = init, criu
 	return nil
 }
 
@@ -517,11 +518,11 @@ func (l *relay) restored(criu int) {
 	l.passed = true
 }
 
-// ended is called when CRIU says nothing more: it may be dead.
-func (l *relay) ended() {
+// ended is called when a CRIU says nothing more: it may be dead.
+func (l *relay) ended(criu int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.init != 0 && !l.passed {
+	if l.criu == criu && !l.passed {
 		kill(process.Tree(l.init))
 	}
 }
