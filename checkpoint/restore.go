@@ -2,6 +2,7 @@ package checkpoint
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -22,7 +23,11 @@ type RestoreRequest struct {
 	Spec    *specs.Spec // config.json
 	WorkDir string      // where CRIU leaves restore.log and stats-restore
 	NoPivot bool
-	Self    string // a program that runs LoopbackHook when called with ActionLoopback
+	Self    string // a program that runs LoopbackHook when called with ActionLoopback, and ExecCRIU as CRIUName
+
+	// Check looks at the restored processes, of which the first is init, before
+	// any of them has run. An error is the restore's, and none ever runs.
+	Check func(ctx context.Context, pids []int) error
 
 	IO            runc.IO            // the new stdio; nil with a terminal
 	ConsoleSocket runc.ConsoleSocket // where the terminal is sent; nil without
@@ -77,7 +82,7 @@ func Restore(ctx context.Context, r RestoreRequest) (int, error) {
 		ConsoleSocket:  r.ConsoleSocket,
 		NoPivot:        r.NoPivot,
 	}
-	pid, err := r.Runtime.Restore(callCtx, opts)
+	pid, err := r.restore(callCtx, opts)
 	if err == nil {
 		r.restoreSubGroups(ctx, pid)
 		if options.OpenTCP {
@@ -92,8 +97,34 @@ func Restore(ctx context.Context, r RestoreRequest) (int, error) {
 	r.cleanup(context.WithoutCancel(ctx))
 	if ctx.Err() != nil {
 		err = context.Cause(ctx)
+	} else if refused := (*refusal)(nil); errors.As(err, &refused) {
+		return 0, fmt.Errorf("restore container %s: %w", r.ID, refused.error) // and CRIU has nothing to say to it
 	}
 	return 0, criuError("restore", r.ID, err, r.logPath())
+}
+
+// refusal is an error of RestoreRequest.Check.
+type refusal struct{ error }
+
+// restore calls the runtime, and has what it restores looked at before it runs.
+func (r *RestoreRequest) restore(ctx context.Context, opts *runc.RestoreOpts) (int, error) {
+	runCtx, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
+	relay, env, err := r.newRelay(ctx, end)
+	if err != nil {
+		return 0, err
+	}
+	defer relay.close()
+	done := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(done)
+		relay.cancel()
+	})
+	pid, err := r.Runtime.Restore(runc.WithExtraEnv(runCtx, env...), opts)
+	if !stop() {
+		<-done
+	}
+	return relay.verdict(pid, err)
 }
 
 // restoreSubGroups gives the container's own control groups, which CRIU has filled,

@@ -192,6 +192,7 @@ func RemoveCgroup(cgroupsPath string) error {
 	if group == "/" {
 		return nil
 	}
+	KillCgroup(cgroupsPath)
 	if cgroups.Mode() == cgroups.Unified {
 		return removeTree(filepath.Join(unifiedMount, group))
 	}
@@ -206,6 +207,48 @@ func RemoveCgroup(cgroupsPath string) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// KillCgroup kills what is in the control group that a container's spec names, and
+// below. None of it runs between the death of one and that of the next: CRIU's death
+// would set processes free that it holds.
+func KillCgroup(cgroupsPath string) {
+	dir := freezerDir(cgroupsPath)
+	if dir == "" {
+		return
+	}
+	writeFreezer(dir, "FROZEN", "1")
+	defer thawTree(dir)
+	_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() {
+			killAll(filepath.Join(path, "cgroup.procs"))
+		}
+		return nil
+	})
+}
+
+// FreezeCgroup has nothing run in the control group that a container's spec names
+// until thaw is called, if the process pid is in it. What is frozen stays so if this
+// process ends.
+func FreezeCgroup(pid int, cgroupsPath string) (thaw func()) {
+	dir := freezerDir(cgroupsPath)
+	if dir == "" || !InCgroup(pid, cgroupsPath) {
+		return func() {}
+	}
+	writeFreezer(dir, "FROZEN", "1")
+	return func() { thawTree(dir) }
+}
+
+// freezerDir is the folder by which a named control group is frozen, "" for none.
+func freezerDir(cgroupsPath string) string {
+	group := GroupOf(cgroupsPath)
+	switch {
+	case group == "/":
+		return ""
+	case cgroups.Mode() == cgroups.Unified:
+		return filepath.Join(unifiedMount, group)
+	}
+	return filepath.Join(unifiedMount, "freezer", group)
 }
 
 // InCgroup tells whether the process pid is in the control group that a
@@ -291,8 +334,10 @@ func removeTree(dir string) error {
 
 // thawTree thaws a group so that its processes can die; the files exist in one
 // hierarchy each.
-func thawTree(dir string) {
-	for name, value := range map[string]string{"freezer.state": "THAWED", "cgroup.freeze": "0"} {
+func thawTree(dir string) { writeFreezer(dir, "THAWED", "0") }
+
+func writeFreezer(dir, v1, v2 string) {
+	for name, value := range map[string]string{"freezer.state": v1, "cgroup.freeze": v2} {
 		if f, err := os.OpenFile(filepath.Join(dir, name), os.O_WRONLY, 0); err == nil {
 			_, _ = f.WriteString(value)
 			f.Close()

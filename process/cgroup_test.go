@@ -1,8 +1,13 @@
 package process
 
 import (
+	"fmt"
 	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
 	"testing"
+	"time"
 )
 
 func TestGroupOf(t *testing.T) {
@@ -51,4 +56,70 @@ func TestInCgroup(t *testing.T) {
 	if InCgroup(1<<30, "/x") {
 		t.Error("a process that does not exist is in a group")
 	}
+}
+
+// TestFreezeAndKill needs a host whose control groups can be written to.
+func TestFreezeAndKill(t *testing.T) {
+	group := fmt.Sprintf("/stasis-test-%d", os.Getpid())
+	dir := freezerDir(group)
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Skip(err)
+	}
+	t.Cleanup(func() { _ = RemoveCgroup(group) })
+	file := filepath.Join(t.TempDir(), "file")
+	cmd := exec.Command("sh", "-c", "while :; do echo >> "+file+"; done")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	pid := cmd.Process.Pid
+	t.Cleanup(func() { _ = cmd.Process.Kill() })
+	size := func() int64 {
+		st, err := os.Stat(file)
+		if err != nil {
+			return 0
+		}
+		return st.Size()
+	}
+	grows := func() {
+		t.Helper()
+		for before := size(); size() == before; {
+			if t.Context().Err() != nil {
+				t.Fatal("it does not run")
+			}
+		}
+	}
+	grows()
+	FreezeCgroup(pid, group)() // it is elsewhere
+	grows()
+	if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0); err != nil {
+		t.Fatal(err)
+	}
+	cg, err := LoadCgroup(pid, group)
+	if err != nil {
+		t.Skip(err)
+	}
+	for range 2 {
+		thaw := FreezeCgroup(pid, group)
+		if err := cg.WaitFrozen(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		thaw()
+		grows()
+	}
+	FreezeCgroup(pid, group) // by a shim that is gone
+	KillCgroup(group)
+	for st := statOf(pid); st != nil && st.state != 'Z'; st = statOf(pid) {
+		if t.Context().Err() != nil {
+			t.Fatal("it lives")
+		}
+		time.Sleep(time.Millisecond)
+	}
+	if frozen, err := cg.Frozen(); err != nil || frozen {
+		t.Errorf("frozen: %v, %v", frozen, err)
+	}
+	if err := RemoveCgroup(group); err != nil {
+		t.Error(err)
+	}
+	KillCgroup(group) // which is gone
+	KillCgroup("")
 }

@@ -3,6 +3,7 @@ package process
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -63,6 +64,54 @@ func childrenOf(pid int) []int {
 		}
 	}
 	return pids
+}
+
+// Tree returns a process and its descendants, parents before children: all of a
+// container that has just been restored, as each process is made by its parent.
+func Tree(pid int) []int {
+	if pid <= 0 {
+		return nil
+	}
+	pids := []int{pid}
+	for i := 0; i < len(pids); i++ {
+		pids = append(pids, childrenOf(pids[i])...)
+	}
+	return pids
+}
+
+// AllTraced returns an error unless every thread of the processes is held by the
+// tracer in a stop of ptrace's. Zombies are as good.
+func AllTraced(pids []int, tracer int) error {
+	if len(pids) == 0 {
+		return errors.New("there is no process")
+	}
+	for _, pid := range pids {
+		threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+		if err != nil {
+			return err
+		}
+		for _, thread := range threads {
+			status, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%s/status", pid, thread.Name()))
+			if err != nil {
+				return err
+			}
+			state, by := valueIn(status, "State"), valueIn(status, "TracerPid")
+			if !strings.HasPrefix(state, "Z") && (!strings.HasPrefix(state, "t") || by != strconv.Itoa(tracer)) {
+				return fmt.Errorf("thread %s of process %d is not held by CRIU: state %s, tracer %s", thread.Name(), pid, state, by)
+			}
+		}
+	}
+	return nil
+}
+
+// valueIn returns a value of a status file, "" if it has none.
+func valueIn(status []byte, key string) string {
+	for line := range strings.Lines(string(status)) {
+		if value, ok := strings.CutPrefix(line, key+":"); ok {
+			return strings.TrimSpace(value)
+		}
+	}
+	return ""
 }
 
 // procStat is what matters of /proc/<pid>/stat.

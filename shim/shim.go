@@ -1,6 +1,6 @@
 // Package shim is how containerd starts, finds, groups and deletes a shim.
 //
-// The binary runs in one of five ways:
+// The binary runs in one of six ways:
 //
 //	start    containerd's call. Finds the shim of the container's group, or
 //	         spawns one, and prints its address.
@@ -11,6 +11,8 @@
 //	-info    describes the runtime.
 //	loopback
 //	         the OCI runtime's call in a restore, see checkpoint.LoopbackHook.
+//	swrk     the OCI runtime's call in a restore, under the name criu, see
+//	         checkpoint.ExecCRIU.
 //
 // What is called a group is the set of containers that share a shim: those of
 // a pod, mostly.
@@ -76,6 +78,10 @@ type Runtime struct {
 
 // Main runs the shim binary and returns its exit code.
 func Main(build Build, rt Runtime) int {
+	if filepath.Base(os.Args[0]) == checkpoint.CRIUName {
+		fmt.Fprintln(os.Stderr, checkpoint.ExecCRIU(os.Args))
+		return 1
+	}
 	err := run(os.Args[1:], build, rt)
 	if err == nil || errors.Is(err, flag.ErrHelp) {
 		return 0

@@ -42,6 +42,11 @@ func Cleanup(ctx context.Context, namespace, bundlePath, id string) (*taskapi.De
 	if err == nil && process.InCgroup(pid, cgroup) {
 		freeFromCRIU(ctx, rt, pid, cgroup, filepath.Join(b.dumpDir(), "dump.log"))
 	}
+	if err != nil {
+		// In a restore, CRIU may hold processes that must not run. The runtime
+		// would end one after the other.
+		process.KillCgroup(cgroup)
+	}
 	if err := rt.Delete(ctx); err != nil {
 		logger.WithError(err).Warn("delete the container from the runtime")
 	}

@@ -141,6 +141,7 @@ func (l *restore) start(ctx context.Context, init *proc) error {
 			NoPivot: c.options.NoPivotRoot,
 			// The link is right even if the file was replaced.
 			Self:          fmt.Sprintf("/proc/%d/exe", os.Getpid()),
+			Check:         func(ctx context.Context, pids []int) error { return trust.CheckProcesses(ctx, l.spec, pids) },
 			IO:            pio.Pipes(),
 			ConsoleSocket: pio.ConsoleSocket(),
 		})

@@ -1,0 +1,568 @@
+package checkpoint
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/stasis-run/stasis/process"
+)
+
+// The runtime starts CRIU and asks it for a restore over a socket, and CRIU tells
+// the runtime there how far it is (criu/include/action-scripts.h). When all is
+// restored, and each thread stands at the end of its last system call, held by
+// CRIU's ptrace, it says pre-resume and waits for an answer. That is when the
+// processes can be looked at: no instruction of the container has run, and no
+// signal can make one run, as it could with processes that are merely stopped (a
+// timer whose signal is SIGCONT would do). So the shim is between the two: the
+// runtime finds it under the name criu in its PATH (ExecCRIU), and a relay hands
+// the messages on.
+
+const (
+	// CRIUName is what runtimes call CRIU.
+	CRIUName = "criu"
+	// relayEnv is the socket of the relay, realEnv the real CRIU.
+	relayEnv = "STASIS_CRIU_RELAY"
+	realEnv  = "STASIS_CRIU"
+	// relayDir is the folder in the bundle that holds both names.
+	relayDir = "criu"
+)
+
+// ExecCRIU becomes the real CRIU, and returns only if it cannot. In a restore it
+// gives the socket to the runtime, which the second argument names, to the shim,
+// and CRIU one to the shim instead. args are those of the process.
+func ExecCRIU(args []string) error {
+	real, socket := os.Getenv(realEnv), os.Getenv(relayEnv)
+	if real == "" || socket == "" {
+		return errors.New("this is a stand-in for CRIU, and not called by a restore")
+	}
+	if len(args) == 3 && args[1] == "swrk" {
+		fd, err := strconv.Atoi(args[2])
+		if err == nil {
+			err = swapSocket(socket, fd)
+		}
+		if err != nil {
+			return fmt.Errorf("hand CRIU's socket to the shim: %w", err)
+		}
+	}
+	var env []string
+	for _, v := range os.Environ() {
+		if path, ok := strings.CutPrefix(v, "PATH="); ok {
+			_, path, _ = strings.Cut(path, string(filepath.ListSeparator)) // relayDir is the first
+			v = "PATH=" + path
+		}
+		if !strings.HasPrefix(v, relayEnv+"=") && !strings.HasPrefix(v, realEnv+"=") {
+			env = append(env, v)
+		}
+	}
+	return os.NewSyscallError("exec "+real, syscall.Exec(real, args, env))
+}
+
+// swapSocket gives fd away and puts what comes back in its place.
+func swapSocket(path string, fd int) error {
+	s, err := unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(s)
+	if err := unix.Connect(s, &unix.SockaddrUnix{Name: path}); err != nil {
+		return err
+	}
+	if err := unix.Sendmsg(s, []byte{0}, unix.UnixRights(fd), nil, 0); err != nil {
+		return err
+	}
+	oob := make([]byte, unix.CmsgSpace(4))
+	_, n, _, _, err := unix.Recvmsg(s, make([]byte, 1), oob, unix.MSG_CMSG_CLOEXEC)
+	if err != nil {
+		return err
+	}
+	fds, err := rightsIn(oob[:n])
+	if err != nil {
+		return err
+	}
+	if len(fds) != 1 {
+		return fmt.Errorf("got %d sockets", len(fds))
+	}
+	defer unix.Close(fds[0])
+	return unix.Dup3(fds[0], fd, 0)
+}
+
+// rightsIn returns the descriptors that came with a message.
+func rightsIn(oob []byte) (fds []int, err error) {
+	messages, err := unix.ParseSocketControlMessage(oob)
+	for i := range messages {
+		got, perr := unix.ParseUnixRights(&messages[i])
+		err = errors.Join(err, perr)
+		fds = append(fds, got...)
+	}
+	return fds, err
+}
+
+// A relay is between the runtime and CRIU for one restore. What it finds out it
+// keeps; nobody but CRIU waits for it.
+type relay struct {
+	check    func(ctx context.Context, pids []int) error
+	cgroup   string             // linux.cgroupsPath
+	ctx      context.Context    // of the restore
+	stop     context.CancelFunc // ends the runtime, and CRIU with it
+	listener *net.UnixListener
+	dir      *os.File
+	serving  sync.WaitGroup
+
+	mu        sync.Mutex
+	conns     map[*net.UnixConn]bool // nil once the relay is closed
+	init      int                    // once all processes are made; CRIU's end could let them run from then on
+	criu      int                    // that one's
+	cancelled bool
+	passed    bool  // the check has passed, and the processes may run
+	refused   error // why they may not
+}
+
+// newRelay returns a relay, and the environment with which the runtime is to be
+// called, with a context that ends by stop only.
+func (r *RestoreRequest) newRelay(ctx context.Context, stop context.CancelFunc) (_ *relay, env []string, err error) {
+	real, err := exec.LookPath(CRIUName)
+	if err != nil {
+		return nil, nil, fmt.Errorf("find CRIU: %w", err)
+	}
+	if real, err = filepath.Abs(real); err != nil {
+		return nil, nil, err
+	}
+	dir := filepath.Join(r.Bundle, relayDir)
+	if err := os.RemoveAll(dir); err != nil { // of a try that was cut short
+		return nil, nil, err
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return nil, nil, err
+	}
+	l := &relay{check: r.Check, ctx: ctx, stop: stop, conns: map[*net.UnixConn]bool{}}
+	if r.Spec.Linux != nil {
+		l.cgroup = r.Spec.Linux.CgroupsPath
+	}
+	defer func() {
+		if err != nil {
+			l.close()
+		}
+	}()
+	if err := os.Symlink(r.Self, filepath.Join(dir, CRIUName)); err != nil {
+		return nil, nil, err
+	}
+	if l.dir, err = os.OpenFile(dir, unix.O_PATH|unix.O_DIRECTORY, 0); err != nil {
+		return nil, nil, err
+	}
+	// The name of a socket has room for 107 bytes, which a bundle may exceed.
+	socket := fmt.Sprintf("/proc/%d/fd/%d/socket", os.Getpid(), l.dir.Fd())
+	if l.listener, err = net.ListenUnix("unixpacket", &net.UnixAddr{Name: socket, Net: "unixpacket"}); err != nil {
+		return nil, nil, err
+	}
+	l.serving.Go(l.accept)
+	return l, []string{
+		realEnv + "=" + real, relayEnv + "=" + socket,
+		"PATH=" + dir + string(filepath.ListSeparator) + os.Getenv("PATH"),
+	}, nil
+}
+
+// close ends the relay, whose runtime has ended.
+func (l *relay) close() {
+	if l.listener != nil {
+		l.listener.Close()
+	}
+	l.mu.Lock()
+	for c := range l.conns {
+		c.Close()
+	}
+	l.conns = nil
+	l.mu.Unlock()
+	l.serving.Wait()
+	if l.dir != nil {
+		l.dir.Close()
+		_ = os.RemoveAll(l.dir.Name())
+	}
+}
+
+// own makes sure that a connection is closed with the relay.
+func (l *relay) own(c *net.UnixConn) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.conns == nil {
+		c.Close()
+		return false
+	}
+	l.conns[c] = true
+	return true
+}
+
+func (l *relay) accept() {
+	for {
+		c, err := l.listener.AcceptUnix()
+		if err != nil {
+			return
+		}
+		l.serving.Go(func() { l.serve(c) })
+	}
+}
+
+// serve is for one CRIU: a runtime also asks one for its version.
+func (l *relay) serve(c *net.UnixConn) {
+	if !l.own(c) {
+		return
+	}
+	runtime, criu, pid, err := l.swap(c)
+	if err != nil || !l.own(runtime) || !l.own(criu) {
+		return // CRIU, and so the restore, fails for want of a socket
+	}
+	// CRIU's children may have its socket, too, which then does not end with it.
+	if alive := onDeath(pid, func() {
+		l.ended(pid)
+		_ = criu.CloseRead() // what it has said before is read all the same
+	}); alive != nil {
+		defer alive.Close()
+	}
+	down := make(chan struct{})
+	go func() {
+		defer close(down)
+		var folders folders
+		defer folders.close()
+		_ = forward(criu, runtime, func(message []byte) ([]byte, error) { return folders.translate(message, runtime) })
+		_ = criu.CloseWrite()
+	}()
+	_ = forward(runtime, criu, func(message []byte) ([]byte, error) { return message, l.heard(message, pid) })
+	l.ended(pid)
+	// What CRIU has not asked yet, it shall ask for in vain.
+	runtime.Close()
+	criu.Close()
+	<-down
+}
+
+// swap is the other end of swapSocket. pid is CRIU's.
+func (l *relay) swap(c *net.UnixConn) (runtime, criu *net.UnixConn, pid int, err error) {
+	if pid, err = peerOf(c); err != nil {
+		return nil, nil, 0, err
+	}
+	oob := make([]byte, unix.CmsgSpace(4))
+	_, n, _, _, err := c.ReadMsgUnix(make([]byte, 1), oob)
+	if err != nil {
+		return nil, nil, 0, err
+	}
+	fds, err := rightsIn(oob[:n])
+	if err != nil || len(fds) != 1 {
+		return nil, nil, 0, fmt.Errorf("%d sockets: %w", len(fds), err)
+	}
+	if runtime, err = unixConn(fds[0]); err != nil {
+		return nil, nil, 0, err
+	}
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		runtime.Close()
+		return nil, nil, 0, err
+	}
+	if criu, err = unixConn(pair[0]); err == nil {
+		_, _, err = c.WriteMsgUnix([]byte{0}, unix.UnixRights(pair[1]), nil)
+	}
+	unix.Close(pair[1])
+	c.Close()
+	if err != nil {
+		runtime.Close()
+	}
+	return runtime, criu, pid, err
+}
+
+// peerOf returns the process that has made the other end of a connection.
+func peerOf(c *net.UnixConn) (pid int, err error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	cerr := raw.Control(func(fd uintptr) {
+		var peer *unix.Ucred
+		if peer, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
+			pid = int(peer.Pid)
+		}
+	})
+	return pid, errors.Join(cerr, err)
+}
+
+// onDeath calls fn when a process ends, unless what it returns is closed before. That
+// is nil where the kernel does not tell (before 5.3).
+func onDeath(pid int, fn func()) *os.File {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return nil
+	}
+	_ = unix.SetNonblock(fd, true) // for Go to wait for it
+	f := os.NewFile(uintptr(fd), "pidfd")
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return f
+	}
+	go func() {
+		err := raw.Read(func(fd uintptr) bool {
+			n, _ := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+			return n > 0
+		})
+		if err == nil {
+			fn()
+		}
+	}()
+	return f
+}
+
+// unixConn takes a descriptor over.
+func unixConn(fd int) (*net.UnixConn, error) {
+	f := os.NewFile(uintptr(fd), "")
+	defer f.Close()
+	c, err := net.FileConn(f)
+	if err != nil {
+		return nil, err
+	}
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		c.Close()
+		return nil, errors.New("not a unix socket")
+	}
+	return u, nil
+}
+
+// maxMessage is in bytes, and more than the kernel takes with its own settings.
+const maxMessage = 256 << 10
+
+// forward hands messages on, as look returns them, with their descriptors (a
+// terminal's master).
+func forward(to, from *net.UnixConn, look func([]byte) ([]byte, error)) error {
+	buf, oob := make([]byte, maxMessage), make([]byte, 4096)
+	for {
+		n, oobn, flags, _, err := from.ReadMsgUnix(buf, oob)
+		if err != nil {
+			return err
+		}
+		if flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 {
+			err = errors.New("a message of CRIU's is too long")
+		}
+		message := buf[:n]
+		if err == nil {
+			message, err = look(message)
+		}
+		if err == nil {
+			_, _, err = to.WriteMsgUnix(message, oob[:oobn], nil)
+		}
+		fds, _ := rightsIn(oob[:oobn])
+		for _, fd := range fds {
+			unix.Close(fd)
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// folders are those that the runtime has told CRIU of by numbers of its own
+// descriptors. CRIU looks for them at the process that has made its socket, which is
+// the shim now.
+type folders []*os.File
+
+func (f folders) close() {
+	for _, d := range f {
+		d.Close()
+	}
+}
+
+// translate has a request of the runtime's (a criu_req) name the shim's descriptors.
+func (f *folders) translate(message []byte, from *net.UnixConn) ([]byte, error) {
+	var out []byte
+	runtime, err := peerOf(from)
+	if err != nil {
+		return nil, err
+	}
+	err = eachField(message, func(n protowire.Number, raw, value []byte, _ uint64) error {
+		if n != 2 { // opts
+			out = append(out, raw...)
+			return nil
+		}
+		var opts []byte
+		err := eachField(value, func(n protowire.Number, raw, _ []byte, number uint64) error {
+			// images_dir_fd, work_dir_fd, status_fd; -1 is none.
+			if n != 1 && n != 17 && n != 49 || int32(number) < 0 {
+				opts = append(opts, raw...)
+				return nil
+			}
+			d, err := os.OpenFile(fmt.Sprintf("/proc/%d/fd/%d", runtime, int32(number)), unix.O_PATH, 0)
+			if err != nil {
+				return err
+			}
+			*f = append(*f, d)
+			opts = protowire.AppendTag(opts, n, protowire.VarintType)
+			opts = protowire.AppendVarint(opts, uint64(d.Fd()))
+			return nil
+		})
+		out = protowire.AppendTag(out, n, protowire.BytesType)
+		out = protowire.AppendBytes(out, opts)
+		return err
+	})
+	return out, err
+}
+
+// heard is called with each message of CRIU's.
+func (l *relay) heard(message []byte, criu int) error {
+	script, pid, err := notification(message)
+	if err != nil {
+		return err
+	}
+	switch script {
+	case "post-restore":
+		// The last at which CRIU takes a failure for one.
+		return l.made(pid, criu)
+	case "pre-resume":
+		l.restored(criu)
+	}
+	return nil
+}
+
+// notification returns what a message of CRIU's tells, and of which process: a
+// criu_notify (criu/images/rpc.proto), which is the field 5 of a criu_resp.
+func notification(message []byte) (script string, pid int, err error) {
+	err = eachField(message, func(n protowire.Number, _, value []byte, _ uint64) error {
+		if n != 5 {
+			return nil
+		}
+		return eachField(value, func(n protowire.Number, _, value []byte, number uint64) error {
+			switch n {
+			case 1:
+				script = string(value)
+			case 2:
+				pid = int(int32(number))
+			}
+			return nil
+		})
+	})
+	return script, pid, err
+}
+
+// eachField calls fn with each field of a message, raw and, if it is bytes or a
+// number, decoded.
+func eachField(message []byte, fn func(n protowire.Number, raw, value []byte, number uint64) error) error {
+	for len(message) > 0 {
+		n, kind, tag := protowire.ConsumeTag(message)
+		if tag < 0 {
+			return protowire.ParseError(tag)
+		}
+		var value []byte
+		var number uint64
+		var used int
+		switch kind {
+		case protowire.BytesType:
+			value, used = protowire.ConsumeBytes(message[tag:])
+		case protowire.VarintType:
+			number, used = protowire.ConsumeVarint(message[tag:])
+		default:
+			used = protowire.ConsumeFieldValue(n, kind, message[tag:])
+		}
+		if used < 0 {
+			return protowire.ParseError(used)
+		}
+		if err := fn(n, message[:tag+used], value, number); err != nil {
+			return err
+		}
+		message = message[tag+used:]
+	}
+	return nil
+}
+
+// made is called when all processes are there, with the pids of the first and of CRIU,
+// which is still at work in them.
+func (l *relay) made(init, criu int) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.cancelled {
+		return context.Cause(l.ctx)
+	}
+	l.init, l.criu = init, criu
+	return nil
+}
+
+// restored is called while CRIU holds the processes and waits.
+func (l *relay) restored(criu int) {
+	l.mu.Lock()
+	init := l.init
+	l.mu.Unlock()
+	pids := process.Tree(init)
+	err := context.Cause(l.ctx)
+	if err == nil {
+		err = process.AllTraced(pids, criu)
+	}
+	// Should CRIU be killed now, or this shim, nothing runs all the same.
+	defer process.FreezeCgroup(init, l.cgroup)()
+	if err == nil {
+		err = l.check(l.ctx, pids)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err == nil {
+		err = context.Cause(l.ctx)
+	}
+	if err != nil {
+		l.refused = err
+		kill(pids)
+		return
+	}
+	l.passed = true
+}
+
+// ended is called when a CRIU says nothing more: it may be dead.
+func (l *relay) ended(criu int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.criu == criu && !l.passed {
+		kill(process.Tree(l.init))
+	}
+}
+
+// cancel ends the restore. CRIU's end would set processes free that it holds, so
+// they have to be killed first.
+func (l *relay) cancel() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.cancelled = true
+	if l.init != 0 && !l.passed {
+		kill(process.Tree(l.init))
+	}
+	l.stop()
+}
+
+// verdict is what the restore has come to, of which the runtime has returned init
+// and err.
+func (l *relay) verdict(init int, err error) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case l.refused != nil:
+		err = &refusal{l.refused}
+	case err != nil:
+	case l.cancelled:
+		err = context.Cause(l.ctx)
+	case !l.passed || l.init != init:
+		kill(process.Tree(init))
+		err = errors.New("CRIU has not told when the processes were restored")
+	}
+	if err != nil {
+		return 0, err
+	}
+	return init, nil
+}
+
+// kill ends processes that have not run. None of them can make another.
+func kill(pids []int) {
+	for _, pid := range pids {
+		_ = unix.Kill(pid, unix.SIGKILL)
+	}
+}

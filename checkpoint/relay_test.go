@@ -1,0 +1,298 @@
+package checkpoint
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/encoding/protowire"
+)
+
+// In these tests the runtime is the test, and both the stand-in for CRIU and CRIU are
+// the test binary, which are called criu.
+const fakeEnv = "STASIS_TEST_CRIU"
+
+func TestMain(m *testing.M) {
+	if filepath.Base(os.Args[0]) == CRIUName {
+		if os.Getenv(relayEnv) != "" {
+			fmt.Fprintln(os.Stderr, ExecCRIU(os.Args))
+		} else if err := fakeCRIU(os.Args, os.Getenv(fakeEnv)); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+		} else {
+			os.Exit(0)
+		}
+		os.Exit(1)
+	}
+	os.Exit(m.Run())
+}
+
+// message is fields with numbers or bytes.
+func message(fields ...any) (m []byte) {
+	for i := 0; i < len(fields); i += 2 {
+		n := protowire.Number(fields[i].(int))
+		switch v := fields[i+1].(type) {
+		case int:
+			m = protowire.AppendVarint(protowire.AppendTag(m, n, protowire.VarintType), uint64(v))
+		case []byte:
+			m = protowire.AppendBytes(protowire.AppendTag(m, n, protowire.BytesType), v)
+		case string:
+			m = protowire.AppendString(protowire.AppendTag(m, n, protowire.BytesType), v)
+		}
+	}
+	return m
+}
+
+const (
+	typeRestore = 2
+	typeNotify  = 6
+)
+
+func receive(fd int) ([]byte, error) {
+	buf := make([]byte, 4096)
+	n, err := unix.Read(fd, buf)
+	if err == nil && n == 0 {
+		err = errors.New("end of messages")
+	}
+	return buf[:max(n, 0)], err
+}
+
+// fakeCRIU restores one process, which it holds, and tells the folder that the request
+// names.
+func fakeCRIU(args []string, how string) error {
+	runtime.LockOSThread()
+	fd, err := strconv.Atoi(args[2])
+	if err != nil {
+		return err
+	}
+	request, err := receive(fd)
+	if err != nil {
+		return err
+	}
+	peer, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
+	if err != nil {
+		return err
+	}
+	folder := ""
+	err = eachField(request, func(n protowire.Number, _, opts []byte, _ uint64) error {
+		if n != 2 {
+			return nil
+		}
+		return eachField(opts, func(n protowire.Number, _, _ []byte, number uint64) (err error) {
+			if n == 1 {
+				folder, err = os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", peer.Pid, number))
+			}
+			return err
+		})
+	})
+	if err != nil {
+		return err
+	}
+	child := exec.Command("sleep", "1000")
+	if err := child.Start(); err != nil {
+		return err
+	}
+	pid := child.Process.Pid
+	if err := os.WriteFile(os.Getenv(fakeEnv+"_PID"), []byte(strconv.Itoa(pid)), 0o600); err != nil {
+		return err
+	}
+	if how != "loose" {
+		if err := unix.PtraceSeize(pid); err != nil {
+			return err
+		}
+		if err := unix.PtraceInterrupt(pid); err != nil {
+			return err
+		}
+		if _, err := unix.Wait4(pid, nil, 0, nil); err != nil {
+			return err
+		}
+	}
+	tell := func(script string) error {
+		notify := message(1, script)
+		if script == "post-restore" {
+			notify = message(1, script, 2, pid)
+		}
+		if _, err := unix.Write(fd, message(1, typeNotify, 2, 1, 5, notify)); err != nil {
+			return err
+		}
+		_, err := receive(fd)
+		return err
+	}
+	if err := tell("post-restore"); err != nil {
+		_ = child.Process.Kill()
+		return err
+	}
+	if how == "dies" {
+		return errors.New("dies")
+	}
+	if how != "silent" {
+		_ = tell("pre-resume") // like CRIU, which goes on
+	}
+	if how != "loose" {
+		_ = unix.PtraceDetach(pid)
+	}
+	_, err = unix.Write(fd, message(1, typeRestore, 2, 1, 9, folder))
+	return err
+}
+
+// callCRIU is a runtime's part. It returns init and the folder that CRIU was given.
+func callCRIU(ctx context.Context, t *testing.T, env []string, dir *os.File, notified func(script string)) (init int, folder string, err error) {
+	t.Helper()
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pair[0])
+	theirs := os.NewFile(uintptr(pair[1]), "theirs")
+	path := strings.TrimPrefix(env[slices.IndexFunc(env, func(v string) bool { return strings.HasPrefix(v, "PATH=") })], "PATH=")
+	bin, _, _ := strings.Cut(path, ":")
+	cmd := exec.CommandContext(ctx, filepath.Join(bin, CRIUName), "swrk", "3")
+	cmd.Args[0] = CRIUName
+	cmd.Env = append(os.Environ(), env...)
+	cmd.ExtraFiles = []*os.File{theirs}
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	theirs.Close()
+	defer cmd.Wait()
+	if _, err := unix.Write(pair[0], message(1, typeRestore, 2, message(1, int(dir.Fd()), 13, "/root"))); err != nil {
+		return 0, "", err
+	}
+	for {
+		answer, err := receive(pair[0])
+		if err != nil {
+			return 0, "", err
+		}
+		script, pid, err := notification(answer)
+		if err != nil {
+			return 0, "", err
+		}
+		if script == "" {
+			err := eachField(answer, func(n protowire.Number, _, value []byte, _ uint64) error {
+				if n == 9 {
+					folder = string(value)
+				}
+				return nil
+			})
+			_ = unix.Shutdown(pair[0], unix.SHUT_WR)
+			return init, folder, err
+		}
+		if pid != 0 {
+			init = pid
+		}
+		notified(script)
+		if _, err := unix.Write(pair[0], message(1, typeNotify, 3, 1)); err != nil {
+			return 0, "", err
+		}
+	}
+}
+
+// TestRelay has the messages pass, and the process end unless it was held, looked at
+// and found good.
+func TestRelay(t *testing.T) {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	bin := t.TempDir()
+	if err := os.Symlink(self, filepath.Join(bin, CRIUName)); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
+	bad := errors.New("it has the host's files")
+	for name, c := range map[string]struct {
+		how    string // of fakeCRIU
+		check  error
+		cancel string // when the restore is cancelled: on which notification, or in the check
+		want   string // of the error
+	}{
+		"good":                {},
+		"bad":                 {check: bad, want: bad.Error()},
+		"not held":            {how: "loose", want: "is not held by CRIU"},
+		"not told":            {how: "silent", want: "has not told"},
+		"dead":                {how: "dies", want: "end of messages"},
+		"cancelled, not told": {cancel: "post-restore", want: "canceled"},
+		"cancelled in check":  {cancel: "check", want: "canceled"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Setenv(fakeEnv, c.how)
+			note := filepath.Join(t.TempDir(), "pid")
+			t.Setenv(fakeEnv+"_PID", note)
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			runCtx, end := context.WithCancel(context.Background())
+			defer end()
+			looked := 0
+			r := &RestoreRequest{Bundle: t.TempDir(), Self: self, Spec: &specs.Spec{}, Check: func(ctx context.Context, pids []int) error {
+				looked++
+				if c.cancel == "check" {
+					cancel()
+				}
+				return c.check
+			}}
+			l, env, err := r.newRelay(ctx, end)
+			if err != nil {
+				t.Fatal(err)
+			}
+			folder, err := os.Open(r.Bundle)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer folder.Close()
+			cancelled := make(chan struct{})
+			stop := context.AfterFunc(ctx, func() {
+				defer close(cancelled)
+				l.cancel()
+			})
+			pid, got, err := callCRIU(runCtx, t, env, folder, func(script string) {
+				if script == c.cancel {
+					cancel()
+				}
+			})
+			if !stop() {
+				<-cancelled
+			}
+			pid, err = l.verdict(pid, err)
+			l.close()
+			data, rerr := os.ReadFile(note)
+			if rerr != nil {
+				t.Fatal(rerr)
+			}
+			made, _ := strconv.Atoi(string(data))
+			defer func() { _ = unix.Kill(made, unix.SIGKILL) }()
+			if c.want == "" {
+				if err != nil || pid != made || got != r.Bundle || looked != 1 || unix.Kill(made, 0) != nil {
+					t.Errorf("process %d of %d, folder %q, looked at %d times: %v", pid, made, got, looked, err)
+				}
+				return
+			}
+			if err == nil || !strings.Contains(err.Error(), c.want) && ctx.Err() == nil {
+				t.Errorf("%v, want %q", err, c.want)
+			}
+			// Nobody waits for it: it is a zombie at most.
+			for {
+				stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", made))
+				if err != nil || strings.Contains(string(stat), ") Z ") {
+					break
+				}
+				if t.Context().Err() != nil {
+					t.Fatalf("%s: it lives", stat)
+				}
+				runtime.Gosched()
+			}
+			if _, err := os.Stat(filepath.Join(r.Bundle, relayDir)); !os.IsNotExist(err) {
+				t.Errorf("left in the bundle: %v", err)
+			}
+		})
+	}
+}

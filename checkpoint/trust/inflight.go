@@ -1,0 +1,142 @@
+package trust
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Descriptors can be on their way through a unix socket (SCM_RIGHTS): CRIU opens
+// them and sends them, and then no process has them until one receives.
+
+const (
+	// maxPeek is in bytes, and more than a message has with the kernel's own settings.
+	maxPeek = 256 << 10
+	// maxNested is how deep sockets can be in flight in sockets; the kernel's own
+	// limit is 4.
+	maxNested = 5
+)
+
+// inFlight looks at those in the queue of the socket that is a thread's descriptor.
+func (l *look) inFlight(what, dir string, pid, thread int, entry string, mounts map[uint64]bool) error {
+	count, err := queued(dir + "/fdinfo/" + entry)
+	if err != nil || count == 0 {
+		return err
+	}
+	if pid != thread {
+		l.refuse("%s: has descriptors in flight, and is a thread's own", what)
+		return nil
+	}
+	p, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return os.NewSyscallError("pidfd_open", err)
+	}
+	defer unix.Close(p)
+	number, err := strconv.Atoi(entry)
+	if err != nil {
+		return err
+	}
+	fd, err := unix.PidfdGetfd(p, number, 0)
+	if err != nil {
+		return os.NewSyscallError("pidfd_getfd", err)
+	}
+	defer unix.Close(fd)
+	return l.peek(what, fd, count, mounts, 0)
+}
+
+// queued reads how many descriptors wait in a socket (unix_show_fdinfo in Linux). It
+// has been there for as long as the system call to look at them, since 5.6.
+func queued(fdinfo string) (int, error) {
+	data, err := os.ReadFile(fdinfo)
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(data)) {
+		if value, ok := strings.CutPrefix(line, "scm_fds:"); ok {
+			return strconv.Atoi(strings.TrimSpace(value))
+		}
+	}
+	return 0, nil // not a unix socket
+}
+
+// peek looks at the descriptors in a socket and leaves them there.
+func (l *look) peek(what string, fd, count int, mounts map[uint64]bool, depth int) error {
+	if depth == maxNested {
+		l.refuse("%s: has descriptors in flight in too many sockets in flight", what)
+		return nil
+	}
+	// Each look starts where the one before ended.
+	before, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF)
+	if err == nil {
+		err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF, 0)
+	}
+	if err != nil {
+		return os.NewSyscallError("SO_PEEK_OFF", err)
+	}
+	defer func() { _ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF, before) }()
+	buf, oob := make([]byte, maxPeek), make([]byte, 8<<10)
+	seen := 0
+	for seen < count {
+		if err := l.ctx.Err(); err != nil {
+			return err
+		}
+		n, oobn, _, _, err := unix.Recvmsg(fd, buf, oob, unix.MSG_PEEK|unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
+		if err != nil {
+			break
+		}
+		messages, err := unix.ParseSocketControlMessage(oob[:oobn])
+		if err != nil {
+			return err
+		}
+		got := 0
+		for i := range messages {
+			fds, err := unix.ParseUnixRights(&messages[i])
+			if err != nil {
+				continue // another kind
+			}
+			got += len(fds)
+			for _, held := range fds {
+				lerr := l.held(what, held, mounts, depth)
+				unix.Close(held)
+				if lerr != nil {
+					err = lerr
+				}
+			}
+			if err != nil {
+				return err
+			}
+		}
+		if seen += got; n == 0 && got == 0 {
+			break
+		}
+	}
+	if seen != count {
+		l.refuse("%s: has %d descriptors in flight, of which %d can be looked at", what, count, seen)
+	}
+	return nil
+}
+
+// held looks at one that is this process's for the moment.
+func (l *look) held(what string, fd int, mounts map[uint64]bool, depth int) error {
+	self := fmt.Sprintf("/proc/self/fd/%d", fd)
+	f, err := fileAt(unix.AT_FDCWD, self)
+	if err != nil {
+		return err
+	}
+	what += ": a descriptor in flight"
+	l.judge(what, f, mounts, func() string {
+		path, _ := os.Readlink(self)
+		return path
+	})
+	if f.mount != l.kernel.sockets {
+		return nil
+	}
+	count, err := queued(fmt.Sprintf("/proc/self/fdinfo/%d", fd))
+	if err != nil || count == 0 {
+		return err
+	}
+	return l.peek(what, fd, count, mounts, depth+1)
+}
