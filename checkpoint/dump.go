@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
+	"github.com/stasis-run/stasis/checkpoint/sign"
 	"github.com/stasis-run/stasis/process"
 )
 
@@ -45,6 +46,8 @@ type DumpRequest struct {
 
 	Container  Container // for the manifest
 	TerminalIO bool
+	// Key signs the checkpoint; nil: it is not signed. With LeaveSum, AddSum does.
+	Key *sign.Key
 }
 
 // DumpResult tells how a dump went.
@@ -56,6 +59,8 @@ type DumpResult struct {
 	Stats    *DumpStats // nil if CRIU left none
 	CRIU     string     // version; empty if its log does not tell
 	Runtime  Runtime
+	// Unsigned is for the caller, to say why there was no Key.
+	Unsigned string
 }
 
 // Dump has CRIU write the container to a folder. The container is frozen before,
@@ -71,6 +76,9 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 		return nil, err
 	}
 	folder.leaveSum = r.LeaveSum
+	if !r.LeaveSum {
+		folder.key = r.Key
+	}
 	if err := os.MkdirAll(r.WorkDir, 0o711); err != nil {
 		return nil, errors.Join(fmt.Errorf("make CRIU's work folder: %w", err), folder.Discard())
 	}
