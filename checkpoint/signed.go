@@ -29,6 +29,33 @@ func verifySignature(dir string, m *Manifest, data []byte, trust *sign.Trust) (s
 	return trust.Verify(envelope, data)
 }
 
+// SignedBy tells who has signed the manifest of the checkpoint in dir, of those that are
+// trusted. The files are not compared with it, which OpenWith does.
+func SignedBy(dir string, trust *sign.Trust) (sign.Verdict, error) {
+	data, err := readManifestFile(dir)
+	if err != nil {
+		return sign.Verdict{}, wrap(dir, err)
+	}
+	var m *Manifest
+	if data != nil {
+		if m, err = decodeManifest(data); err != nil {
+			return sign.Verdict{}, wrap(dir, fmt.Errorf("%s: %w", manifestName, err))
+		}
+	}
+	v, err := verifySignature(dir, m, data, trust)
+	return v, wrap(dir, err)
+}
+
+// CheckSigned is nil if somebody has signed the checkpoint who is trusted; else the
+// error says what would make it so, and matches ErrNotSigned. trust is that of
+// OpenOptions.
+func (i *Image) CheckSigned(trust *sign.Trust) error {
+	if len(i.verdict.Signers) > 0 {
+		return nil
+	}
+	return wrap(i.dir, notSigned(i.verdict, trust))
+}
+
 // ErrNotSigned is of OpenOptions.Require. It matches errdefs.ErrPermissionDenied.
 var ErrNotSigned = fmt.Errorf("signed by no key that is trusted: %w", errdefs.ErrPermissionDenied)
 

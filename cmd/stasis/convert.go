@@ -80,11 +80,15 @@ func (a *app) storeAs(ctx context.Context, ref string, got *capture.Capture, f f
 	if err != nil {
 		return err
 	}
+	return a.printStored(stored{ref, digest})
+}
+
+func (a *app) printStored(s stored) error {
 	if a.json() {
-		return printJSON(a.out, stored{ref, digest})
+		return printJSON(a.out, s)
 	}
-	fmt.Fprintln(a.out, ref)
-	return nil
+	_, err := fmt.Fprintln(a.out, s.Ref)
+	return err
 }
 
 func (a *app) storeWithBase(ctx context.Context, c *client.Client, ref string, got *capture.Capture, f formFlags, bar *progress) (string, error) {
