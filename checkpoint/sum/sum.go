@@ -31,7 +31,7 @@ type Sum struct {
 }
 
 // Chunks is how many a file of size bytes has.
-func Chunks(size int64) int { return max(1, int((size+ChunkSize-1)/ChunkSize)) }
+func Chunks(size int64) int { return max(1, int((size-1)/ChunkSize)+1) }
 
 // Join makes the sum of a file of the sums of its chunks.
 func Join(chunks []byte) Sum {
