@@ -43,7 +43,7 @@ var damages = map[string]damage{
 	"missing file":    {remove("pstree.img"), []string{"pstree.img", "missing"}},
 	"truncated pages": {truncate("pages-1.img"), []string{"pages-1.img", "truncated"}},
 	"longer pages":    {grow("pages-1.img"), []string{"pages-1.img", "altered"}},
-	"altered byte":    {alter("core-1.img"), []string{"core-1.img", "altered", "sha256"}},
+	"altered byte":    {alter("core-1.img"), []string{"core-1.img", "altered", "blake3"}},
 	"altered pages":   {alter("pages-1.img"), []string{"pages-1.img", "altered", "blake3"}},
 	"added image":     {write("core-99.img", "x"), []string{"core-99.img", "not listed"}},
 	"added file":      {write("evil.sh", "x"), []string{"evil.sh", "not listed"}},

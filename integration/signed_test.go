@@ -126,7 +126,8 @@ func TestSignedForms(t *testing.T) {
 		rewriteTar(t, forms["archive"], evil, map[string]func([]byte) []byte{name: flipped})
 		_, err := s.StasisErr("verify", evil)
 		refuses(t, err, what)
-		_, err = s.StasisErr("restore", evil, "evil")
+		s.Stasis("import", evil, "stasis.test/evil:"+what)
+		_, err = s.StasisErr("restore", "stasis.test/evil:"+what, "evil")
 		refuses(t, err, what)
 	}
 	// Without a signature it is checked as any, where root names it.
@@ -173,7 +174,7 @@ func TestSignedInPod(t *testing.T) {
 		defer p.Remove(c.ctx)
 		id, err := p.RunContainerErr(c.ctx, "app", image, countingPod, c.kubelet(p, 0))
 		if err == nil {
-			c.restored(p, what, id)
+			c.restored(p, "app", id)
 		} else {
 			c.nothingFetched()
 		}
