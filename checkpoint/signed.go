@@ -19,7 +19,8 @@ import (
 // verifySignature finds who has signed the manifest in dir, of which data is the
 // bytes. Nobody has where there is no envelope.
 func verifySignature(dir string, m *Manifest, data []byte, trust *sign.Trust) (sign.Verdict, error) {
-	envelope, err := readBounded(dir, sign.EnvelopeName, sign.MaxEnvelope)
+	// It has the manifest in base64, and the signatures.
+	envelope, err := readBounded(dir, sign.EnvelopeName, min(sign.MaxEnvelope, int64(len(data))*3/2+64<<10))
 	if err != nil || envelope == nil {
 		return sign.Verdict{}, err
 	}

@@ -131,6 +131,9 @@ func TestSignedIsAltered(t *testing.T) {
 		}, "text/plain", false},
 		"no signatures": {func(t *testing.T, dir string) { envelope(t, dir, func(e map[string]any) { e["signatures"] = []any{} }) }, "0 signatures", false},
 		"no envelope":   {func(t *testing.T, dir string) { write(t, filepath.Join(dir, sign.EnvelopeName), []byte("{}")) }, sign.EnvelopeName, false},
+		"large envelope": {func(t *testing.T, dir string) {
+			must(t, os.Truncate(filepath.Join(dir, sign.EnvelopeName), 1<<20))
+		}, "larger than", false},
 		"older version": {func(t *testing.T, dir string) {
 			write(t, filepath.Join(dir, manifestName), []byte(goodManifest))
 		}, "", false},
