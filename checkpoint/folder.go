@@ -176,7 +176,8 @@ func (f *Folder) Discard() error {
 		return nil // .partial may be somebody else's by now
 	}
 	err := os.RemoveAll(f.Path())
-	for _, name := range f.moved {
+	slices.Sort(f.moved) // manifest and envelope may be there twice
+	for _, name := range slices.Compact(f.moved) {
 		err = errors.Join(err, os.Remove(filepath.Join(f.dir, name)))
 	}
 	f.moved = nil
