@@ -9,11 +9,13 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/containerd/api/types/runc/options"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/sign"
+	"github.com/stasis-run/stasis/checkpoint/sum"
 	"github.com/stasis-run/stasis/integration/stack"
 )
 
@@ -294,4 +296,39 @@ func TestNotSigned(t *testing.T) {
 	refuses(t, err, "it is not signed")
 	s.Stasis("sign", "stasis.test/cp:1")
 	verifies(t, s, "stasis.test/cp:1")
+}
+
+// TestEmbeddedIsRead: of a checkpoint in an image every file is read, also one of which
+// the manifest says that it lies where it was made. A file system that comes as an image
+// has the inodes and times that its maker gave it.
+func TestEmbeddedIsRead(t *testing.T) {
+	sh := startShim(t, stack.Options{})
+	root := filepath.Join(sh.s.Dir, "tree")
+	dir := filepath.Join(root, ".stasis", "checkpoint")
+	f, err := checkpoint.NewFolder(dir)
+	must(t, err)
+	must(t, os.CopyFS(f.Path(), os.DirFS("../checkpoint/testdata/runc-sleep")))
+	must(t, os.WriteFile(filepath.Join(f.Path(), "pages-9.img"), make([]byte, 5<<20), 0o600))
+	must(t, f.Commit(checkpoint.Manifest{}, false))
+	must(t, os.WriteFile(filepath.Join(root, ".stasis", "info.json"), []byte(`{"version":1}`), 0o600))
+	// As if the file were another with the same inode and times.
+	made, err := checkpoint.Open(sh.ctx, dir)
+	must(t, err)
+	m := *made.Manifest()
+	for i := range m.Files {
+		if m.Files[i].Name == "pages-9.img" {
+			w := sum.NewWriter()
+			_, _ = w.Write(append(make([]byte, 5<<20-1), 1))
+			m.Files[i].Sum, m.Files[i].Chunks = w.Sum().Text, w.Sum().Chunks
+		}
+	}
+	data, err := json.Marshal(m)
+	must(t, err)
+	must(t, os.WriteFile(filepath.Join(dir, "stasis.json"), data, 0o600))
+	_, err = checkpoint.Open(sh.ctx, dir)
+	must(t, err)
+	r := sh.createRequest("c")
+	r.Rootfs = []*types.Mount{{Type: "bind", Source: root, Options: []string{"rbind", "rw"}}}
+	_, err = sh.Create(sh.ctx, r)
+	refuses(t, err, "restore container c from its image", "pages-9.img: altered")
 }
