@@ -36,11 +36,8 @@ func BenchmarkCommit(b *testing.B) {
 		commit += time.Since(start)
 
 		start = time.Now()
-		file, err = os.Open(filepath.Join(dir, "pages-7.img"))
+		_, err = sumFiles(context.Background(), dir, []File{{Name: "pages-7.img", Size: size}})
 		must(b, err)
-		_, _, err = hashFile(context.Background(), file, "pages-7.img")
-		must(b, err)
-		must(b, file.Close())
 		scratch += time.Since(start)
 		must(b, os.RemoveAll(dir))
 	}

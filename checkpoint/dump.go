@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
+	"github.com/stasis-run/stasis/checkpoint/sign"
 	"github.com/stasis-run/stasis/process"
 )
 
@@ -45,6 +46,8 @@ type DumpRequest struct {
 
 	Container  Container // for the manifest
 	TerminalIO bool
+	// Key signs the checkpoint; nil: it is not signed. With LeaveSum, AddSum does.
+	Key *sign.Key
 }
 
 // DumpResult tells how a dump went.
@@ -56,6 +59,8 @@ type DumpResult struct {
 	Stats    *DumpStats // nil if CRIU left none
 	CRIU     string     // version; empty if its log does not tell
 	Runtime  Runtime
+	// Unsigned is for the caller, to say why there was no Key.
+	Unsigned string
 }
 
 // Dump has CRIU write the container to a folder. The container is frozen before,
@@ -71,6 +76,9 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 		return nil, err
 	}
 	folder.leaveSum = r.LeaveSum
+	if !r.LeaveSum {
+		folder.key = r.Key
+	}
 	if err := os.MkdirAll(r.WorkDir, 0o711); err != nil {
 		return nil, errors.Join(fmt.Errorf("make CRIU's work folder: %w", err), folder.Discard())
 	}
@@ -109,9 +117,11 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 	}
 	preDumps, err := r.preDump(ctx, callCtx, folder)
 	if err == nil && r.Exit {
-		more := int64(0)
+		// Sums of the memory's chunks, in the manifest and in the envelope.
+		resident := r.resident()
+		more := resident / sumsPerByte
 		if len(preDumps) > 0 {
-			more = r.resident()
+			more += resident
 		}
 		if rerr := folder.Reserve(more); rerr != nil {
 			err = &ownError{rerr}
@@ -173,6 +183,10 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 		Runtime:    result.Runtime,
 	}, r.Durable)
 }
+
+// sumsPerByte: a chunk of 4 MiB has a sum of 43 bytes in the manifest, and of 58 in the
+// envelope, and either is written anew when it is in its place.
+const sumsPerByte = 16 << 10
 
 // subGroups lists the control groups that the container has made: with version 2,
 // CRIU brings back only those with processes in them, and no limits.

@@ -21,6 +21,8 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/sign"
+	"github.com/stasis-run/stasis/checkpoint/sum"
 )
 
 // Folder is a checkpoint being written. CRIU writes into a subfolder, and
@@ -31,12 +33,13 @@ import (
 // One goroutine uses a Folder, and ends it with either Commit or Discard.
 type Folder struct {
 	dir       string
-	created   bool     // NewFolder made dir
-	committed bool     // with success
-	leaveSum  bool     // Commit leaves one to AddSum
-	old       []string // files of the checkpoint to be replaced
-	moved     []string // files of the new one that are in dir already
-	lock      *os.File // .partial, locked while it is being written
+	created   bool      // NewFolder made dir
+	committed bool      // with success
+	leaveSum  bool      // Commit leaves one to AddSum
+	key       *sign.Key // nil: the checkpoint is not signed
+	old       []string  // files of the checkpoint to be replaced
+	moved     []string  // files of the new one that are in dir already
+	lock      *os.File  // .partial, locked while it is being written
 }
 
 // NewFolder prepares the folder dir for a checkpoint, and makes it if need be.
@@ -141,7 +144,7 @@ func replaceable(dir string) ([]string, error) {
 	for name, file := range files {
 		switch {
 		case !file.regular():
-		case listed[name], name == manifestName, whole && (isImage(name) || name == descriptorsName):
+		case listed[name], name == manifestName, name == sign.EnvelopeName, whole && (isImage(name) || name == descriptorsName):
 			names = append(names, name)
 			continue
 		case incidental(name):
@@ -173,7 +176,8 @@ func (f *Folder) Discard() error {
 		return nil // .partial may be somebody else's by now
 	}
 	err := os.RemoveAll(f.Path())
-	for _, name := range f.moved {
+	slices.Sort(f.moved) // manifest and envelope may be there twice
+	for _, name := range slices.Compact(f.moved) {
 		err = errors.Join(err, os.Remove(filepath.Join(f.dir, name)))
 	}
 	f.moved = nil
@@ -231,10 +235,8 @@ func (f *Folder) commit(m Manifest, durable bool) error {
 	if err != nil {
 		return err
 	}
-	m.Version = 1
-	if len(m.Cgroups) > 0 {
-		m.Version = 2
-	}
+	m.Version = manifestVersion
+	m.Host, _ = os.Hostname()
 	m.Created = time.Now().UTC().Truncate(time.Millisecond)
 	m.Kernel, m.Architecture, m.CPUFeatures = KernelRelease(), runtime.GOARCH, HostCPUFeatures()
 	if m.Files, err = f.digest(files, durable); err != nil {
@@ -252,7 +254,7 @@ func (f *Folder) commit(m Manifest, durable bool) error {
 	}
 	// The manifest is the first to come and names the others, so that a later
 	// NewFolder knows what it may remove.
-	if err := f.move(manifestName); err != nil {
+	if err := f.moveManifest(); err != nil {
 		return err
 	}
 	for _, file := range files {
@@ -264,7 +266,7 @@ func (f *Folder) commit(m Manifest, durable bool) error {
 	}
 	// A rename changes ctime, hence only now. Without these, Open takes longer.
 	if f.stamp(&m) && f.writeManifest(&m, durable) == nil {
-		if err := f.move(manifestName); err != nil {
+		if err := f.moveManifest(); err != nil {
 			return err
 		}
 	}
@@ -305,51 +307,91 @@ func (f *Folder) written() ([]entry, error) {
 	return files, nil
 }
 
-// digest closes the files, the largest first, to others and returns their sums,
-// sorted by name. It leaves out files that no restore reads.
+// digest closes the files, which are sorted by size, to others and returns their
+// sums, sorted by name. It leaves out files that no restore reads.
 func (f *Folder) digest(files []entry, durable bool) ([]File, error) {
-	listed := make([]File, len(files))
-	err := inParallel(context.Background(), len(files), func(ctx context.Context, i int) error {
-		name := files[i].name
-		file, err := openIn(f.Path(), name)
-		if err != nil {
+	var listed []File
+	for _, file := range files {
+		if err := f.close(file.name); err != nil {
+			return nil, err
+		}
+		if !incidental(file.name) {
+			listed = append(listed, File{Name: file.name, Size: file.size})
+		}
+	}
+	summed := listed
+	if f.leaveSum && len(files) > 0 && len(listed) > 0 && listed[0].Name == files[0].name {
+		summed = listed[1:]
+	}
+	var sums []sum.Sum
+	// The disk and the CPUs are busy at once.
+	err := inParallel(context.Background(), 2, func(ctx context.Context, i int) (err error) {
+		if i == 0 {
+			sums, err = sumFiles(ctx, f.Path(), summed)
 			return err
 		}
-		defer file.Close()
-		if err := file.Chmod(0o600); err != nil {
-			return err
-		}
-		if incidental(name) {
-			return nil
-		}
-		listed[i].Name, listed[i].Size = name, files[i].size
-		if i > 0 || !f.leaveSum {
-			listed[i].Sum, listed[i].Size, err = hashFile(ctx, file, name)
-		}
-		if err == nil && durable {
-			err = file.Sync()
+		for _, file := range listed {
+			if durable {
+				err = errors.Join(err, capture.Sync(filepath.Join(f.Path(), file.Name)))
+			}
 		}
 		return err
 	})
-	listed = slices.DeleteFunc(listed, func(file File) bool { return file.Name == "" })
+	if err != nil {
+		return nil, err
+	}
+	for i := range summed {
+		summed[i].setSum(sums[i])
+	}
 	slices.SortFunc(listed, func(a, b File) int { return strings.Compare(a.Name, b.Name) })
-	return listed, err
+	return listed, nil
 }
 
-// writeManifest writes .partial/stasis.json.
+// close closes a file to others.
+func (f *Folder) close(name string) error {
+	file, err := openIn(f.Path(), name)
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	return file.Chmod(0o600)
+}
+
+// writeManifest writes .partial/stasis.json, and the envelope beside it.
 func (f *Folder) writeManifest(m *Manifest, durable bool) error {
 	data, err := m.encode()
 	if err != nil {
 		return err
 	}
-	path := filepath.Join(f.Path(), manifestName)
-	if err := os.WriteFile(path, data, 0o600); err != nil {
-		return err
+	written := map[string][]byte{manifestName: data}
+	if f.key != nil {
+		if written[sign.EnvelopeName], err = f.key.Sign(data, nil); err != nil {
+			return fmt.Errorf("sign the manifest: %w", err)
+		}
 	}
-	if durable {
-		return capture.Sync(path)
+	for name, data := range written {
+		path := filepath.Join(f.Path(), name)
+		if err := os.WriteFile(path, data, 0o600); err != nil {
+			return err
+		}
+		if durable {
+			if err := capture.Sync(path); err != nil {
+				return err
+			}
+		}
 	}
 	return nil
+}
+
+// moveManifest moves what writeManifest has written. Until inventory.img is there, the
+// checkpoint is unfinished, so the two need not be there at once.
+func (f *Folder) moveManifest() error {
+	if f.key != nil {
+		if err := f.move(sign.EnvelopeName); err != nil {
+			return err
+		}
+	}
+	return f.move(manifestName)
 }
 
 // removeOld ends the older checkpoint: inventory.img first, so that it is

@@ -2,8 +2,6 @@ package checkpoint
 
 import (
 	"bytes"
-	"crypto/sha256"
-	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -11,9 +9,10 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cespare/xxhash/v2"
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint/sum"
 )
 
 // fill writes a checkpoint's files as CRIU would, without the modes we want.
@@ -67,7 +66,7 @@ func TestCommit(t *testing.T) {
 		img, err := Open(t.Context(), dir)
 		must(t, err)
 		m := img.Manifest()
-		if m.Version != 1 || m.Created.Before(before) || m.Container.Namespace != "n" || m.CRIU != "4.2.1" {
+		if m.Version != 3 || m.Host == "" || m.Created.Before(before) || m.Container.Namespace != "n" || m.CRIU != "4.2.1" {
 			t.Errorf("manifest %+v", m)
 		}
 		if !slices.IsSortedFunc(m.Files, func(a, b File) int { return strings.Compare(a.Name, b.Name) }) {
@@ -243,7 +242,7 @@ func TestLeaveSum(t *testing.T) {
 		must(t, f.Commit(Manifest{}, false))
 		_, err = Open(t.Context(), dir)
 		wantError(t, err, errdefs.ErrInvalidArgument, largest+" has no valid sum")
-		known.Sum = "xxh64:0000000000000001"
+		known.setSum(sum.Join(make([]byte, sum.Chunks(known.Size)*sum.Size)))
 		var st unix.Stat_t
 		must(t, unix.Stat(filepath.Join(dir, largest), &st))
 		known.Inode = st.Ino
@@ -251,11 +250,11 @@ func TestLeaveSum(t *testing.T) {
 		case 1: // another file
 			known.Inode++
 		case 0:
-			known.Sum = fmt.Sprintf("xxh64:%016x", xxhash.Sum64(data))
+			known.setSum(sumOf(data))
 		}
 		for range 2 { // the second has nothing to do
-			must(t, AddSum(t.Context(), dir, known))
-			known.Sum = "xxh64:0000000000000002"
+			must(t, AddSum(t.Context(), dir, known, nil))
+			known.Sum = "blake3:0"
 		}
 		checkSum(t, dir, largest)
 		checkSum(t, dir, inventoryName)
@@ -274,10 +273,10 @@ func TestLeaveSum(t *testing.T) {
 	must(t, err)
 	must(t, f.Discard())
 	// Another runtime's has no manifest.
-	must(t, AddSum(t.Context(), realFolder(t, "runc-sleep"), File{}))
+	must(t, AddSum(t.Context(), realFolder(t, "runc-sleep"), File{}, nil))
 	dir = t.TempDir()
 	write(t, filepath.Join(dir, manifestName), []byte("{}"))
-	wantError(t, AddSum(t.Context(), dir, File{}), errdefs.ErrInvalidArgument, dir)
+	wantError(t, AddSum(t.Context(), dir, File{}, nil), errdefs.ErrInvalidArgument, dir)
 }
 
 func TestTwoWriters(t *testing.T) {
@@ -296,6 +295,12 @@ func TestTwoWriters(t *testing.T) {
 	must(t, g.Discard())
 }
 
+func sumOf(data []byte) sum.Sum {
+	w := sum.NewWriter()
+	_, _ = w.Write(data)
+	return w.Sum()
+}
+
 // checkSum compares a file of a checkpoint with the manifest.
 func checkSum(t *testing.T, dir, name string) {
 	t.Helper()
@@ -303,10 +308,7 @@ func checkSum(t *testing.T, dir, name string) {
 	must(t, err)
 	m, err := readManifest(dir)
 	must(t, err)
-	want := fmt.Sprintf("sha256:%x", sha256.Sum256(data))
-	if isPages(name) {
-		want = fmt.Sprintf("xxh64:%016x", xxhash.Sum64(data))
-	}
+	want := sumOf(data).Text
 	i := slices.IndexFunc(m.Files, func(f File) bool { return f.Name == name })
 	if i < 0 || m.Files[i].Sum != want || m.Files[i].Size != int64(len(data)) {
 		t.Errorf("%s: wrong sum or size", name)

@@ -29,7 +29,8 @@ func seeds(f *testing.F, pattern string) {
 // A manifest that is accepted is written and read again without a difference.
 func FuzzManifest(f *testing.F) {
 	f.Add([]byte(goodManifest))
-	f.Add([]byte(strings.Replace(goodManifest, `"version":1`, `"version":3`, 1)))
+	f.Add([]byte(strings.Replace(goodManifest, `"version":1`, `"version":4`, 1)))
+	f.Add([]byte(strings.Replace(strings.Replace(goodManifest, `"version":1`, `"version":3`, 1), "sha256:", "blake3:", 1)))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		m, err := decodeManifest(data)
 		if err != nil {

@@ -22,6 +22,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/sign"
 )
 
 // Image is a checkpoint that was opened and found good. Nothing restores from a
@@ -29,6 +30,7 @@ import (
 type Image struct {
 	dir      string
 	manifest *Manifest // nil: made by other software
+	verdict  sign.Verdict
 	options  Options
 	images   images
 	tcp      func() ([]netip.Addr, error)
@@ -39,6 +41,29 @@ func (i *Image) Dir() string { return i.dir }
 
 // Manifest returns stasis.json, or nil for a checkpoint made by other software.
 func (i *Image) Manifest() *Manifest { return i.manifest }
+
+// Signer is who has signed the checkpoint, of those whom OpenOptions.Trust trusts:
+// this node itself if it has, else another. ok is false if none of them has.
+func (i *Image) Signer() (_ sign.Signer, ok bool) {
+	if len(i.verdict.Signers) == 0 {
+		return sign.Signer{}, false
+	}
+	return i.verdict.Signers[0], true
+}
+
+// Verdict is all that is known of the signatures.
+func (i *Image) Verdict() sign.Verdict { return i.verdict }
+
+// RanWith tells whether a spec, which came with the checkpoint, is the one that the
+// container ran with when it was made. That is known of a checkpoint that is signed;
+// the files of other forms may be anybody's.
+func (i *Image) RanWith(spec []byte) bool {
+	if i.manifest == nil || len(i.verdict.Signers) == 0 {
+		return false
+	}
+	digest, err := SpecDigest(spec)
+	return err == nil && digest == i.manifest.Container.SpecDigest
+}
 
 // Options are those that a restore has to use.
 func (i *Image) Options() Options { return i.options }
@@ -80,20 +105,46 @@ func (i *Image) OpenFile(name string) (*os.File, error) { return openIn(i.dir, n
 // sockets are returned as IPv4 addresses.
 func (i *Image) EstablishedTCP() ([]netip.Addr, error) { return i.tcp() }
 
-// Open checks the checkpoint in a folder and returns it. Of a checkpoint with a
-// manifest, every file has to be as it was made, and the host to be able to run
-// it; hashing files that were copied from elsewhere takes about a second for
-// each 2 GB, and ends with ctx. Of one without, the images have to be complete
-// as far as they tell themselves.
+// OpenOptions are those of OpenWith.
+type OpenOptions struct {
+	// Trust are the keys whose signatures are verified. Nil: a checkpoint that is
+	// signed is good, and nobody is known to have signed it.
+	Trust *sign.Trust
+	// Require refuses what none of them has signed, before the files are read: the
+	// error matches ErrNotSigned.
+	Require bool
+	// Allow, if not nil, is asked when it is known who has signed the checkpoint, and
+	// before the files are read.
+	Allow func(*Image) error
+	// Reread sums every file. Else one that the folder has as it was made there is
+	// not read again (File.Inode), which a file system can only tell that is written
+	// to by this host: not one that is itself an image, which whoever made it gave
+	// its inodes and times.
+	Reread bool
+	// AnyHost opens what this host cannot run.
+	AnyHost bool
+}
+
+// Open is OpenWith without options.
 func Open(ctx context.Context, dir string) (*Image, error) {
-	img, err := open(ctx, dir)
+	return OpenWith(ctx, dir, OpenOptions{})
+}
+
+// OpenWith checks the checkpoint in a folder and returns it. Of a checkpoint with a
+// manifest, every file has to be as it was made, and the host to be able to run
+// it; summing files that were copied from elsewhere takes a CPU about half a second
+// for each GB, and ends with ctx. Of one without, the images have to be complete
+// as far as they tell themselves. An envelope that is there has to be of the manifest,
+// and what it has of keys that are trusted has to be right.
+func OpenWith(ctx context.Context, dir string, o OpenOptions) (*Image, error) {
+	img, err := open(ctx, dir, o)
 	if err != nil {
 		return nil, wrap(dir, err)
 	}
 	return img, nil
 }
 
-func open(ctx context.Context, dir string) (*Image, error) {
+func open(ctx context.Context, dir string, o OpenOptions) (*Image, error) {
 	files, err := listFolder(dir)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -103,9 +154,15 @@ func open(ctx context.Context, dir string) (*Image, error) {
 	case err != nil:
 		return nil, err
 	}
-	manifest, err := readManifest(dir)
+	data, err := readManifestFile(dir)
 	if err != nil {
 		return nil, err
+	}
+	var manifest *Manifest
+	if data != nil {
+		if manifest, err = decodeManifest(data); err != nil {
+			return nil, fmt.Errorf("%s: %w", manifestName, err)
+		}
 	}
 	if _, ok := files[inventoryName]; !ok {
 		if _, err := os.Lstat(filepath.Join(dir, partialName)); manifest != nil || err == nil {
@@ -118,22 +175,33 @@ func open(ctx context.Context, dir string) (*Image, error) {
 	}
 	images := images{dir: dir, files: files}
 	img := &Image{dir: dir, manifest: manifest, images: images}
+	if img.verdict, err = verifySignature(dir, manifest, data, o.Trust); err != nil {
+		return nil, err
+	}
+	if o.Require && len(img.verdict.Signers) == 0 {
+		return nil, notSigned(img.verdict, o.Trust)
+	}
+	if o.Allow != nil {
+		if err := o.Allow(img); err != nil {
+			return nil, err
+		}
+	}
 	if manifest == nil {
 		found, err := images.derive()
 		if err != nil {
 			return nil, err
 		}
-		if err := checkHost(found.arch, nil); err != nil {
+		if err := checkHost(found.arch, nil); err != nil && !o.AnyHost {
 			return nil, err
 		}
 		img.options = found.options
 		img.tcp = func() ([]netip.Addr, error) { return found.tcp, nil }
 		return img, nil
 	}
-	if err := checkHost(manifest.Architecture, manifest.CPUFeatures); err != nil {
+	if err := checkHost(manifest.Architecture, manifest.CPUFeatures); err != nil && !o.AnyHost {
 		return nil, err
 	}
-	if err := verify(ctx, dir, files, manifest); err != nil {
+	if err := verify(ctx, dir, files, manifest, o.Reread); err != nil {
 		return nil, err
 	}
 	img.options = manifest.Options
@@ -206,8 +274,11 @@ func openIn(dir, name string) (*os.File, error) { return capture.OpenPlain(filep
 // readManifest returns the manifest in dir, nil if there is none.
 func readManifest(dir string) (*Manifest, error) { return readManifestBy(dir, decodeManifest) }
 
-func readManifestBy(dir string, decode func([]byte) (*Manifest, error)) (*Manifest, error) {
-	f, err := openIn(dir, manifestName)
+// readManifestFile returns the bytes of the manifest in dir, nil if there is none.
+func readManifestFile(dir string) ([]byte, error) { return readBounded(dir, manifestName, maxManifest) }
+
+func readBounded(dir, name string, limit int64) ([]byte, error) {
+	f, err := openIn(dir, name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
@@ -215,12 +286,20 @@ func readManifestBy(dir string, decode func([]byte) (*Manifest, error)) (*Manife
 		return nil, err
 	}
 	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxManifest+1))
+	data, err := io.ReadAll(io.LimitReader(f, limit+1))
 	if err != nil {
 		return nil, err
 	}
-	if len(data) > maxManifest {
-		return nil, fault.Invalid("%s: larger than %d bytes", manifestName, maxManifest)
+	if int64(len(data)) > limit {
+		return nil, fault.Invalid("%s: larger than %d bytes", name, limit)
+	}
+	return data, nil
+}
+
+func readManifestBy(dir string, decode func([]byte) (*Manifest, error)) (*Manifest, error) {
+	data, err := readManifestFile(dir)
+	if err != nil || data == nil {
+		return nil, err
 	}
 	// One for each file, and some of control groups.
 	if err := capture.CheckNodes(data, 4*maxFiles); err != nil {
@@ -233,14 +312,22 @@ func readManifestBy(dir string, decode func([]byte) (*Manifest, error)) (*Manife
 	return m, nil
 }
 
-// CopyManifest puts the manifest of the checkpoint in the folder from into the
-// folder to.
+// CopyManifest puts the manifest of the checkpoint in the folder from, and its
+// envelope, into the folder to.
 func CopyManifest(to, from string) error {
-	data, err := os.ReadFile(filepath.Join(from, manifestName))
-	if err != nil {
-		return err
+	for _, name := range []string{manifestName, sign.EnvelopeName} {
+		data, err := os.ReadFile(filepath.Join(from, name))
+		if name == sign.EnvelopeName && errors.Is(err, fs.ErrNotExist) {
+			break
+		}
+		if err == nil {
+			err = os.WriteFile(filepath.Join(to, name), data, 0o600)
+		}
+		if err != nil {
+			return err
+		}
 	}
-	return os.WriteFile(filepath.Join(to, manifestName), data, 0o600)
+	return nil
 }
 
 // checkNames refuses what no checkpoint has, before anything is opened.
@@ -258,7 +345,7 @@ func checkNames(files map[string]entry, m *Manifest) error {
 		switch {
 		case !file.regular():
 			return fault.Invalid("%q: a %s; a checkpoint has only regular files", name, file.kind())
-		case listed[name] || incidental(name) || name == manifestName:
+		case listed[name] || incidental(name) || name == manifestName || name == sign.EnvelopeName:
 		case m == nil && (isImage(name) && validName(name) || name == descriptorsName):
 		case m != nil:
 			return fault.Invalid("%q: not listed in %s; it was added later", name, manifestName)
@@ -289,9 +376,10 @@ func checkHost(arch string, features []string) error {
 	return nil
 }
 
-// verify compares the files with the manifest.
-func verify(ctx context.Context, dir string, files map[string]entry, m *Manifest) error {
-	var hash []File
+// verify compares the files with the manifest. Unless reread is set, one that is where
+// it was made is not read.
+func verify(ctx context.Context, dir string, files map[string]entry, m *Manifest, reread bool) error {
+	var read []File
 	for _, want := range m.Files {
 		have, ok := files[want.Name]
 		switch {
@@ -301,26 +389,41 @@ func verify(ctx context.Context, dir string, files map[string]entry, m *Manifest
 			return fault.Invalid("%s: expected %d bytes, has %d (truncated)", want.Name, want.Size, have.size)
 		case have.size > want.Size:
 			return fault.Invalid("%s: expected %d bytes, has %d (altered)", want.Name, want.Size, have.size)
-		case want.Inode != 0 && want.Inode == have.inode && want.CtimeNs == have.ctimeNs:
+		case !reread && want.Inode != 0 && want.Inode == have.inode && want.CtimeNs == have.ctimeNs:
 		default:
-			hash = append(hash, want)
+			read = append(read, want)
 		}
 	}
-	slices.SortFunc(hash, func(a, b File) int { return cmp.Compare(b.Size, a.Size) })
-	return inParallel(ctx, len(hash), func(ctx context.Context, i int) error {
-		want := hash[i]
-		f, err := openIn(dir, want.Name)
-		if err != nil {
+	slices.SortFunc(read, func(a, b File) int { return cmp.Compare(b.Size, a.Size) })
+	if m.Version < signedVersion {
+		return inParallel(ctx, len(read), func(ctx context.Context, i int) error {
+			f, err := openIn(dir, read[i].Name)
+			if err != nil {
+				return err
+			}
+			defer f.Close()
+			sum, err := oldSum(ctx, f, read[i].Name)
+			if err != nil {
+				return fmt.Errorf("%s: %w", read[i].Name, err)
+			}
+			return compare(read[i], sum)
+		})
+	}
+	sums, err := sumFiles(ctx, dir, read)
+	if err != nil {
+		return err
+	}
+	for i, want := range read {
+		if err := compare(want, sums[i].Text); err != nil {
 			return err
 		}
-		defer f.Close()
-		sum, _, err := hashFile(ctx, f, want.Name)
-		if err != nil {
-			return fmt.Errorf("%s: %w", want.Name, err)
-		}
-		if sum != want.Sum {
-			return fault.Invalid("%s: altered: its sum is %s, expected %s", want.Name, sum, want.Sum)
-		}
-		return nil
-	})
+	}
+	return nil
+}
+
+func compare(want File, sum string) error {
+	if sum != want.Sum {
+		return fault.Invalid("%s: altered: its sum is %s, expected %s", want.Name, sum, want.Sum)
+	}
+	return nil
 }

@@ -174,7 +174,7 @@ func TestOpenRefuses(t *testing.T) {
 		{"truncated", func(t *testing.T, dir string) { must(t, os.Truncate(filepath.Join(dir, "pages-1.img"), 100)) },
 			errdefs.ErrInvalidArgument, []string{"pages-1.img: expected 65536 bytes, has 100 (truncated)"}},
 		{"altered", func(t *testing.T, dir string) { flip(t, filepath.Join(dir, "pages-1.img"), 4711) },
-			errdefs.ErrInvalidArgument, []string{"pages-1.img: altered: its sum is xxh64:"}},
+			errdefs.ErrInvalidArgument, []string{"pages-1.img: altered: its sum is blake3:"}},
 		{"longer", func(t *testing.T, dir string) { must(t, os.Truncate(filepath.Join(dir, "pages-1.img"), 1<<17)) },
 			errdefs.ErrInvalidArgument, []string{"pages-1.img: expected 65536 bytes, has 131072"}},
 		{"added image", func(t *testing.T, dir string) { write(t, filepath.Join(dir, "core-9.img"), nil) },
@@ -193,9 +193,9 @@ func TestOpenRefuses(t *testing.T) {
 			errdefs.ErrFailedPrecondition, []string{"made on arm64, this host is amd64"}},
 		{"other CPU", func(t *testing.T, dir string) { edit(t, dir, `"cpu_features": [`, `"cpu_features": ["avx1024",`) },
 			errdefs.ErrFailedPrecondition, []string{"avx1024", "this host's lacks"}},
-		{"newer format", func(t *testing.T, dir string) { edit(t, dir, `"version": 1,`, `"version": 3, "x": 1,`) },
-			errdefs.ErrFailedPrecondition, []string{manifestName, "format version 3", "newer Stasis"}},
-		{"unknown key", func(t *testing.T, dir string) { edit(t, dir, `"version": 1,`, `"version": 1, "x": 1,`) },
+		{"newer format", func(t *testing.T, dir string) { edit(t, dir, `"version": 3,`, `"version": 4, "x": 1,`) },
+			errdefs.ErrFailedPrecondition, []string{manifestName, "format version 4", "newer Stasis"}},
+		{"unknown key", func(t *testing.T, dir string) { edit(t, dir, `"version": 3,`, `"version": 3, "x": 1,`) },
 			errdefs.ErrInvalidArgument, []string{manifestName, `"x"`}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -243,9 +243,11 @@ func TestOpenTrustsInodeAndCtime(t *testing.T) {
 		}
 	}
 	// With a false sum, only a hash can tell.
-	edit(t, dir, file.Sum, "xxh64:"+strings.Repeat("0", 16))
+	edit(t, dir, file.Sum, "blake3:"+strings.Repeat("0", 64))
 	_, err = Open(t.Context(), dir)
 	must(t, err)
+	_, err = OpenWith(t.Context(), dir, OpenOptions{Reread: true})
+	wantError(t, err, errdefs.ErrInvalidArgument, "pages-9.img: altered")
 	must(t, os.Chmod(filepath.Join(dir, "pages-9.img"), 0o640))
 	_, err = Open(t.Context(), dir)
 	wantError(t, err, errdefs.ErrInvalidArgument, "pages-9.img: altered")

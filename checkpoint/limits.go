@@ -5,6 +5,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/sign"
 )
 
 // Names with a meaning of their own.
@@ -85,6 +86,8 @@ func sizeLimit(name string) int64 {
 	switch {
 	case name == manifestName:
 		return maxManifest
+	case name == sign.EnvelopeName:
+		return sign.MaxEnvelope
 	case isPagemap(name):
 		return maxPagemap
 	case isImage(name) && hasPrefix(name, contentImages), incidental(name):
@@ -94,9 +97,9 @@ func sizeLimit(name string) int64 {
 }
 
 // validName reports whether a manifest may list name: a plain name in the
-// folder, not hidden, and not the manifest's own.
+// folder, not hidden, and not the manifest's own or its envelope's.
 func validName(name string) bool {
-	if name == "" || len(name) > 255 || name[0] == '.' || name == manifestName || !utf8.ValidString(name) {
+	if name == "" || len(name) > 255 || name[0] == '.' || name == manifestName || name == sign.EnvelopeName || !utf8.ValidString(name) {
 		return false
 	}
 	return !strings.ContainsFunc(name, func(r rune) bool { return r == '/' || r < ' ' || r == 0x7f })

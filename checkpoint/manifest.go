@@ -10,15 +10,18 @@ import (
 	"time"
 
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/sum"
 	"github.com/stasis-run/stasis/process"
 )
 
 // manifestVersion is the newest version of the format that this package reads.
 // Any change to the set of keys takes a new number: a reader must not restore
-// while ignoring something that it was told. What is written has the lowest
-// number that allows its keys, for the sake of older readers: 2 with cgroups,
-// else 1.
-const manifestVersion = 2
+// while ignoring something that it was told. Versions 1 and 2 have sums that carry no
+// signature (oldHash).
+const manifestVersion = 3
+
+// signedVersion is the oldest version that can be signed.
+const signedVersion = 3
 
 // Manifest is stasis.json.
 type Manifest struct {
@@ -35,6 +38,8 @@ type Manifest struct {
 	CRIU    string  `json:"criu"`
 	Runtime Runtime `json:"runtime"`
 	Kernel  string  `json:"kernel"`
+	// Host is the name of the host where it was made.
+	Host string `json:"host,omitempty"`
 	// Architecture is a GOARCH.
 	Architecture string `json:"architecture"`
 	// Cgroups are the control groups that the container had made below its own, of
@@ -52,8 +57,23 @@ type Manifest struct {
 type Container struct {
 	ID        string `json:"id"`
 	Namespace string `json:"namespace"` // containerd's
-	// SpecDigest is "sha256:" and the digest of the config.json in hex.
+	// SpecDigest is that of the config.json, by the function of that name; before
+	// version 3, "sha256:" and the digest of its bytes in hex.
 	SpecDigest string `json:"spec_digest"`
+	// Name is the container's in its pod, else empty.
+	Name string `json:"name,omitempty"`
+	// Pod is nil if it is in none.
+	Pod *Pod `json:"pod,omitempty"`
+	// BaseConfig is the digest of the config of the image that it was made from; it
+	// is empty if who asked for the checkpoint did not say.
+	BaseConfig string `json:"base_config,omitempty"`
+}
+
+// Pod is a Kubernetes pod.
+type Pod struct {
+	Name      string `json:"name"`
+	Namespace string `json:"namespace"`
+	UID       string `json:"uid"`
 }
 
 // Runtime is the OCI runtime that made the checkpoint.
@@ -66,9 +86,11 @@ type Runtime struct {
 type File struct {
 	Name string `json:"name"`
 	Size int64  `json:"size"` // in bytes
-	// Sum is "xxh64:" or "sha256:" and hex: which one, newHash says. It is empty
-	// where it is left to AddSum.
+	// Sum is a kind, a colon and hex: that of package sum; of versions 1 and 2 one of
+	// oldHash. It is empty where it is left to AddSum.
 	Sum string `json:"sum"`
+	// Chunks are the sums of the chunks of a large file, one after the other.
+	Chunks []byte `json:"chunks,omitempty"`
 	// Inode and CtimeNs (ns since 1970) are those of a large file when it
 	// had reached its final place; else 0. As long as they and the size are the
 	// same, it is that file with that content, for the kernel sets ctime at
@@ -84,7 +106,7 @@ func decodeManifest(data []byte) (*Manifest, error) {
 		return nil, err
 	}
 	for i := range m.Files {
-		if f := &m.Files[i]; !f.validSum() {
+		if f := &m.Files[i]; !f.validSum(m.Version) {
 			return nil, fault.Invalid("files[%d]: %s has no valid sum", i, f.Name)
 		}
 	}
@@ -125,12 +147,23 @@ func decodeUnsummed(data []byte) (*Manifest, error) {
 
 var hexDigits = lazyRegexp(`^[0-9a-f]*$`)
 
-// validSum tells whether f.Sum is of the kind for its name.
-func (f *File) validSum() bool {
-	kind, hash := newHash(f.Name)
+// validSum tells whether f has a sum, of the kind of that version of a manifest.
+func (f *File) validSum(version int) bool {
+	if version >= signedVersion {
+		return f.sum().Valid(f.Size)
+	}
+	if f.Chunks != nil {
+		return false
+	}
+	kind, hash := oldHash(f.Name)
 	digits, ok := strings.CutPrefix(f.Sum, kind+":")
 	return ok && len(digits) == 2*hash.Size() && hexDigits().MatchString(digits)
 }
+
+func (f *File) sum() sum.Sum { return sum.Sum{Text: f.Sum, Chunks: f.Chunks} }
+
+// setSum is the reverse of sum.
+func (f *File) setSum(s sum.Sum) { f.Sum, f.Chunks = s.Text, s.Chunks }
 
 // check looks at each value by itself, but for sums; image.go compares them with the
 // folder.

@@ -27,7 +27,7 @@ func TestDecodeManifest(t *testing.T) {
 		kind           error
 		part           string
 	}{
-		{"newer", `"version":1`, `"version":3`, errdefs.ErrFailedPrecondition, "newer"},
+		{"newer", `"version":1`, `"version":4`, errdefs.ErrFailedPrecondition, "newer"},
 		{"no version", `"version":1,`, ``, errdefs.ErrInvalidArgument, "version (0)"},
 		{"version is text", `"version":1`, `"version":"1"`, errdefs.ErrInvalidArgument, "JSON"},
 		{"unknown key", `"version":1`, `"version":1,"lazy":true`, errdefs.ErrInvalidArgument, `"lazy"`},
@@ -46,6 +46,10 @@ func TestDecodeManifest(t *testing.T) {
 		{"sum of another kind", `sha256:`, `xxh64:`, errdefs.ErrInvalidArgument, "no valid sum"},
 		{"sum of no kind", `sha256:`, ``, errdefs.ErrInvalidArgument, "no valid sum"},
 		{"sum that is no number", `aaaa"`, `zzzz"`, errdefs.ErrInvalidArgument, "no valid sum"},
+		{"old sum in a new version", `"version":1`, `"version":3`, errdefs.ErrInvalidArgument, "no valid sum"},
+		{"new sum in an old version", `sha256:`, `blake3:`, errdefs.ErrInvalidArgument, "no valid sum"},
+		{"chunks in an old version", `"size":1`, `"size":1,"chunks":"AAAA"`, errdefs.ErrInvalidArgument, "no valid sum"},
+		{"its envelope", `inventory.img`, `stasis.sig.json`, errdefs.ErrInvalidArgument, "plain file name"},
 		{"control group outside", `"options"`, `"cgroups":[{"path":"../c"}],"options"`, errdefs.ErrInvalidArgument, "cgroups[0].path"},
 		{"no such mode", `"open_tcp":true`, `"cgroups_mode":"--evil"`, errdefs.ErrInvalidArgument, "cgroups_mode"},
 		{"no such namespace", `"open_tcp":true`, `"empty_namespaces":["--evil"]`, errdefs.ErrInvalidArgument, "empty_namespaces"},

@@ -43,8 +43,8 @@ var damages = map[string]damage{
 	"missing file":    {remove("pstree.img"), []string{"pstree.img", "missing"}},
 	"truncated pages": {truncate("pages-1.img"), []string{"pages-1.img", "truncated"}},
 	"longer pages":    {grow("pages-1.img"), []string{"pages-1.img", "altered"}},
-	"altered byte":    {alter("core-1.img"), []string{"core-1.img", "altered", "sha256"}},
-	"altered pages":   {alter("pages-1.img"), []string{"pages-1.img", "altered", "xxh64"}},
+	"altered byte":    {alter("core-1.img"), []string{"core-1.img", "altered", "blake3"}},
+	"altered pages":   {alter("pages-1.img"), []string{"pages-1.img", "altered", "blake3"}},
 	"added image":     {write("core-99.img", "x"), []string{"core-99.img", "not listed"}},
 	"added file":      {write("evil.sh", "x"), []string{"evil.sh", "not listed"}},
 	"link": {func(dir string) error { return os.Symlink("/etc/shadow", filepath.Join(dir, "core-99.img")) },
@@ -55,15 +55,18 @@ var damages = map[string]damage{
 	"subfolder": {func(dir string) error { return os.Mkdir(filepath.Join(dir, "sub"), 0o700) }, []string{"sub", "folder"}},
 	"fifo":      {func(dir string) error { return unix.Mkfifo(filepath.Join(dir, "core-99.img"), 0o600) }, []string{"core-99.img", "FIFO"}},
 
-	"other architecture": {manifest(`"architecture": "`+runtime.GOARCH+`"`, `"architecture": "z80"`), []string{"made on z80", runtime.GOARCH}},
-	"other CPU":          {manifest(`"cpu_features": [`, `"cpu_features": ["quantum",`), []string{"quantum", "CPU"}},
-	"newer version":      {manifest(`"version": 1,`, `"version": 99,`), []string{"stasis.json", "version 99", "newer"}},
-	"unknown key":        {manifest(`"version": 1,`, `"version": 1, "trust_me": true,`), []string{"stasis.json", "trust_me"}},
-	"garbage manifest":   {write("stasis.json", "{"), []string{"stasis.json"}},
-	"empty manifest":     {write("stasis.json", ""), []string{"stasis.json"}},
-	"path in manifest":   {manifest(`"core-1.img"`, `"../core-1.img"`), []string{"stasis.json", "../core-1.img"}},
-	"bad option":         {manifest(`"options": {`, `"options": {"cgroups_mode": "--evil",`), []string{"stasis.json", "--evil"}},
-	"unfinished":         {remove("inventory.img"), []string{"unfinished"}},
+	"other architecture":  {manifest(`"architecture": "`+runtime.GOARCH+`"`, `"architecture": "z80"`), []string{"made on z80", runtime.GOARCH}},
+	"other CPU":           {manifest(`"cpu_features": [`, `"cpu_features": ["quantum",`), []string{"quantum", "CPU"}},
+	"newer version":       {manifest(`"version": 3,`, `"version": 99,`), []string{"stasis.json", "version 99", "newer"}},
+	"unknown key":         {manifest(`"version": 3,`, `"version": 3, "trust_me": true,`), []string{"stasis.json", "trust_me"}},
+	"garbage manifest":    {write("stasis.json", "{"), []string{"stasis.json"}},
+	"empty manifest":      {write("stasis.json", ""), []string{"stasis.json"}},
+	"path in manifest":    {manifest(`"core-1.img"`, `"../core-1.img"`), []string{"stasis.json", "../core-1.img"}},
+	"signed and altered":  {edit("stasis.json", func(b []byte) ([]byte, error) { return append(b, '\n'), nil }), []string{"stasis.json is not what was signed"}},
+	"signed, no manifest": {remove("stasis.json"), []string{"stasis.sig.json"}},
+	"altered signature":   {alter("stasis.sig.json"), []string{"stasis.sig.json"}},
+	"bad option":          {manifest(`"options": {`, `"options": {"cgroups_mode": "--evil",`), []string{"stasis.json", "--evil"}},
+	"unfinished":          {remove("inventory.img"), []string{"unfinished"}},
 
 	"no manifest, missing core":    {without(remove("core-1.img")), []string{"core-1.img", "missing"}},
 	"no manifest, missing pages":   {without(remove("pages-1.img")), []string{"pages-1.img", "missing"}},
@@ -109,18 +112,22 @@ func alter(name string) func(string) error {
 	return edit(name, func(b []byte) ([]byte, error) { b[len(b)/2] ^= 1; return b, nil })
 }
 
+// manifest alters a manifest, which then nobody has signed.
 func manifest(old, with string) func(string) error {
-	return edit("stasis.json", func(b []byte) ([]byte, error) {
+	change := edit("stasis.json", func(b []byte) ([]byte, error) {
 		if !bytes.Contains(b, []byte(old)) {
 			return nil, fmt.Errorf("no %s in the manifest", old)
 		}
 		return bytes.Replace(b, []byte(old), []byte(with), 1), nil
 	})
+	return func(dir string) error { return errors.Join(change(dir), remove("stasis.sig.json")(dir)) }
 }
 
 // without damages a checkpoint that has no manifest.
 func without(do func(string) error) func(string) error {
-	return func(dir string) error { return errors.Join(remove("stasis.json")(dir), do(dir)) }
+	return func(dir string) error {
+		return errors.Join(remove("stasis.json")(dir), remove("stasis.sig.json")(dir), do(dir))
+	}
 }
 
 // otherArchitecture makes the first process one of another architecture.

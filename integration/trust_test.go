@@ -2,8 +2,6 @@ package integration
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"maps"
@@ -30,6 +28,8 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/sign"
+	"github.com/stasis-run/stasis/checkpoint/sum"
 	"github.com/stasis-run/stasis/integration/stack"
 )
 
@@ -111,7 +111,8 @@ var forgeries = map[string]forgery{
 }
 
 // TestTrust restores a checkpoint that was made here and altered since, with a
-// manifest that fits it: none is restored, and nothing is left.
+// manifest that fits it, and without its signature: none is restored, and nothing is
+// left.
 func TestTrust(t *testing.T) {
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
@@ -210,12 +211,16 @@ func forge(t *testing.T, dir string, f forgery) {
 		if file.Name != filepath.Base(paths[0]) {
 			continue
 		}
-		sum := sha256.Sum256(data)
-		file.Size, file.Sum = int64(len(data)), "sha256:"+hex.EncodeToString(sum[:])
+		w := sum.NewWriter()
+		_, _ = w.Write(data)
+		file.Size, file.Sum, file.Chunks = int64(len(data)), w.Sum().Text, w.Sum().Chunks
 	}
 	data, err = json.Marshal(m)
 	must(t, err)
 	must(t, os.WriteFile(path, data, 0o600))
+	// A forger has no key, so it is not signed; what is altered below a signature, none
+	// takes (TestSigned).
+	must(t, os.Remove(filepath.Join(dir, sign.EnvelopeName)))
 }
 
 // TestTrustKeeps checks that what confines a container confines it after a restore:

@@ -115,6 +115,7 @@ const (
 	criSandboxNamespace = "io.kubernetes.cri.sandbox-namespace"
 	criSandboxID        = "io.kubernetes.cri.sandbox-id"
 	criSandboxUID       = "io.kubernetes.cri.sandbox-uid"
+	criSandboxName      = "io.kubernetes.cri.sandbox-name"
 )
 
 // podNamespace is the namespace of Kubernetes that the container is in; inPod is
@@ -122,4 +123,13 @@ const (
 func (c *config) podNamespace() (namespace string, inPod bool) {
 	namespace, inPod = c.Annotations[criSandboxNamespace]
 	return namespace, inPod
+}
+
+// pod is the pod that the container is in, or nil.
+func (c *config) pod() *checkpoint.Pod {
+	namespace, inPod := c.podNamespace()
+	if !inPod {
+		return nil
+	}
+	return &checkpoint.Pod{Name: c.Annotations[criSandboxName], Namespace: namespace, UID: c.Annotations[criSandboxUID]}
 }

@@ -13,8 +13,9 @@ import (
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/pkg/atomicfile"
 	runc "github.com/containerd/go-runc"
-	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/stasis-run/stasis/checkpoint"
 )
 
 // bundle is a container's folder, which containerd makes and removes. Besides
@@ -98,11 +99,15 @@ func (c *config) sharesPIDs() bool {
 	return true
 }
 
-// config reads config.json, and its digest.
-func (b bundle) config() (*config, digest.Digest, error) {
+// config reads config.json, and its digest, which is empty if it says something twice.
+func (b bundle) config() (*config, string, error) {
 	c := &config{}
 	data, err := b.readConfig(c)
-	return c, digest.FromBytes(data), err
+	if err != nil {
+		return nil, "", err
+	}
+	digest, _ := checkpoint.SpecDigest(data)
+	return c, digest, nil
 }
 
 // spec reads all of config.json.

@@ -7,8 +7,10 @@ import (
 
 	"github.com/containerd/containerd/api/events"
 	"github.com/containerd/containerd/api/types/runc/options"
+	"github.com/containerd/log"
 
 	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/sign"
 )
 
 // dump is what either service asks of a checkpoint.
@@ -21,6 +23,7 @@ type dump struct {
 	exit        bool // the container ends with it
 	durable     bool // the checkpoint has to survive a power cut
 	leaveSum    bool // as in checkpoint.DumpRequest
+	baseConfig  string
 	while       func(context.Context) error
 }
 
@@ -66,7 +69,15 @@ func (c *container) checkpoint(ctx context.Context, d dump) (*checkpoint.DumpRes
 		// probe's may come at any moment, which is no reason to fail.
 		d.dumpOptions.TCPClose = true
 	}
+	// Before it is frozen. A checkpoint that is not signed can be signed later, by who
+	// trusts this node; one that was not made, of a container that is about to end
+	// maybe, is lost. So that is no reason to fail.
+	key, unsigned := sign.DefaultDir().Key()
+	if unsigned != nil {
+		log.G(ctx).WithError(unsigned).WithField("container", c.id).Warn("a checkpoint is not signed: no pod restores it before `stasis sign`")
+	}
 	result, err := checkpoint.Dump(ctx, checkpoint.DumpRequest{
+		Key:         key,
 		Runtime:     c.runtime,
 		Cgroup:      cg,
 		InitPid:     pid,
@@ -83,12 +94,18 @@ func (c *container) checkpoint(ctx context.Context, d dump) (*checkpoint.DumpRes
 		Container: checkpoint.Container{
 			ID:         c.id,
 			Namespace:  c.namespace,
-			SpecDigest: c.specDigest.String(),
+			SpecDigest: c.specDigest,
+			Name:       c.config.Annotations[criContainerName],
+			Pod:        c.config.pod(),
+			BaseConfig: d.baseConfig,
 		},
 		TerminalIO: c.config.hasTerminal(),
 	})
 	if err != nil {
 		return nil, err
+	}
+	if unsigned != nil && !d.leaveSum {
+		result.Unsigned = unsigned.Error()
 	}
 	c.service.publish(&events.TaskCheckpointed{ContainerID: c.id, Checkpoint: d.dir})
 	if d.exit {

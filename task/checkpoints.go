@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
 
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/api"
@@ -63,6 +64,9 @@ func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, s
 	if r.LeaveSum && r.Exit {
 		return nil, invalid("leave_sum with exit: the checkpoint has to be whole when the container has ended")
 	}
+	if r.BaseConfig != "" && digest.Digest(r.BaseConfig).Validate() != nil {
+		return nil, invalid("base_config %.80q is no digest", r.BaseConfig)
+	}
 	preDumps := int(r.PreDumps)
 	if preDumps < 0 {
 		preDumps = checkpoint.PreDumpAuto
@@ -108,6 +112,7 @@ func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, s
 		exit:        r.Exit,
 		durable:     r.Exit,
 		leaveSum:    r.LeaveSum,
+		baseConfig:  r.BaseConfig,
 	}
 	result := &api.CheckpointResult{}
 	copied := time.Duration(0)
@@ -148,6 +153,7 @@ func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, s
 	result.FrozenNs = uint64(dumped.Frozen)
 	result.ImageBytes = uint64(sizeOf(r.ImagePath))
 	result.CriuVersion = dumped.CRIU
+	result.Unsigned = dumped.Unsigned
 	result.RuntimeName, result.RuntimeVersion = dumped.Runtime.Name, dumped.Runtime.Version
 	if s := dumped.Stats; s != nil {
 		result.Criu = &api.CRIUStats{

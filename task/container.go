@@ -14,7 +14,6 @@ import (
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
-	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
@@ -32,7 +31,7 @@ type container struct {
 	bundle     bundle
 	options    *options.Options
 	config     *config
-	specDigest digest.Digest
+	specDigest string
 	nodeConfig string // path of the node's configuration, or "" for the default
 	wish       wish
 	runtime    *process.Runtime

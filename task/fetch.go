@@ -2,6 +2,7 @@ package task
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -90,20 +91,20 @@ func (c *container) restoreFetched(ctx context.Context, dir string) (*restore, e
 	if err != nil {
 		return nil, err
 	}
-	if err := c.mayRestore(got.Info); err != nil {
+	l, err := newRestore(ctx, c, filepath.Join(dir, capture.FetchedImages), source{info: got.Info, copied: true})
+	if err != nil {
 		return nil, err
 	}
-	name := c.config.Annotations[criContainerName]
-	if was := got.Info.ContainerName; !c.wish.named && name != "" && was != "" && was != name {
+	name, was := c.config.Annotations[criContainerName], got.Info.ContainerName
+	if _, signed := l.image.Signer(); signed {
+		was = cmp.Or(l.image.Manifest().Container.Name, was)
+	}
+	if !c.wish.named && name != "" && was != "" && was != name {
 		return nil, invalid("the checkpoint is of a container %q, and this one is %q: say which container of the pod is to be restored: annotation %s.CONTAINER",
 			was, name, annotationRestoreFrom)
 	}
 	if got.OtherBase != "" {
 		return nil, fault.Unusable("%s", got.OtherBase)
-	}
-	l, err := newRestore(ctx, c, filepath.Join(dir, capture.FetchedImages))
-	if err != nil {
-		return nil, err
 	}
 	return l, l.checkUserNamespace()
 }

@@ -2,6 +2,7 @@ package task
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -19,6 +20,7 @@ import (
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 	"github.com/stasis-run/stasis/checkpoint/rootfs"
+	"github.com/stasis-run/stasis/checkpoint/sign"
 	"github.com/stasis-run/stasis/checkpoint/trust"
 	"github.com/stasis-run/stasis/process"
 )
@@ -290,11 +292,8 @@ func newLauncher(ctx context.Context, c *container, path string) (launcher, erro
 // restoreFolder is a restore from a folder that the request or the options name.
 // temp is that folder if containerd has made it for this restore, else empty.
 func restoreFolder(ctx context.Context, c *container, path, temp string) (*restore, error) {
-	// It does not tell whose its checkpoint is.
-	if err := c.mayRestore(capture.Info{}); err != nil {
-		return nil, err
-	}
-	l, err := newRestore(ctx, c, path)
+	// Unless it is signed, it does not tell whose its checkpoint is.
+	l, err := newRestore(ctx, c, path, source{})
 	if err != nil || temp == "" {
 		return l, err
 	}
@@ -329,10 +328,7 @@ func restoreEmbedded(ctx context.Context, c *container, found *embedded) (*resto
 	if err != nil {
 		return nil, err
 	}
-	if err := c.mayRestore(info); err != nil {
-		return nil, err
-	}
-	l, err := newRestore(ctx, c, found.dir)
+	l, err := newRestore(ctx, c, found.dir, source{info: info, copied: true})
 	if err != nil {
 		return nil, err
 	}
@@ -348,28 +344,19 @@ func (l *restore) checkUserNamespace() error {
 	return nil
 }
 
-// mayRestore refuses a checkpoint that the node's configuration does not let this
-// container have. It holds another one's memory, so it is a matter of whose.
-func (c *container) mayRestore(info capture.Info) error {
-	namespace, inPod := c.config.podNamespace()
-	if !inPod {
-		return nil
-	}
-	node, err := readNodeConfig(c.nodeConfig)
-	if err != nil {
-		return err
-	}
-	from := ""
-	if info.Pod != nil {
-		from = info.Pod.Namespace
-	}
-	return node.allowNamespace(from, namespace)
+// source is where a checkpoint is from.
+type source struct {
+	// info is what came with it, which anybody may have written.
+	info capture.Info
+	// copied: its files are none that lie where they were written.
+	copied bool
 }
 
-// newRestore opens the checkpoint in the folder path, and refuses one that asks for
-// more than the container may have.
-func newRestore(ctx context.Context, c *container, path string) (*restore, error) {
-	img, err := checkpoint.Open(ctx, path)
+// newRestore opens the checkpoint in the folder path, and refuses one that the node's
+// configuration does not let this container have, and one that asks for more than the
+// container may have.
+func newRestore(ctx context.Context, c *container, path string, from source) (*restore, error) {
+	img, err := c.openCheckpoint(ctx, path, from)
 	if err != nil {
 		return nil, err
 	}
@@ -381,4 +368,44 @@ func newRestore(ctx context.Context, c *container, path string) (*restore, error
 		return nil, err
 	}
 	return &restore{c: c, image: img, spec: spec}, nil
+}
+
+// openCheckpoint finds out who has made a checkpoint. For a pod that has to be known,
+// and whose it is: it holds another one's memory. Outside of pods, root has named it.
+func (c *container) openCheckpoint(ctx context.Context, path string, from source) (*checkpoint.Image, error) {
+	keys, err := sign.DefaultDir().Trust()
+	if err != nil {
+		return nil, err
+	}
+	o := checkpoint.OpenOptions{Trust: keys, Reread: from.copied}
+	namespace, inPod := c.config.podNamespace()
+	if !inPod {
+		return checkpoint.OpenWith(ctx, path, o)
+	}
+	node, err := readNodeConfig(c.nodeConfig)
+	if err != nil {
+		return nil, err
+	}
+	o.Require = node.Restore.Unsigned == unsignedRefuse
+	o.Allow = func(img *checkpoint.Image) error { return node.allowNamespace(namespaceOf(img, from.info), namespace) }
+	img, err := checkpoint.OpenWith(ctx, path, o)
+	if errors.Is(err, checkpoint.ErrNotSigned) {
+		err = fmt.Errorf("%w (restore.unsigned = %q in the node's configuration, %s, would do without)", err, unsignedCheck, node.path)
+	}
+	return img, err
+}
+
+// namespaceOf is the namespace of the pod that a checkpoint is of, "" if it is of none:
+// what was signed says so; else, what came with it.
+func namespaceOf(img *checkpoint.Image, info capture.Info) string {
+	if _, signed := img.Signer(); signed {
+		if pod := img.Manifest().Container.Pod; pod != nil {
+			return pod.Namespace
+		}
+		return ""
+	}
+	if info.Pod != nil {
+		return info.Pod.Namespace
+	}
+	return ""
 }

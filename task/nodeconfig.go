@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/sign"
 )
 
 // nodeConfig is what the node's administrator allows; docs/kubernetes.md has the
@@ -28,14 +29,27 @@ type nodeConfig struct {
 		// Namespaces are, by namespace of Kubernetes, those others whose
 		// checkpoints its pods may restore; "" is that of what was in no pod.
 		Namespaces map[string][]string `toml:"namespaces"`
+		// Unsigned is what pods get that ask for a checkpoint which no key that is
+		// trusted has signed. Where root names the checkpoint, it has no say.
+		Unsigned unsigned `toml:"unsigned"`
 	} `toml:"restore"`
 
 	path string // for errors
 }
 
+// unsigned is what becomes of a checkpoint that is not signed.
+type unsigned string
+
 const (
-	// defaultNodeConfig need not exist, unlike one that the runtime's options name.
-	defaultNodeConfig = "/etc/stasis/config.toml"
+	unsignedRefuse unsigned = "refuse" // the default
+	unsignedCheck  unsigned = "check"  // it is checked as every checkpoint is
+)
+
+// defaultNodeConfig need not exist, unlike one that the runtime's options name. It is
+// /etc/stasis/config.toml.
+func defaultNodeConfig() string { return filepath.Join(string(sign.DefaultDir()), "config.toml") }
+
+const (
 	// kubeletArchives is where the kubelet puts checkpoints.
 	kubeletArchives = "/var/lib/kubelet/checkpoints"
 	// anyNamespace stands for every namespace, and for none.
@@ -48,8 +62,9 @@ const (
 func readNodeConfig(path string) (*nodeConfig, error) {
 	n := &nodeConfig{path: path}
 	if path == "" {
-		n.path = defaultNodeConfig
+		n.path = defaultNodeConfig()
 	}
+	n.Restore.Unsigned = unsignedRefuse
 	n.Restore.Archives = []string{kubeletArchives}
 	data, err := readRootFile(n.path)
 	if errors.Is(err, fs.ErrNotExist) && path == "" {
@@ -60,6 +75,9 @@ func readNodeConfig(path string) (*nodeConfig, error) {
 	}
 	if err := decodeTOML(data, n); err != nil {
 		return nil, fault.Unusable("the node's configuration %s: %v", n.path, err)
+	}
+	if u := n.Restore.Unsigned; u != unsignedRefuse && u != unsignedCheck {
+		return nil, fault.Unusable("the node's configuration %s: restore.unsigned is %q; it is %s or %s", n.path, u, unsignedRefuse, unsignedCheck)
 	}
 	for _, folder := range n.Restore.Archives {
 		if !filepath.IsAbs(folder) || filepath.Clean(folder) != folder {

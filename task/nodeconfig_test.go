@@ -41,14 +41,18 @@ func TestReadNodeConfig(t *testing.T) {
 	if n, err = readNodeConfig(configFile(t, "[restore]\narchives = []")); err != nil || len(n.Restore.Archives) != 0 {
 		t.Errorf("no archives: %+v, %v", n, err)
 	}
-	if _, err := os.Stat(defaultNodeConfig); os.IsNotExist(err) {
-		if n, err := readNodeConfig(""); err != nil || !slices.Equal(n.Restore.Archives, []string{kubeletArchives}) {
-			t.Errorf("no file: %+v, %v", n, err)
-		}
+	t.Setenv("STASIS_CONFIG_DIR", t.TempDir())
+	if n, err := readNodeConfig(""); err != nil || !slices.Equal(n.Restore.Archives, []string{kubeletArchives}) || n.Restore.Unsigned != unsignedRefuse {
+		t.Errorf("no file: %+v, %v", n, err)
+	}
+	must(t, os.WriteFile(defaultNodeConfig(), []byte("[restore]\nunsigned = 'check'"), 0o644))
+	if n, err := readNodeConfig(""); err != nil || n.Restore.Unsigned != unsignedCheck {
+		t.Errorf("in its folder: %+v, %v", n, err)
 	}
 	for says, text := range map[string]string{
 		"restore.archive":      "[restore]\narchive = []",
 		"unknown key \"x\"":    "x = 1",
+		"refuse or check":      "[restore]\nunsigned = 'allow'",
 		"absolute":             "[restore]\narchives = ['a']",
 		"plain absolute":       "[restore]\narchives = ['/a/../b']",
 		"node's configuration": "[restore]\nnamespaces = 'all'",

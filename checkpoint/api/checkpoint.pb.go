@@ -47,7 +47,10 @@ type CheckpointRequest struct {
 	// checkpoint until the client has added it: who reads that file anyway spares
 	// it being read twice. Refused with exit, where the folder may be all that is
 	// left of the container.
-	LeaveSum      bool `protobuf:"varint,7,opt,name=leave_sum,json=leaveSum,proto3" json:"leave_sum,omitempty"`
+	LeaveSum bool `protobuf:"varint,7,opt,name=leave_sum,json=leaveSum,proto3" json:"leave_sum,omitempty"`
+	// Digest of the config of the image that the container was made from, for the
+	// manifest; empty: not known.
+	BaseConfig    string `protobuf:"bytes,8,opt,name=base_config,json=baseConfig,proto3" json:"base_config,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -129,6 +132,13 @@ func (x *CheckpointRequest) GetLeaveSum() bool {
 		return x.LeaveSum
 	}
 	return false
+}
+
+func (x *CheckpointRequest) GetBaseConfig() string {
+	if x != nil {
+		return x.BaseConfig
+	}
+	return ""
 }
 
 // CRIUOptions are options of CRIU's dump, under the names of
@@ -400,7 +410,10 @@ type CheckpointResult struct {
 	RuntimeName    string `protobuf:"bytes,8,opt,name=runtime_name,json=runtimeName,proto3" json:"runtime_name,omitempty"` // "runc", "crun"
 	RuntimeVersion string `protobuf:"bytes,9,opt,name=runtime_version,json=runtimeVersion,proto3" json:"runtime_version,omitempty"`
 	// What each pre-dump has written.
-	PreDumps      []*PreDump `protobuf:"bytes,10,rep,name=pre_dumps,json=preDumps,proto3" json:"pre_dumps,omitempty"`
+	PreDumps []*PreDump `protobuf:"bytes,10,rep,name=pre_dumps,json=preDumps,proto3" json:"pre_dumps,omitempty"`
+	// Why the checkpoint is not signed; empty: it is, or, with leave_sum, whoever
+	// completes it signs it.
+	Unsigned      string `protobuf:"bytes,11,opt,name=unsigned,proto3" json:"unsigned,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -503,6 +516,13 @@ func (x *CheckpointResult) GetPreDumps() []*PreDump {
 		return x.PreDumps
 	}
 	return nil
+}
+
+func (x *CheckpointResult) GetUnsigned() string {
+	if x != nil {
+		return x.Unsigned
+	}
+	return ""
 }
 
 type PreDump struct {
@@ -698,7 +718,7 @@ var File_checkpoint_proto protoreflect.FileDescriptor
 
 const file_checkpoint_proto_rawDesc = "" +
 	"\n" +
-	"\x10checkpoint.proto\x12\x14stasis.checkpoint.v1\"\xee\x01\n" +
+	"\x10checkpoint.proto\x12\x14stasis.checkpoint.v1\"\x8f\x02\n" +
 	"\x11CheckpointRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
 	"\n" +
@@ -708,7 +728,9 @@ const file_checkpoint_proto_rawDesc = "" +
 	"\x04exit\x18\x04 \x01(\bR\x04exit\x12;\n" +
 	"\aoptions\x18\x05 \x01(\v2!.stasis.checkpoint.v1.CRIUOptionsR\aoptions\x12\x1b\n" +
 	"\tpre_dumps\x18\x06 \x01(\x05R\bpreDumps\x12\x1b\n" +
-	"\tleave_sum\x18\a \x01(\bR\bleaveSum\"\xc2\x02\n" +
+	"\tleave_sum\x18\a \x01(\bR\bleaveSum\x12\x1f\n" +
+	"\vbase_config\x18\b \x01(\tR\n" +
+	"baseConfig\"\xc2\x02\n" +
 	"\vCRIUOptions\x12\x19\n" +
 	"\bopen_tcp\x18\x01 \x01(\bR\aopenTcp\x12\x1b\n" +
 	"\ttcp_close\x18\x02 \x01(\bR\btcpClose\x122\n" +
@@ -731,7 +753,7 @@ const file_checkpoint_proto_rawDesc = "" +
 	"\n" +
 	"done_bytes\x18\x02 \x01(\x04R\tdoneBytes\x12\x1f\n" +
 	"\vtotal_bytes\x18\x03 \x01(\x04R\n" +
-	"totalBytes\"\xb0\x03\n" +
+	"totalBytes\"\xcc\x03\n" +
 	"\x10CheckpointResult\x123\n" +
 	"\x06stages\x18\x01 \x03(\v2\x1b.stasis.checkpoint.v1.StageR\x06stages\x12\x1b\n" +
 	"\tfrozen_ns\x18\x02 \x01(\x04R\bfrozenNs\x123\n" +
@@ -744,7 +766,8 @@ const file_checkpoint_proto_rawDesc = "" +
 	"\fruntime_name\x18\b \x01(\tR\vruntimeName\x12'\n" +
 	"\x0fruntime_version\x18\t \x01(\tR\x0eruntimeVersion\x12:\n" +
 	"\tpre_dumps\x18\n" +
-	" \x03(\v2\x1d.stasis.checkpoint.v1.PreDumpR\bpreDumps\"O\n" +
+	" \x03(\v2\x1d.stasis.checkpoint.v1.PreDumpR\bpreDumps\x12\x1a\n" +
+	"\bunsigned\x18\v \x01(\tR\bunsigned\"O\n" +
 	"\aPreDump\x12\x1f\n" +
 	"\vduration_ns\x18\x01 \x01(\x04R\n" +
 	"durationNs\x12#\n" +

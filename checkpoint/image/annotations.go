@@ -26,6 +26,9 @@ const (
 	// AnnotationUncompressed is the size of the layer's tar. The descriptors of
 	// both layers have it, not the manifest.
 	AnnotationUncompressed = "stasis.run/uncompressed-size"
+	// AnnotationSigned are the IDs of the keys by which the checkpoint says it is
+	// signed, with commas between. All forms have it; nothing but a list goes by it.
+	AnnotationSigned = "stasis.run/signed-by"
 
 	AnnotationContainerID    = "stasis.run/container.id"
 	AnnotationContainerName  = "stasis.run/container.name"

@@ -4,18 +4,17 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
-	"fmt"
 	"io"
 	"path/filepath"
 	"slices"
 	"sync/atomic"
 	"time"
 
-	"github.com/cespare/xxhash/v2"
 	"github.com/containerd/containerd/v2/core/content"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/sum"
 )
 
 // Begun is the layer of a runnable image with the processes, up to its first file,
@@ -34,7 +33,7 @@ type Begun struct {
 	w     *layerWriter
 	tree  *tree
 	file  imageFile
-	sum   *xxhash.Digest
+	sum   *sum.Writer
 	total atomic.Int64 // bytes that the layer will have, as far as is known
 	ended bool
 }
@@ -61,7 +60,7 @@ func Begin(ctx context.Context, store content.Store, at time.Time, name string, 
 
 // newBegun begins a layer that will have about total bytes, with the file first.
 func newBegun(ctx context.Context, store content.Store, at time.Time, file imageFile, total int64, o Options) (*Begun, error) {
-	b := &Begun{file: file, sum: xxhash.New()}
+	b := &Begun{file: file, sum: sum.NewWriter()}
 	b.total.Store(total)
 	var err error
 	b.w, err = newLayerWriter(ctx, store, o, func(done int64) { o.progress("checkpoint", b.total.Load())(done) })
@@ -94,19 +93,19 @@ func (b *Begun) Discard(ctx context.Context) {
 // fits tells whether it is the beginning of what o asks for, and first the file
 // that was read.
 func (b *Begun) fits(c *capture.Capture, first imageFile, o Options) bool {
-	_, _, sum := b.File()
+	_, _, read := b.File()
 	return b != nil && !b.ended && b.w.compression == o.Compression && b.file == first &&
 		b.tree.time.Equal(newTree(nil, c.Info.Checkpointed).time) &&
-		sum == manifestSum(c.Images, first.name)
+		read.Text == manifestSum(c.Images, first.name)
 }
 
 // File is the file that was read, as stasis.json has it, if it is CRIU's now. On nil,
 // all is empty.
-func (b *Begun) File() (name string, size int64, sum string) {
+func (b *Begun) File() (name string, size int64, _ sum.Sum) {
 	if b == nil {
-		return "", 0, ""
+		return "", 0, sum.Sum{}
 	}
-	return b.file.name, b.file.size, fmt.Sprintf("xxh64:%016x", b.sum.Sum64())
+	return b.file.name, b.file.size, b.sum.Sum()
 }
 
 // manifestSum is what stasis.json says of a file, or "".

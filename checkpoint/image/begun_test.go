@@ -8,9 +8,10 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cespare/xxhash/v2"
 	"github.com/containerd/containerd/v2/pkg/archive/compression"
 	"github.com/containerd/errdefs"
+
+	"github.com/stasis-run/stasis/checkpoint/sum"
 )
 
 // TestBegun writes an image whose layer was begun before: it is the same as ever,
@@ -26,7 +27,9 @@ func TestBegun(t *testing.T) {
 	}
 	altered := bytes.Clone(pages)
 	altered[len(altered)/2]++
-	manifest := fmt.Sprintf(`{"files":[{"name":"inventory.img","sum":"sha256:00"},{"name":%q,"sum":"xxh64:%016x"}]}`, name, xxhash.Sum64(pages))
+	sums := sum.NewWriter()
+	_, _ = sums.Write(pages)
+	manifest := fmt.Sprintf(`{"files":[{"name":"inventory.img","sum":"sha256:00"},{"name":%q,"sum":%q}]}`, name, sums.Sum().Text)
 	if err := os.WriteFile(filepath.Join(c.Images, "stasis.json"), []byte(manifest), 0o600); err != nil {
 		t.Fatal(err)
 	}

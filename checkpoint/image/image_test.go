@@ -20,6 +20,8 @@ import (
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/stasis-run/stasis/checkpoint/sign"
 )
 
 // entry is one of a tar; a plain file unless flag says otherwise.
@@ -237,11 +239,25 @@ func TestReadInfo(t *testing.T) {
 			c := newCapture(t)
 			ctx, done := s.leased()
 			defer done()
+			key, err := sign.Dir(filepath.Join(t.TempDir(), "stasis")).Key()
+			if err != nil {
+				t.Fatal(err)
+			}
+			envelope, err := key.Sign([]byte("a manifest"), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(c.Images, sign.EnvelopeName), envelope, 0o600); err != nil {
+				t.Fatal(err)
+			}
 			desc, err := write(ctx, s, base, c, Options{})
 			if err != nil {
 				t.Fatal(err)
 			}
 			got, err := ReadInfo(ctx, s, desc)
+			if !slices.Equal(got.SignedBy, []string{key.ID}) {
+				t.Errorf("signed by %q", got.SignedBy)
+			}
 			if err != nil {
 				t.Fatal(err)
 			}

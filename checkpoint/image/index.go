@@ -109,6 +109,7 @@ func writeIndex(ctx context.Context, store content.Store, base ocispec.Descripto
 			ctrSnapshotter: c.Info.Base.Snapshotter,
 		},
 	}
+	signedBy(index.Annotations, c.Images)
 	add := func(desc ocispec.Descriptor, mediaType string) {
 		index.Manifests = append(index.Manifests, ocispec.Descriptor{
 			MediaType: mediaType, Digest: desc.Digest, Size: desc.Size, Platform: platform,

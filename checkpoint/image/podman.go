@@ -54,6 +54,7 @@ func writePodman(ctx context.Context, store content.Store, c *capture.Capture, o
 		return ocispec.Descriptor{}, err
 	}
 	annotations := toAnnotations(c.Info)
+	signedBy(annotations, c.Images)
 	maps.Copy(annotations, criuAnnotations(c.Info))
 	maps.Copy(annotations, podmanAnnotations(c.Info))
 	annotations[crioName] = c.Info.ContainerName

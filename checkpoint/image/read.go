@@ -26,6 +26,9 @@ type Summary struct {
 	// Info has what manifests and small blobs tell; Labels and Stats are only
 	// known of the form Index when Stasis wrote it.
 	Info capture.Info `json:"info"`
+	// SignedBy are the IDs of the keys by which it says it is signed; none of what
+	// others than Stasis have stored.
+	SignedBy []string `json:"signed_by,omitempty"`
 	// Checkpoint and Layer are the sizes in bytes of the blobs with CRIU's
 	// images and with the writable layer. Those of the base image are shared. In
 	// the form Podman the first has both.
@@ -40,7 +43,7 @@ func ReadInfo(ctx context.Context, store content.Provider, desc ocispec.Descript
 	if err != nil {
 		return Summary{}, err
 	}
-	s := Summary{Form: f.form}
+	s := Summary{Form: f.form, SignedBy: signers(f.annotations)}
 	switch f.form {
 	case Runnable:
 		s.Info = fromAnnotations(f.annotations)

@@ -65,6 +65,7 @@ func writeRunnable(ctx context.Context, store content.Store, baseDesc ocispec.De
 	}
 
 	annotations := toAnnotations(c.Info)
+	signedBy(annotations, c.Images)
 	annotations[AnnotationCheckpoint] = string(Runnable)
 	annotations[AnnotationVersion] = strconv.Itoa(formatVersion)
 	annotations[AnnotationCheckpointLayer] = checkpoint.Digest.String()

@@ -19,6 +19,8 @@ import (
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/image"
+	"github.com/stasis-run/stasis/checkpoint/sign"
+	"github.com/stasis-run/stasis/checkpoint/sum"
 )
 
 // beginLeast is the memory in bytes from which on it is worth to begin early.
@@ -89,19 +91,21 @@ func (b *beginner) hasEnded() { close(b.dumped) }
 // layer returns what was begun, which may be nil, as soon as the file is read.
 // images is the folder where the file is when CRIU has ended. Unless that is to be
 // kept, the file is removed when it is not needed any more, and has its sum in the
-// manifest by us.
-func (b *beginner) layer(ctx context.Context, images string, keep bool) (*image.Begun, error) {
+// manifest by us, which is signed by key then, unless that is nil.
+func (b *beginner) layer(ctx context.Context, images string, keep bool, key *sign.Key) (*image.Begun, error) {
 	<-b.done
 	if keep {
 		return b.begun, nil
 	}
 	known := checkpoint.File{Inode: b.inode}
-	known.Name, known.Size, known.Sum = b.begun.File()
+	var read sum.Sum
+	known.Name, known.Size, read = b.begun.File()
+	known.Sum, known.Chunks = read.Text, read.Chunks
 	if b.begun != nil {
 		// It takes a while to free what a large file has in the page cache.
 		b.begun.Taken = func() { go os.Remove(filepath.Join(images, known.Name)) }
 	}
-	return b.begun, checkpoint.AddSum(ctx, images, known)
+	return b.begun, checkpoint.AddSum(ctx, images, known, key)
 }
 
 // discard removes what was begun, unless it was taken. It may be called on nil. It

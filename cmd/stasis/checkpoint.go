@@ -365,7 +365,7 @@ func (a *app) checkpointOne(ctx context.Context, c *client.Client, container cli
 		return nil, err
 	}
 	if d.early != nil {
-		o.Begun = func() (*image.Begun, error) { return d.early.layer(ctx, images, f.exit) }
+		o.Begun = func() (*image.Begun, error) { return d.early.layer(ctx, images, f.exit, d.key) }
 	}
 	result, err := a.storeCapture(ctx, d, got, ref, f, o)
 	if err != nil {

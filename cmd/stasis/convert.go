@@ -85,11 +85,15 @@ func (a *app) storeAs(ctx context.Context, ref string, name naming, got *capture
 	if err != nil {
 		return err
 	}
+	return a.printStored(stored{img.Name, desc.Digest.String()})
+}
+
+func (a *app) printStored(s stored) error {
 	if a.json() {
-		return printJSON(a.out, stored{img.Name, desc.Digest.String()})
+		return printJSON(a.out, s)
 	}
-	fmt.Fprintln(a.out, img.Name)
-	return nil
+	_, err := fmt.Fprintln(a.out, s.Ref)
+	return err
 }
 
 func (a *app) storeWithBase(ctx context.Context, c *client.Client, got *capture.Capture, f formFlags, bar *progress) (ocispec.Descriptor, error) {

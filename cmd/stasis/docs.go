@@ -55,6 +55,14 @@ func manual(root *cobra.Command) []byte {
 			text = cmd.Short + "."
 		}
 		fmt.Fprintf(&b, "%s\n", markdown(text))
+		if cmd.HasAvailableSubCommands() {
+			b.WriteString("\n| command | |\n|---|---|\n")
+			for _, sub := range cmd.Commands() {
+				if sub.IsAvailableCommand() {
+					fmt.Fprintf(&b, "| `%s` | %s |\n", strings.TrimSuffix(sub.UseLine(), " [flags]"), sub.Short)
+				}
+			}
+		}
 		if usages := cmd.LocalFlags().FlagUsages(); usages != "" {
 			fmt.Fprintf(&b, "\n```\n%s```\n", usages)
 		}

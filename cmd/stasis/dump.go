@@ -22,6 +22,7 @@ import (
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/image"
 	"github.com/stasis-run/stasis/checkpoint/rootfs"
+	"github.com/stasis-run/stasis/checkpoint/sign"
 )
 
 // dumper makes a Capture of a running container.
@@ -36,6 +37,7 @@ type dumper struct {
 	note      string        // what a user should know about the checkpoint
 	preDumps  []preDump
 	early     *beginner // of what is to be stored; nil if there is none
+	key       *sign.Key // signs what the shim leaves to us; nil: there is none
 }
 
 func newDumper(ctx context.Context, c *client.Client, container client.Container) (*dumper, error) {
@@ -108,7 +110,8 @@ func (d *dumper) dump(ctx context.Context, dir string, f *checkpointFlags, o ima
 		return nil, err
 	}
 	c := &capture.Capture{Info: info, Images: filepath.Join(dir, "checkpoint"), Spec: d.info.Spec.GetValue()}
-	r := &api.CheckpointRequest{Id: d.container.ID(), ImagePath: c.Images, Exit: f.exit, PreDumps: f.preDumps, Options: &f.criu}
+	r := &api.CheckpointRequest{Id: d.container.ID(), ImagePath: c.Images, Exit: f.exit, PreDumps: f.preDumps, Options: &f.criu,
+		BaseConfig: info.Base.Config}
 	if len(d.mounts) > 0 && !f.exit {
 		r.RootfsPath = filepath.Join(dir, "rootfs")
 	}
@@ -122,19 +125,27 @@ func (d *dumper) dump(ctx context.Context, dir string, f *checkpointFlags, o ima
 		d.early = d.begin(ctx, unfinished(c.Images), info.Checkpointed, o)
 		r.LeaveSum = !f.exit
 	}
+	if r.LeaveSum {
+		if d.key, err = sign.DefaultDir().Key(); err != nil {
+			d.unsigned(err.Error())
+		}
+	}
 	result, err := conn.checkpoint(ctx, r, bar)
 	if d.early != nil {
 		d.early.hasEnded()
 	}
 	if errdefs.IsNotImplemented(err) {
-		d.note = fmt.Sprintf("its runtime is %s and not Stasis, so it stood still for longer than it would have to", d.info.Runtime.Name)
+		d.addNote(fmt.Sprintf("its runtime is %s and not Stasis, so it stood still for longer than it would have to, and the checkpoint is not signed (`stasis sign`)", d.info.Runtime.Name))
 		result, err = d.checkpointByTask(ctx, r)
 	}
 	if err != nil {
 		return nil, err
 	}
 	if f.preDumps != 0 && len(result.PreDumps) == 0 {
-		d.note = "no pre-dump was made: it is paused, or its shim is of an older version"
+		d.addNote("no pre-dump was made: it is paused, or its shim is of an older version")
+	}
+	if result.Unsigned != "" {
+		d.unsigned(result.Unsigned)
 	}
 	for _, p := range result.PreDumps {
 		d.preDumps = append(d.preDumps, preDump{time.Duration(p.DurationNs), p.PagesWritten})
@@ -148,6 +159,20 @@ func (d *dumper) dump(ctx context.Context, dir string, f *checkpointFlags, o ima
 	}
 	c.Layer = d.layer(r.RootfsPath, result.RootfsIsUpper)
 	return c, nil
+}
+
+// addNote adds to what a user should know about the checkpoint.
+func (d *dumper) addNote(text string) {
+	if d.note != "" {
+		d.note += "; "
+	}
+	d.note += text
+}
+
+// unsigned notes why the checkpoint is not signed, which is no reason to fail: it can be
+// signed later.
+func (d *dumper) unsigned(why string) {
+	d.addNote("the checkpoint is not signed, so no pod restores it before `stasis sign`: " + why)
 }
 
 // unfinished is where the shim has CRIU write to, until a checkpoint in the folder

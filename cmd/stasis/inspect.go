@@ -10,13 +10,19 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/inspect"
+	"github.com/stasis-run/stasis/checkpoint/sign"
 )
 
 // inspection is what `stasis inspect -o json` prints.
 type inspection struct {
 	// Info says where the checkpoint came from; nil for a folder of images.
 	Info *capture.Info `json:"info,omitempty"`
+	// Signers are those that have signed it and are trusted here; the files are not
+	// compared with what they have signed, which `stasis verify` does.
+	Signers []sign.Signer `json:"signers"`
 	*inspect.Report
+
+	signature string // for people
 }
 
 func newInspectCommand(a *app) *cobra.Command {
@@ -49,6 +55,11 @@ Arguments and environment are read out of the memory of the processes.`,
 			if c.Info.Version != 0 {
 				in.Info = &c.Info
 			}
+			signers, signature, err := signersOf(c.Images)
+			if err != nil {
+				return err
+			}
+			in.Signers, in.signature = append([]sign.Signer{}, signers...), signature
 			if html != "" {
 				if err := a.writeTo(cmd.Context(), html, func(w io.Writer) error { return writeHTML(w, args[0], in) }); err != nil {
 					return fmt.Errorf("write the page: %w", err)
@@ -105,6 +116,7 @@ func facts(in inspection) (list []fact) {
 		known("Kernel", m.Kernel)
 		add("Checkpointed", "%s", m.Created.Format(time.RFC3339))
 	}
+	known("Signed by", in.signature)
 	known("Architecture", in.Architecture)
 	known("Hostname", in.Hostname)
 	known("Security module", in.LSM)

@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/stasis-run/stasis/checkpoint/image"
+	"github.com/stasis-run/stasis/checkpoint/sign"
 )
 
 // listed is a checkpoint in containerd's image store.
@@ -22,6 +23,8 @@ type listed struct {
 	// image came here.
 	Created time.Time `json:"created"`
 	image.Summary
+	// KeyTrusted: SignedBy has a key that is trusted here.
+	KeyTrusted bool `json:"key_trusted"`
 	// Broken says why the checkpoint cannot be read.
 	Broken string `json:"broken,omitempty"`
 }
@@ -37,6 +40,17 @@ func (l listed) owner() string {
 	return l.Info.ContainerName
 }
 
+// signer is the key by which a checkpoint says it is signed, for people.
+func (l listed) signer() string {
+	switch {
+	case len(l.SignedBy) == 0:
+		return ""
+	case l.KeyTrusted:
+		return sign.Short(l.SignedBy[0])
+	}
+	return sign.Short(l.SignedBy[0]) + "?"
+}
+
 // of tells whether a checkpoint is of the container that a user names: by name,
 // with its pod or without, or by ID.
 func (l listed) of(container string) bool {
@@ -49,6 +63,10 @@ func checkpoints(ctx context.Context, c *client.Client) ([]listed, error) {
 	all, err := c.ImageService().List(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("list images: %w", err)
+	}
+	trust, err := sign.DefaultDir().Trust()
+	if err != nil {
+		return nil, err
 	}
 	found := []listed{}
 	for _, img := range all {
@@ -73,6 +91,7 @@ func checkpoints(ctx context.Context, c *client.Client) ([]listed, error) {
 		if at := l.Info.Checkpointed; !at.IsZero() {
 			l.Created = at
 		}
+		l.KeyTrusted = slices.ContainsFunc(trust.Keys(), func(s sign.Signer) bool { return slices.Contains(l.SignedBy, s.KeyID) })
 		found = append(found, l)
 	}
 	slices.SortStableFunc(found, func(a, b listed) int {
@@ -92,7 +111,8 @@ func newLsCommand(a *app) *cobra.Command {
 		Aliases: []string{"list"},
 		Short:   "List the checkpoints in containerd's image store",
 		Long: `List the checkpoints in containerd's image store, the newest first. SIZE is what
-one takes besides the image that its container was made from.`,
+one takes besides the image that its container was made from. SIGNED BY is the key by
+which it says it is signed, which "stasis verify" proves: with ? it is not trusted here.`,
 		Example: `  stasis ls
   stasis ls --container db
   stasis ls -o json | jq -r '.[].ref'`,
@@ -124,13 +144,13 @@ one takes besides the image that its container was made from.`,
 }
 
 func printList(a *app, list []listed, now time.Time) error {
-	t := newTable(a.out, "REF", "CONTAINER", "FORM", "SIZE", "CREATED", "BASE")
+	t := newTable(a.out, "REF", "CONTAINER", "FORM", "SIZE", "CREATED", "SIGNED BY", "BASE")
 	for _, l := range list {
 		if l.Broken != "" {
-			t.row(l.Ref, l.owner(), string(l.Form), "", ago(l.Created, now), "("+l.Broken+")")
+			t.row(l.Ref, l.owner(), string(l.Form), "", ago(l.Created, now), "", "("+l.Broken+")")
 			continue
 		}
-		t.row(l.Ref, l.owner(), string(l.Form), size(l.bytes()), ago(l.Created, now), l.Info.Base.Name)
+		t.row(l.Ref, l.owner(), string(l.Form), size(l.bytes()), ago(l.Created, now), l.signer(), l.Info.Base.Name)
 	}
 	return t.end()
 }

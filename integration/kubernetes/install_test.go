@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/stasis-run/stasis/checkpoint/sign"
 	"github.com/stasis-run/stasis/integration/stack"
 )
 
@@ -38,6 +39,8 @@ func (e *env) testInstaller(t *testing.T) {
 
 	manifests := filepath.Join(root, "contrib/kubernetes")
 	e.Kubectl(t, "apply", "-f", manifests)
+	private, public := clusterKey(t)
+	e.Kubectl(t, "-n", "stasis", "create", "secret", "generic", "stasis-keys", "--from-file=sign.key="+private, "--from-file=other.pub="+public)
 	remove := filepath.Join(manifests, "remove")
 	t.Cleanup(func() {
 		if !t.Failed() {
@@ -73,6 +76,9 @@ func (e *env) testInstaller(t *testing.T) {
 	if out, err := n.Run(t.Context(), "sh", "-c", "cat /run/containerd/io.containerd.runtime.v2.task/k8s.io/*/shim-binary-path"); err != nil ||
 		!strings.Contains(out, "/usr/local/bin/containerd-shim-stasis-v1") {
 		t.Errorf("the pod does not run under Stasis: %q, %v", out, err)
+	}
+	if out, err := n.Run(t.Context(), "sh", "-c", "stat -c %a /etc/stasis/keys/sign.key; stasis key list | wc -l"); err != nil || out != "600\n3\n" {
+		t.Errorf("the cluster's keys on the node: %q, %v", out, err)
 	}
 	// Once more it changes nothing, and so does not restart containerd.
 	pid := n.Containerd()
@@ -113,6 +119,28 @@ func (e *env) testInstaller(t *testing.T) {
 	if _, err := n.Run(t.Context(), "ls", "-d", "/var/lib/stasis"); err == nil {
 		t.Error("left on the node: /var/lib/stasis")
 	}
+}
+
+// clusterKey makes the key of a cluster, and the public one of another.
+func clusterKey(t *testing.T) (private, public string) {
+	t.Helper()
+	own, other := sign.Dir(filepath.Join(t.TempDir(), "own")), sign.Dir(filepath.Join(t.TempDir(), "other"))
+	if _, err := own.Key(); err != nil {
+		t.Fatal(err)
+	}
+	key, err := other.Key()
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, err := key.Public()
+	if err != nil {
+		t.Fatal(err)
+	}
+	public = filepath.Join(string(other), "other.pub")
+	if err := os.WriteFile(public, data, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return own.KeyPath(), public
 }
 
 // without is what is in all and not in others.

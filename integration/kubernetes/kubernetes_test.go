@@ -41,6 +41,7 @@ func TestKubernetes(t *testing.T) {
 	for _, n := range e.Nodes {
 		e.prepare(t, n)
 	}
+	e.trustEachOther(t)
 	for _, class := range classes {
 		e.Apply(t, "apiVersion: node.k8s.io/v1\nkind: RuntimeClass\nmetadata: {name: "+class+"}\nhandler: "+class+"\n")
 	}
@@ -77,6 +78,25 @@ func (e *env) prepare(t *testing.T, n *cluster.Node) {
 		t.Fatal(err)
 	}
 	n.CRIRootfs(n.Ctx(), App, stack.Rootfs("python"), app)
+}
+
+// trustEachOther has each node trust what the others sign, so that pods restore on any
+// of them.
+func (e *env) trustEachOther(t *testing.T) {
+	t.Helper()
+	for _, n := range e.Nodes {
+		for _, command := range []string{"init", "show"} {
+			public, err := n.Run(t.Context(), "stasis", "key", command)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, other := range e.Nodes {
+				if command == "show" && other != n {
+					other.WriteFile(t, "/etc/stasis/trusted/"+n.Name+".pub", public)
+				}
+			}
+		}
+	}
 }
 
 // render puts values in the place of names: "NAME", value, and so on.

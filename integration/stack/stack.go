@@ -185,6 +185,8 @@ func (s *Stack) makeDir() error {
 		// Where containerd puts checkpoints on their way.
 		"TMPDIR=" + s.path("tmp"),
 		"XDG_RUNTIME_DIR=" + s.path("tmp"),
+		// Where Stasis has its keys and its configuration.
+		"STASIS_CONFIG_DIR=" + s.ConfigDir(),
 	}, s.opts.Env)
 	return s.writeConfig()
 }
@@ -270,6 +272,15 @@ func (s *Stack) StateDir() string {
 
 // TempDir returns the temporary folder of containerd and of all below it.
 func (s *Stack) TempDir() string { return s.path("tmp") }
+
+// ConfigDir returns the folder with the keys and the configuration of Stasis, which a
+// test may make. Each stack has its own, so each is a node of its own.
+func (s *Stack) ConfigDir() string {
+	if s.opts.Machine {
+		return "/etc/stasis"
+	}
+	return s.path("etc-stasis")
+}
 
 // Env returns the environment of what belongs to the stack: programs that are
 // started with it are looked for when it stops.

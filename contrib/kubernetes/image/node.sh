@@ -34,8 +34,8 @@ folder() {
 "
 }
 
-# place FILE PATH MODE: copies a file to the node. Never is there half of one, and
-# what runs goes on with the old one.
+# place FILE PATH MODE [later]: copies a file to the node. Never is there half of one,
+# and what runs goes on with the old one. With "later" containerd need not be restarted.
 place() {
 	if cmp -s "$1" "$host$2"; then return; fi
 	[ ! -e "$host$2" ] || ours "$2" || die "$2 is on the node already, and was not put there by this installer: remove it first"
@@ -45,11 +45,23 @@ place() {
 "
 	# Noted first: what is noted and not there does no harm.
 	printf %s "$made" >>"$host$record"
-	: >"$host$pending"
-	cp "$1" "$host$2.new"
+	[ "${4-}" = later ] || : >"$host$pending"
+	(umask 077 && cp "$1" "$host$2.new")
 	chmod "$3" "$host$2.new"
 	mv "$host$2.new" "$host$2"
 	say "installed $2"
+}
+
+# keys: the Secret's, if there is one. A key that the node has made itself is not
+# replaced: what it has signed would not be trusted any more.
+keys() {
+	if [ -e /keys/sign.key ]; then
+		place /keys/sign.key /etc/stasis/keys/sign.key 0600 later
+	fi
+	for key in /keys/*.pub; do
+		[ -e "$key" ] || continue
+		place "$key" "/etc/stasis/trusted/${key##*/}" 0644 later
+	done
 }
 
 restart() {
@@ -73,6 +85,7 @@ install() {
 	printf %s "$made" >>"$host$record"
 	place "$here/containerd-shim-stasis-v1" $bin/containerd-shim-stasis-v1 0755
 	place "$here/stasis" $bin/stasis 0755
+	keys
 	case $(on_node containerd --version) in
 	*' v1.'* | *' 1.'*) cp "$here/stasis-1.7.toml" /tmp/stasis.toml ;;
 	*) cp "$here/stasis.toml" /tmp/stasis.toml ;;
