@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -11,6 +12,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/inspect"
+	"github.com/stasis-run/stasis/checkpoint/policy/allow"
 )
 
 // inspection is what `stasis inspect -o json` prints.
@@ -18,6 +20,9 @@ type inspection struct {
 	// Info says where the checkpoint came from; nil for a folder of images.
 	Info *capture.Info `json:"info,omitempty"`
 	*inspect.Report
+	// AsksFor is what its spec asks for beyond an ordinary container, and what
+	// becomes of it in `stasis restore` without flags; nil if there is no spec.
+	AsksFor []allow.Ask `json:"asks_for,omitzero"`
 }
 
 func newInspectCommand(a *app) *cobra.Command {
@@ -26,9 +31,10 @@ func newInspectCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "inspect CHECKPOINT",
 		Short: "Show what is in a checkpoint",
-		Long: `Show what is in a checkpoint: processes, memory, open files, sockets, mounts, and
-what a host must have to restore it. CHECKPOINT is an image, an archive, or a
-folder of CRIU's images.
+		Long: `Show what is in a checkpoint: processes, memory, open files, sockets, mounts, what
+a host must have to restore it, and what its spec asks for beyond what an ordinary
+container has, with the flags of "stasis restore" that grant it. CHECKPOINT is an
+image, an archive, or a folder of CRIU's images.
 
 Arguments and environment are read out of the memory of the processes.`,
 		Example: `  stasis inspect backup/db:1
@@ -49,6 +55,9 @@ Arguments and environment are read out of the memory of the processes.`,
 			in := inspection{Report: r}
 			if c.Info.Version != 0 {
 				in.Info = &c.Info
+			}
+			if c.Spec != nil {
+				in.AsksFor = a.asksFor(c)
 			}
 			if html != "" {
 				if err := writeFile(html, func(w io.Writer) error { return writeHTML(w, args[0], in) }); err != nil {
@@ -190,7 +199,32 @@ func printInspection(out io.Writer, name string, in inspection) error {
 	}
 	heading(out, "A HOST MUST HAVE")
 	printFacts(out, needs(in.Needs))
+	if len(in.AsksFor) > 0 {
+		heading(out, "ASKS FOR")
+		t := newTable(out, "FIELD", "WHAT", "RESTORE")
+		for _, ask := range in.AsksFor {
+			becomes := string(ask.Verdict)
+			if ask.Verdict == allow.NeedsFlag {
+				becomes = ask.Flag
+			}
+			t.row(ask.Field, ask.What, becomes)
+		}
+		t.end()
+	}
 	return nil
+}
+
+// asksFor lists what the spec of a checkpoint asks for.
+func (a *app) asksFor(c *capture.Capture) []allow.Ask {
+	asked, unknown, err := allow.Parse(c.Spec)
+	if err != nil {
+		return []allow.Ask{{Field: "spec", What: err.Error(), Verdict: allow.Never}}
+	}
+	// The error says the same as the list.
+	_, asks, _ := allow.New(asked, unknown, allow.Options{
+		Namespace: a.namespace, OldNamespace: c.Info.Namespace, Systemd: exists("/run/systemd/system"), Host: allow.ThisHost(),
+	})
+	return slices.Concat([]allow.Ask{}, asks) // not nil
 }
 
 func printProcess(out io.Writer, p inspect.Process) {
