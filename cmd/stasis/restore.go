@@ -131,9 +131,7 @@ func (a *app) restore(ctx context.Context, f *restoreFlags, arg, id string) (err
 	if err != nil {
 		return fmt.Errorf("restore %s: %w", arg, err)
 	}
-	if f.runcBinary == "" && summary.Info.OCIRuntime.Name == "crun" {
-		f.runcBinary = "crun"
-	}
+	f.runcBinary = ociBinary(f.runcBinary, summary.Info.OCIRuntime.Name)
 	if id == "" {
 		if id = summary.Info.ContainerID; identifiers.Validate(id) != nil {
 			return usageError("the checkpoint does not tell a container's ID that could be used again: give a NAME")
@@ -186,6 +184,16 @@ func (a *app) restore(ctx context.Context, f *restoreFlags, arg, id string) (err
 			id, r.Pid, restored.Round(time.Millisecond), r.Took.Round(time.Millisecond))
 	}
 	return nil
+}
+
+// ociBinary is the OCI runtime's program: the one that the caller names, else the one
+// of which a checkpoint says that it was made by it. That is only a name, and only
+// of one that we know: the author could name any program.
+func ociBinary(named, madeBy string) string {
+	if named == "" && madeBy == "crun" {
+		return "crun"
+	}
+	return named
 }
 
 // newRestored makes the container, whose image has its checkpoint.

@@ -114,6 +114,14 @@ func TestGrantFlags(t *testing.T) {
 	}
 }
 
+func TestOCIBinary(t *testing.T) {
+	for _, tc := range [][3]string{{"", "crun", "crun"}, {"", "runc", ""}, {"", "/tmp/crun", ""}, {"", "../crun", ""}, {"/opt/runc", "crun", "/opt/runc"}} {
+		if got := ociBinary(tc[0], tc[1]); got != tc[2] {
+			t.Errorf("%q, made by %q: %q, want %q", tc[0], tc[1], got, tc[2])
+		}
+	}
+}
+
 func TestCompleteGrants(t *testing.T) {
 	for flag, want := range map[string]string{
 		"allow-capability": "CAP_SYS_ADMIN", "allow-host": "pid", "allow-seccomp": "unconfined", "allow-priority": "oom", "allow-ulimit": "nofile",
