@@ -47,6 +47,22 @@ func SignedBy(dir string, trust *sign.Trust) (sign.Verdict, error) {
 	return v, wrap(dir, err)
 }
 
+// OwnSpec tells whether this node's own key has signed the manifest of the checkpoint
+// in dir, and the manifest is of a container that ran with spec. The files are not
+// compared with it, which the restore does.
+func OwnSpec(dir string, spec []byte, trust *sign.Trust) (bool, error) {
+	v, err := SignedBy(dir, trust)
+	if err != nil || len(v.Signers) == 0 || !v.Signers[0].Own {
+		return false, err
+	}
+	m, err := readManifest(dir)
+	if err != nil {
+		return false, wrap(dir, err)
+	}
+	digest, err := SpecDigest(spec)
+	return err == nil && digest == m.Container.SpecDigest, err
+}
+
 // CheckSigned is nil if somebody has signed the checkpoint who is trusted; else the
 // error says what would make it so, and matches ErrNotSigned. trust is that of
 // OpenOptions.

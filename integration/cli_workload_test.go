@@ -114,7 +114,7 @@ func TestWorkloadRedis(t *testing.T) {
 	sent := inc.sent.Load()
 	c.Wait(ctx)
 	c.Delete(ctx)
-	s.Stasis("restore", "stasis.test/redis-cp:exit", "d", "--wait-healthy", "redis-cli ping")
+	s.Stasis("restore", "stasis.test/redis-cp:exit", "d", "--allow-host", here.Path, "--wait-healthy", "redis-cli ping")
 	d := load(t, s, "d")
 	inc.advances(s)
 	inc.stop.Store(true)
@@ -274,7 +274,7 @@ END
 	s.Stasis("checkpoint", "c", "stasis.test/nginx-cp:1", "--exit", "--tcp-established")
 	c.Wait(ctx)
 	c.Delete(ctx)
-	s.Stasis("restore", "stasis.test/nginx-cp:1", "d")
+	s.Stasis("restore", "stasis.test/nginx-cp:1", "d", "--allow-host", here.Path)
 	d := load(t, s, "d")
 	serves("one")
 	if after := workers(d); !slices.Equal(after, before) {

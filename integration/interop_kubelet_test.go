@@ -61,7 +61,7 @@ func TestArchiveOfKubelet(t *testing.T) {
 				}
 			}
 			netns := s.NewNetns()
-			c := restoreForeign(ctx, t, s, file, "from-"+handler, "--network", "join="+netns.Path)
+			c := restoreForeign(ctx, t, s, file, "from-"+handler, "--network", "join="+netns.Path, "--allow-new-privs")
 			c.Probe(ctx)
 			out := c.Exec(ctx, "sh", "-c", "cat /new/file; ls -d /etc/group /var/tmp 2>/dev/null; stat -c '%a %n' /etc/hosts /etc/resolv.conf; ip -o addr")
 			if files, ok := strings.CutPrefix(out, "new\n644 /etc/hosts\n644 /etc/resolv.conf\n"); !ok || !strings.Contains(files, netns.Addr) {

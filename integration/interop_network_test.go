@@ -45,7 +45,7 @@ func TestRestoreNetwork(t *testing.T) {
 			}
 			continue
 		}
-		r := restoreForeign(ctx, t, s, refs[c.ref], "again", "--network", c.network)
+		r := restoreForeign(ctx, t, s, refs[c.ref], "again", "--network", c.network, "--allow-host", "network", "--allow-host", first.Path)
 		out := r.Exec(ctx, "sh", "-c", "readlink /proc/1/ns/net; ip -o addr")
 		if !strings.Contains(out, c.has) || strings.Contains(out, host) != (c.has == host) {
 			t.Errorf("%s, --network %q: %s", c.ref, c.network, out)
@@ -53,7 +53,7 @@ func TestRestoreNetwork(t *testing.T) {
 		if c.network == "host" {
 			// The host's is not somebody's, so it is there for the next one, too.
 			s.Stasis("checkpoint", "again", "stasis.test/cp:again")
-			more := restoreForeign(ctx, t, s, "stasis.test/cp:again", "once-more")
+			more := restoreForeign(ctx, t, s, "stasis.test/cp:again", "once-more", "--allow-host", "/proc/self/ns/net")
 			more.Kill(ctx, syscall.SIGKILL)
 			more.Delete(ctx)
 		}

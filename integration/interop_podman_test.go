@@ -145,7 +145,7 @@ func TestArchiveOfPodman(t *testing.T) {
 	p.run("rm", "--force", "--time=0", "probe")
 	for name, file := range files {
 		t.Run(name, func(t *testing.T) {
-			c := restoreForeign(ctx, t, s, file, "from-"+name)
+			c := restoreForeign(ctx, t, s, file, "from-"+name, ofPodman...)
 			checkSame(t, before, c.Probe(ctx))
 			if out := c.Exec(ctx, "sh", "-c", podmanFiles); out != podmanFilesAre {
 				t.Errorf("the files are %q", out)
@@ -183,6 +183,10 @@ func checkNoFiles(ctx context.Context, t *testing.T, s *stack.Stack) {
 		return nil
 	}))
 }
+
+// ofPodman grants what Podman's containers have by default: programs may gain
+// privileges, and limits are as high as the kernel has them.
+var ofPodman = []string{"--allow-new-privs", "--allow-ulimit", "all"}
 
 // restoreForeign has `stasis restore` restore what another program made.
 func restoreForeign(ctx context.Context, t *testing.T, s *stack.Stack, from, name string, flags ...string) *stack.Container {
@@ -227,7 +231,7 @@ func TestRestoreImageOfPodman(t *testing.T) {
 	s.Stasis("convert", imported, filepath.Join(s.Dir, again), "--format", "archive", "--compress", "none")
 	s.Stasis("convert", filepath.Join(s.Dir, again), converted)
 	for id, from := range map[string]string{"from-file": imported, "from-registry": ref, "converted": converted} {
-		c := restoreForeign(ctx, t, s, from, id)
+		c := restoreForeign(ctx, t, s, from, id, ofPodman...)
 		checkSame(t, before, c.Probe(ctx))
 		if out := c.Exec(ctx, "sh", "-c", podmanFiles); out != podmanFilesAre {
 			t.Errorf("%s: the files are %q", id, out)

@@ -17,10 +17,6 @@ import (
 	"github.com/stasis-run/stasis/integration/stack"
 )
 
-// hostRoot is the host's root by way of what CRIU itself has open while it opens the
-// files of a checkpoint: the host's /proc.
-const hostRoot = "/proc/self/fd/121/2/root"
-
 // TestTrustAfter has the checks of names pass, and what the names mean change before
 // CRIU runs: the container's volume has links to the host's files then. The restored
 // processes have the host's files open, and end before they run: the program's first

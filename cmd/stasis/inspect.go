@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
@@ -10,6 +11,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/inspect"
+	"github.com/stasis-run/stasis/checkpoint/policy/allow"
 	"github.com/stasis-run/stasis/checkpoint/sign"
 )
 
@@ -21,6 +23,9 @@ type inspection struct {
 	// compared with what they have signed, which `stasis verify` does.
 	Signers []sign.Signer `json:"signers"`
 	*inspect.Report
+	// AsksFor is what its spec asks for beyond an ordinary container, and what
+	// becomes of it in `stasis restore` without flags; nil if there is no spec.
+	AsksFor []allow.Ask `json:"asks_for,omitzero"`
 
 	signature string // for people
 }
@@ -31,9 +36,10 @@ func newInspectCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "inspect CHECKPOINT",
 		Short: "Show what is in a checkpoint",
-		Long: `Show what is in a checkpoint: processes, memory, open files, sockets, mounts, and
-what a host must have to restore it. CHECKPOINT is an image, an archive, or a
-folder of CRIU's images.
+		Long: `Show what is in a checkpoint: processes, memory, open files, sockets, mounts, what
+a host must have to restore it, and what its spec asks for beyond what an ordinary
+container has, with the flags of "stasis restore" that grant it. CHECKPOINT is an
+image, an archive, or a folder of CRIU's images.
 
 Arguments and environment are read out of the memory of the processes.`,
 		Example: `  stasis inspect backup/db:1
@@ -60,6 +66,9 @@ Arguments and environment are read out of the memory of the processes.`,
 				return err
 			}
 			in.Signers, in.signature = append([]sign.Signer{}, signers...), signature
+			if c.Spec != nil {
+				in.AsksFor = a.asksFor(c)
+			}
 			if html != "" {
 				if err := a.writeTo(cmd.Context(), html, func(w io.Writer) error { return writeHTML(w, args[0], in) }); err != nil {
 					return fmt.Errorf("write the page: %w", err)
@@ -182,7 +191,32 @@ func printInspection(out io.Writer, name string, in inspection) error {
 	}
 	heading(out, "A HOST MUST HAVE")
 	printFacts(out, needs(in.Needs))
+	if len(in.AsksFor) > 0 {
+		heading(out, "ASKS FOR")
+		t := newTable(out, "FIELD", "WHAT", "RESTORE")
+		for _, ask := range in.AsksFor {
+			becomes := string(ask.Verdict)
+			if ask.Verdict == allow.NeedsFlag {
+				becomes = ask.Flag
+			}
+			t.row(ask.Field, ask.What, becomes)
+		}
+		t.end()
+	}
 	return nil
+}
+
+// asksFor lists what the spec of a checkpoint asks for.
+func (a *app) asksFor(c *capture.Capture) []allow.Ask {
+	asked, unknown, err := allow.Parse(c.Spec)
+	if err != nil {
+		return []allow.Ask{{Field: "spec", What: err.Error(), Verdict: allow.Never}}
+	}
+	// The error says the same as the list.
+	_, asks, _ := allow.New(asked, unknown, allow.Options{
+		Namespace: a.namespace, OldNamespace: c.Info.Namespace, Systemd: exists("/run/systemd/system"), Host: allow.ThisHost(),
+	})
+	return slices.Concat([]allow.Ask{}, asks) // not nil
 }
 
 func printProcess(out io.Writer, p inspect.Process) {

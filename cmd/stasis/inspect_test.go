@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/stasis-run/stasis/checkpoint/inspect"
+	"github.com/stasis-run/stasis/checkpoint/policy/allow"
 )
 
 func TestInspectCommand(t *testing.T) {
@@ -72,7 +73,8 @@ func TestHostileNames(t *testing.T) {
 	if bytes.Contains(page.Bytes(), []byte("<script")) {
 		t.Errorf("a script in\n%s", page.String())
 	}
-	must0(t, printInspection(&text, evil, inspection{Report: r}))
+	asks := []allow.Ask{{Field: evil, What: evil, Verdict: allow.NeedsFlag, Flag: evil}}
+	must0(t, printInspection(&text, evil, inspection{Report: r, AsksFor: asks}))
 	if strings.ContainsRune(text.String(), '\x1b') {
 		t.Errorf("%q", text.String())
 	}

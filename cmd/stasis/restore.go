@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/checkpoint/image"
+	"github.com/stasis-run/stasis/checkpoint/policy/allow"
 )
 
 // restoreFlags are those of `stasis restore`.
@@ -36,6 +37,8 @@ type restoreFlags struct {
 	runcBinary  string
 	snapshotter string
 	plainHTTP   bool
+	grants      allow.Grants
+	seccomp     choice
 }
 
 const runtimeName = "io.containerd.stasis.v1"
@@ -54,14 +57,23 @@ more: their arguments, their environment, host name and user. What can: the ID,
 the cgroup, the network (--network), where output goes. TCP connections go on if
 the container has their addresses, and are closed if not. --network is for a
 container whose network namespace was made for it, as in a pod; one that had its
-own gets a new one again, and one that had the host's keeps that.
+own gets a new one again, and one that had the host's gets that or none.
+
+The spec in a checkpoint is a request: without flags the container gets what an
+ordinary one has, which is one with containerd's default spec and seccomp profile.
+If the checkpoint asks for more, the restore is refused before anything is made,
+and the error lists the flags that grant it: --allow-..., --cgroup-parent,
+--network, or --privileged for all. --allow-... can be repeated. OCI hooks and
+annotations that runtimes obey are never taken over. "stasis inspect" shows what a
+checkpoint asks for; docs/security.md has the rules.
 
 With --attach, signals go to the container, and the exit code is the container's.
 Else the exit codes are those of every command.`,
 		Example: `  stasis restore localhost/db:20261122-071900
   stasis restore registry.example.com/backup/db:monday db2
   stasis restore db.tar.zst db2 --wait-healthy 'redis-cli ping'
-  stasis restore db.tar --network join=proxy`,
+  stasis restore db.tar --network join=proxy
+  stasis restore of-podman.tar --allow-new-privs --allow-seccomp profile --allow-mount /srv/db`,
 		Args:              cobra.RangeArgs(1, 2),
 		ValidArgsFunction: firstArgs(1, a.completeCheckpoints()),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -84,6 +96,7 @@ Else the exit codes are those of every command.`,
 	flags.StringVar(&f.snapshotter, "snapshotter", "", "containerd's snapshotter; default: containerd's own choice")
 	a.addMaxSize(cmd)
 	flags.BoolVar(&f.plainHTTP, "plain-http", false, "pull without TLS; implied for localhost")
+	grantFlags(cmd, f)
 	return cmd
 }
 
@@ -117,17 +130,16 @@ func (a *app) restore(ctx context.Context, f *restoreFlags, arg, id string) (err
 	defer done()
 	bar := a.progress(arg)
 	defer bar.Done()
-	record, err := a.runnable(ctx, c, arg, f.plainHTTP, bar)
+	before := a.refusable(ctx, c, arg)
+	record, err := a.runnable(ctx, c, arg, f.plainHTTP, bar, f.checkSpec)
 	if err != nil {
-		return fmt.Errorf("restore %s: %w", arg, err)
+		return fmt.Errorf("restore %s: %w", arg, before.undo(ctx, err))
 	}
 	summary, err := image.ReadInfo(ctx, c.ContentStore(), record.Target)
 	if err != nil {
 		return fmt.Errorf("restore %s: %w", arg, err)
 	}
-	if f.runcBinary == "" && summary.Info.OCIRuntime.Name == "crun" {
-		f.runcBinary = "crun"
-	}
+	f.runcBinary = ociBinary(f.runcBinary, summary.Info.OCIRuntime.Name)
 	if id == "" {
 		if id = summary.Info.ContainerID; identifiers.Validate(id) != nil {
 			return usageError("the checkpoint does not tell a container's ID that could be used again: give a NAME")
@@ -138,12 +150,15 @@ func (a *app) restore(ctx context.Context, f *restoreFlags, arg, id string) (err
 	}
 	bar.Stage("unpack")
 	img := client.NewImage(c, record)
+	if err := before.unpacking(ctx, img, f.snapshotter); err != nil {
+		return fmt.Errorf("restore %s: %w", arg, err)
+	}
 	if err := img.Unpack(ctx, f.snapshotter); err != nil {
 		return fmt.Errorf("restore %s: unpack it: %w", arg, err)
 	}
-	container, spec, err := a.newRestored(ctx, c, img, id, f)
+	container, spec, err := a.newRestored(ctx, c, img, id, summary.Info.Namespace, f)
 	if err != nil {
-		return fmt.Errorf("restore %s: %w", arg, err)
+		return fmt.Errorf("restore %s: %w", arg, before.undo(ctx, err))
 	}
 	bar.Stage("restore")
 	if f.attach {
@@ -180,8 +195,18 @@ func (a *app) restore(ctx context.Context, f *restoreFlags, arg, id string) (err
 	return nil
 }
 
+// ociBinary is the OCI runtime's program: the one that the caller names, else the one
+// of which a checkpoint says that it was made by it. That is only a name, and only
+// of one that we know: the author could name any program.
+func ociBinary(named, madeBy string) string {
+	if named == "" && madeBy == "crun" {
+		return "crun"
+	}
+	return named
+}
+
 // newRestored makes the container, whose image has its checkpoint.
-func (a *app) newRestored(ctx context.Context, c *client.Client, img client.Image, id string, f *restoreFlags) (client.Container, *specs.Spec, error) {
+func (a *app) newRestored(ctx context.Context, c *client.Client, img client.Image, id, oldNamespace string, f *restoreFlags) (client.Container, *specs.Spec, error) {
 	var spec *specs.Spec
 	opts := []client.NewContainerOpts{
 		client.WithImage(img),
@@ -190,10 +215,8 @@ func (a *app) newRestored(ctx context.Context, c *client.Client, img client.Imag
 		client.WithAdditionalContainerLabels(map[string]string{"stasis.run/restored-from": img.Name()}),
 		func(ctx context.Context, c *client.Client, container *containers.Container) error {
 			err := withEmbedded(ctx, c, container, func(root *os.Root) (err error) {
-				if spec, err = readSpec(root); err != nil {
-					return err
-				}
-				return amend(ctx, c, container, spec, root, f)
+				spec, err = a.embedded(ctx, c, container, root, oldNamespace, f)
+				return err
 			})
 			if err != nil {
 				return err
@@ -206,11 +229,7 @@ func (a *app) newRestored(ctx context.Context, c *client.Client, img client.Imag
 	}
 	container, err := c.NewContainer(ctx, id, opts...)
 	if err != nil {
-		snapshotter := f.snapshotter
-		if snapshotter == "" {
-			snapshotter, _ = c.GetLabel(ctx, "containerd.io/defaults/snapshotter")
-		}
-		rerr := c.SnapshotService(snapshotter).Remove(context.WithoutCancel(ctx), id)
+		rerr := c.SnapshotService(defaultSnapshotter(ctx, c, f.snapshotter)).Remove(context.WithoutCancel(ctx), id)
 		if rerr != nil && !errdefs.IsNotFound(rerr) && !errdefs.IsAlreadyExists(err) {
 			err = errors.Join(err, rerr)
 		}

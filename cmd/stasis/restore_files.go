@@ -18,18 +18,9 @@ import (
 )
 
 // Podman, CRI-O and the kubelet make some files for every container and bind them
-// into it. A checkpoint does not have them, and CRIU brings a container back only
-// with a mount in each of their places.
+// into it (allow.EngineFile). A checkpoint does not have them, and CRIU brings a
+// container back only with a mount in each of their places.
 const devShmMount = "/dev/shm" // a folder, of Podman's
-
-// engineFile tells whether what is mounted there is one of those.
-func engineFile(destination string) bool {
-	switch destination {
-	case devShmMount, "/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/run/.containerenv", "/dev/termination-log":
-		return true
-	}
-	return false
-}
 
 // filesFolder makes a folder that goes with a container which is about to be made:
 // a snapshot of its own, without a parent. The container's label keeps it, so

@@ -2,12 +2,9 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/containerd/containerd/v2/client"
@@ -19,7 +16,9 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/policy/allow"
 	"github.com/stasis-run/stasis/checkpoint/rootfs"
+	"github.com/stasis-run/stasis/checkpoint/sign"
 )
 
 // maxSpec bounds spec.json, as containerd's messages bound a spec, in bytes.
@@ -62,10 +61,11 @@ func withEmbedded(ctx context.Context, c *client.Client, container *containers.C
 const (
 	embeddedSpec   = ".stasis/spec.json"
 	embeddedDevShm = ".stasis/devshm-checkpoint.tar"
+	embeddedImages = ".stasis/checkpoint"
 )
 
 // readSpec reads the spec of the container that was checkpointed.
-func readSpec(root *os.Root) (*specs.Spec, error) {
+func readSpec(root *os.Root) ([]byte, error) {
 	info, err := root.Lstat(embeddedSpec)
 	if err != nil {
 		return nil, err
@@ -80,32 +80,87 @@ func readSpec(root *os.Root) (*specs.Spec, error) {
 	if err := capture.CheckJSON(data); err != nil {
 		return nil, fmt.Errorf("/.stasis/spec.json: %w", err)
 	}
-	spec := &specs.Spec{}
-	if err := json.Unmarshal(data, spec); err != nil {
-		return nil, fmt.Errorf("/.stasis/spec.json: %v: %w", err, errdefs.ErrInvalidArgument)
-	}
-	if spec.Process == nil || spec.Linux == nil || spec.Root == nil {
-		return nil, fmt.Errorf("/.stasis/spec.json describes no Linux container: %w", errdefs.ErrInvalidArgument)
-	}
-	return spec, nil
+	return data, nil
 }
 
-// amend makes of the spec of the container that was checkpointed that of the one
-// that is restored, perhaps on another host and from another engine's. root is that
-// of withEmbedded.
-func amend(ctx context.Context, c *client.Client, container *containers.Container, spec *specs.Spec, root *os.Root, f *restoreFlags) error {
-	spec.Root.Path = "rootfs"
-	namespace, err := namespaces.NamespaceRequired(ctx)
+// ownCheckpoint tells whether this node's key has signed a checkpoint with that
+// spec. images is the folder with CRIU's images and stasis.json; a signature that is
+// not valid is an error.
+func ownCheckpoint(images *os.Root, spec []byte) (bool, error) {
+	trust, err := sign.DefaultDir().Trust()
+	if err != nil {
+		return false, err
+	}
+	// Of the folder itself, whatever its path leads to by now.
+	dir, err := images.Open(".")
+	if err != nil {
+		return false, err
+	}
+	defer dir.Close()
+	own, err := checkpoint.OwnSpec(fmt.Sprintf("/proc/self/fd/%d", dir.Fd()), spec, trust)
+	if err != nil {
+		return false, fmt.Errorf("look who has signed it: %w", err)
+	}
+	return own, nil
+}
+
+// checkSpec tells whether a checkpoint may have what its spec asks for, before
+// anything is made of it.
+func (f *restoreFlags) checkSpec(ctx context.Context, got *capture.Capture) error {
+	images, err := os.OpenRoot(got.Images)
 	if err != nil {
 		return err
 	}
-	spec.Linux.CgroupsPath = cgroupsPath(spec.Linux.CgroupsPath, namespace, container.ID, exists("/run/systemd/system")) // sd_booted(3)
-	// It is in no pod any more: by these the shim would look for its sandbox.
-	for key := range spec.Annotations {
-		if strings.HasPrefix(key, "io.kubernetes.") || strings.HasPrefix(key, "io.containerd.runc.v2.group") || strings.HasPrefix(key, "cdi.k8s.io") {
-			delete(spec.Annotations, key)
-		}
+	defer images.Close()
+	own, err := ownCheckpoint(images, got.Spec)
+	if err != nil {
+		return err
 	}
+	_, _, err = f.newSpec(ctx, "", got.Info.Namespace, got.Spec, own)
+	return err
+}
+
+// newSpec makes the spec of the container that is restored out of that of the one
+// that was checkpointed, perhaps on another host and from another engine's.
+func (f *restoreFlags) newSpec(ctx context.Context, id, oldNamespace string, data []byte, own bool) (*specs.Spec, []allow.Ask, error) {
+	namespace, err := namespaces.NamespaceRequired(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	asked, unknown, err := allow.Parse(data)
+	if err != nil {
+		return nil, nil, err
+	}
+	grants := f.grants
+	grants.Seccomp, grants.Network = f.seccomp.value, f.network
+	return allow.New(asked, unknown, allow.Options{
+		Grants: grants, Own: own, ID: id, Namespace: namespace, OldNamespace: oldNamespace,
+		Systemd: exists("/run/systemd/system"), // sd_booted(3)
+		Host:    allow.ThisHost(),
+	})
+}
+
+// embedded makes the spec of a container whose new snapshot has /.stasis; root is
+// that of withEmbedded.
+func (a *app) embedded(ctx context.Context, c *client.Client, container *containers.Container, root *os.Root, oldNamespace string, f *restoreFlags) (*specs.Spec, error) {
+	data, err := readSpec(root)
+	if err != nil {
+		return nil, err
+	}
+	images, err := root.OpenRoot(embeddedImages)
+	if err != nil {
+		return nil, err
+	}
+	defer images.Close()
+	own, err := ownCheckpoint(images, data)
+	if err != nil {
+		return nil, err
+	}
+	spec, asks, err := f.newSpec(ctx, container.ID, oldNamespace, data, own)
+	if err != nil {
+		return nil, err
+	}
+	a.tellAsks(asks, f.grants.Privileged)
 	if f.tcpClose {
 		if spec.Annotations == nil {
 			spec.Annotations = map[string]string{}
@@ -113,57 +168,38 @@ func amend(ctx context.Context, c *client.Client, container *containers.Containe
 		spec.Annotations[checkpoint.AnnotationTCP] = "close"
 	}
 	if err := amendNetwork(ctx, c, spec, container.ID, f.network); err != nil {
-		return err
+		return nil, err
 	}
-	for i, ns := range spec.Linux.Namespaces {
-		switch {
-		case ns.Path == "" || ns.Type == specs.NetworkNamespace || !ofProcess(ns.Path) && exists(ns.Path):
-		case ns.Type == specs.PIDNamespace:
-			// CRIU would have to know it from outside, like a network's.
-			return fmt.Errorf("the container shared the process IDs of its pod (namespace %s), which cannot be had outside of that: %w", ns.Path, errdefs.ErrFailedPrecondition)
-		default:
-			spec.Linux.Namespaces[i].Path = "" // that of a sandbox which is gone
-		}
-	}
-	return amendMounts(ctx, c, container, spec, root)
+	return spec, amendMounts(ctx, c, container, spec, root)
 }
 
-// cgroupsPath is where a container goes whose old one was at a path: below the
-// same parent, unless that was of another engine. A path of systemd's form
-// (slice:prefix:name) stays one where systemd is there to make it.
-func cgroupsPath(old, namespace, id string, systemd bool) string {
-	if parts := strings.Split(old, ":"); systemd && len(parts) == 3 {
-		if slice, prefix := parts[0], parts[1]; !strings.Contains(slice, "kubepods") && !slices.Contains([]string{"cri-containerd", "crio", "libpod"}, prefix) {
-			return slice + ":" + prefix + ":" + id
+// tellAsks says what a checkpoint gets by --privileged, and what it does not get
+// and may miss. Annotations are left out of every container of another engine's.
+func (a *app) tellAsks(asks []allow.Ask, privileged bool) {
+	var granted, left []string
+	for _, ask := range asks {
+		line := fmt.Sprintf("\n  %s: %s", ask.Field, ask.What)
+		switch {
+		case ask.Verdict == allow.Granted && privileged:
+			granted = append(granted, line)
+		case ask.Verdict == allow.LeftOut && ask.Field != "annotations":
+			left = append(left, line)
 		}
-		return "system.slice:stasis-" + namespace + ":" + id
 	}
-	if old == "" || strings.Contains(old, ":") || strings.Contains(old, "/kubepods") || strings.Contains(old, "/libpod") {
-		return filepath.Join("/", namespace, id)
+	if len(granted) > 0 {
+		fmt.Fprintf(a.err, "stasis: WARNING: --privileged grants all that the spec in the checkpoint asks for:%s\n", strings.Join(granted, ""))
 	}
-	return filepath.Join(filepath.Dir(old), id)
+	if len(left) > 0 {
+		fmt.Fprintf(a.err, "stasis: left out of the container's spec:%s\n", strings.Join(left, ""))
+	}
 }
 
 // bySystemd tells whether the runtime is to have systemd make the control group.
 func bySystemd(spec *specs.Spec) bool { return strings.Contains(spec.Linux.CgroupsPath, ":") }
 
-// ofProcess tells whether a namespace is named by the number of a process in it,
-// which is somebody else's by now, or will be.
-func ofProcess(path string) bool {
-	rest, ok := strings.CutPrefix(filepath.Clean(path), "/proc/")
-	pid, _, _ := strings.Cut(rest, "/")
-	_, err := strconv.Atoi(pid)
-	return ok && err == nil && pid != "1"
-}
-
 func exists(path string) bool {
 	_, err := os.Stat(path)
 	return err == nil
-}
-
-// isBind tells whether a mount has a source on the host.
-func isBind(m specs.Mount) bool {
-	return m.Type == "bind" || slices.Contains(m.Options, "bind") || slices.Contains(m.Options, "rbind")
 }
 
 // amendMounts gives the container files of its own for those that its engine made
@@ -172,11 +208,11 @@ func amendMounts(ctx context.Context, c *client.Client, container *containers.Co
 	var made, missing []int
 	for i, m := range spec.Mounts {
 		switch {
-		case !isBind(m):
-		case m.Destination == devShmMount && hasDevShm(root):
+		case !allow.IsBind(m):
+		case m.Source == "", m.Destination == devShmMount && hasDevShm(root):
 			made = append(made, i) // else it would share that of another container
 		case exists(m.Source):
-		case engineFile(m.Destination):
+		case allow.EngineFile(filepath.Clean(m.Destination)):
 			made = append(made, i)
 		default:
 			missing = append(missing, i)
@@ -198,7 +234,7 @@ func amendMounts(ctx context.Context, c *client.Client, container *containers.Co
 	}
 	for _, i := range made {
 		m := &spec.Mounts[i]
-		if m.Source, err = makeFile(ctx, dir, m.Destination, spec.Hostname, root); err != nil {
+		if m.Source, err = makeFile(ctx, dir, filepath.Clean(m.Destination), spec.Hostname, root); err != nil {
 			return fmt.Errorf("make %s for the container: %w", m.Destination, err)
 		}
 	}
@@ -227,7 +263,7 @@ func amendNetwork(ctx context.Context, c *client.Client, spec *specs.Spec, id, n
 		if path == "" {
 			return nil
 		}
-		if ofProcess(path) || !exists(path) {
+		if allow.OfProcess(path) || !exists(path) {
 			return fmt.Errorf("the container was in network namespace %s, which is gone: say which it gets with --network: %w", path, errdefs.ErrFailedPrecondition)
 		}
 	case network == "none":

@@ -2,45 +2,17 @@ package main
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/spf13/cobra"
+
+	"github.com/stasis-run/stasis/checkpoint/policy/allow"
 )
-
-func TestCgroupsPath(t *testing.T) {
-	for old, want := range map[string][2]string{ // without systemd, and with it
-		"":                              {"/ns/new", "/ns/new"},
-		"/ns/old":                       {"/ns/new", "/ns/new"},
-		"/apps/db/old":                  {"/apps/db/new", "/apps/db/new"},
-		"/kubepods/besteffort/pod1/old": {"/ns/new", "/ns/new"},
-		"/libpod_parent/libpod-old":     {"/ns/new", "/ns/new"},
-		"db.slice:ctr:old":              {"/ns/new", "db.slice:ctr:new"},
-		"machine.slice:libpod:old":      {"/ns/new", "system.slice:stasis-ns:new"},
-		"system.slice:cri-containerd:a": {"/ns/new", "system.slice:stasis-ns:new"},
-		"kubepods-pod1.slice:x:a":       {"/ns/new", "system.slice:stasis-ns:new"},
-	} {
-		for i, systemd := range []bool{false, true} {
-			if got := cgroupsPath(old, "ns", "new", systemd); got != want[i] {
-				t.Errorf("%q, systemd %v: %q, want %q", old, systemd, got, want[i])
-			}
-		}
-	}
-}
-
-func TestOfProcess(t *testing.T) {
-	for path, want := range map[string]bool{
-		"/proc/123/ns/net":      true,
-		"/run/../proc/7/ns/ipc": true,
-		"/proc/1/ns/net":        false,
-		"/proc/self/ns/net":     false,
-		"/run/netns/123":        false,
-		"/proc":                 false,
-	} {
-		if got := ofProcess(path); got != want {
-			t.Errorf("%q: %v", path, got)
-		}
-	}
-}
 
 // Files are as engines make them, whatever the umask.
 func TestMakeFile(t *testing.T) {
@@ -59,7 +31,7 @@ func TestMakeFile(t *testing.T) {
 		"/dev/termination-log": {0o666, ""},
 		"/dev/shm":             {0o777 | os.ModeSticky | os.ModeDir, ""},
 	} {
-		if !engineFile(destination) {
+		if !allow.EngineFile(destination) {
 			t.Errorf("%s is not made", destination)
 		}
 		path, err := makeFile(t.Context(), dir, destination, "db", root)
@@ -80,8 +52,84 @@ func TestMakeFile(t *testing.T) {
 			t.Errorf("%s: %q, %v", destination, text, err)
 		}
 	}
-	if engineFile("/data") {
+	if allow.EngineFile("/data") {
 		t.Error("a volume is made")
+	}
+}
+
+// greedy asks for something of each kind that a flag grants.
+const greedy = `{
+"process": {"cwd": "/", "capabilities": {"bounding": ["CAP_SYS_ADMIN"]}, "oomScoreAdj": -1, "apparmorProfile": "mine",
+	"rlimits": [{"type": "RLIMIT_RTPRIO", "hard": 18446744073709551615, "soft": 0}]},
+"root": {"path": "x"},
+"mounts": [{"destination": "/m", "type": "bind", "source": "/it's here, 'now'"}, {"destination": "/o", "type": "overlay"}],
+"hooks": {"poststart": [{"path": "/bin/evil"}]},
+"linux": {"cgroupsPath": "/apps/db/c", "namespaces": [{"type": "mount"}, {"type": "network", "path": "/run"}, {"type": "time", "path": "/run"}],
+	"sysctl": {"kernel.core_pattern": "x"}, "devices": [{"path": "/dev/x", "type": "b", "major": 8, "minor": 0}],
+	"resources": {"devices": [{"allow": true, "access": "rwm"}]}}}`
+
+// TestGrantFlags gives the flags that a refusal names, as a shell would.
+func TestGrantFlags(t *testing.T) {
+	ctx := namespaces.WithNamespace(t.Context(), "ns")
+	parse := func(args ...string) *restoreFlags {
+		f := &restoreFlags{}
+		cmd := &cobra.Command{}
+		cmd.Flags().StringVar(&f.network, "network", "", "")
+		grantFlags(cmd, f)
+		must0(t, cmd.ParseFlags(args))
+		return f
+	}
+	_, _, err := parse().newSpec(ctx, "c", "", []byte(greedy), false)
+	if !errdefs.IsPermissionDenied(err) {
+		t.Fatal(err)
+	}
+	_, flags, _ := strings.Cut(err.Error(), "add: ")
+	words, err := exec.Command("sh", "-c", `printf '%s\n' `+flags).Output()
+	must0(t, err)
+	args := strings.Split(strings.TrimSpace(string(words)), "\n")
+	for _, f := range []*restoreFlags{parse(args...), parse("--privileged")} {
+		spec, asks, err := f.newSpec(ctx, "c", "", []byte(greedy), false)
+		if err != nil || spec.Hooks != nil || len(spec.Mounts) != 2 || spec.Linux.CgroupsPath != "/apps/db/c" {
+			t.Errorf("%q: %v", args, err)
+		}
+		var errs strings.Builder
+		(&app{err: &errs}).tellAsks(asks, f.grants.Privileged)
+		if warned := strings.Contains(errs.String(), "WARNING") && strings.Contains(errs.String(), "CAP_SYS_ADMIN"); warned != f.grants.Privileged {
+			t.Errorf("it says %s", errs.String())
+		}
+		if !strings.Contains(errs.String(), "/bin/evil") {
+			t.Errorf("no word of the hook in %s", errs.String())
+		}
+	}
+	for _, arg := range args {
+		if !strings.HasPrefix(arg, "--") {
+			continue
+		}
+		if code, _, errs := stasis(t, "restore", arg+"=x", "--help"); arg != "--allow-new-privs" && arg != "--allow-seccomp" && code != 0 {
+			t.Errorf("restore has no %s: %s", arg, errs)
+		}
+	}
+	if spec, _, err := parse().newSpec(ctx, "c", "", []byte(greedy), true); err != nil || spec.Hooks != nil {
+		t.Errorf("its own: %v", err)
+	}
+}
+
+func TestOCIBinary(t *testing.T) {
+	for _, tc := range [][3]string{{"", "crun", "crun"}, {"", "runc", ""}, {"", "/tmp/crun", ""}, {"", "../crun", ""}, {"/opt/runc", "crun", "/opt/runc"}} {
+		if got := ociBinary(tc[0], tc[1]); got != tc[2] {
+			t.Errorf("%q, made by %q: %q, want %q", tc[0], tc[1], got, tc[2])
+		}
+	}
+}
+
+func TestCompleteGrants(t *testing.T) {
+	for flag, want := range map[string]string{
+		"allow-capability": "CAP_SYS_ADMIN", "allow-host": "pid", "allow-seccomp": "unconfined", "allow-priority": "oom", "allow-ulimit": "nofile",
+		"allow-unmask": "/proc/kcore", "allow-sysctl": "all", "allow-label": "all", "network": "host",
+	} {
+		if _, out, _ := stasis(t, "__complete", "restore", "--"+flag, ""); !strings.Contains(out, want+"\n") {
+			t.Errorf("--%s proposes %q", flag, out)
+		}
 	}
 }
 

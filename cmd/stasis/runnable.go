@@ -25,15 +25,15 @@ import (
 
 // runnable returns the runnable image of a checkpoint that is in any form: an
 // image, which is pulled if need be, or an archive in a file. One of another form
-// is made runnable first, under a name of its own.
-func (a *app) runnable(ctx context.Context, c *client.Client, arg string, plain bool, bar *progress) (images.Image, error) {
+// is made runnable first, under a name of its own, if check has no objection.
+func (a *app) runnable(ctx context.Context, c *client.Client, arg string, plain bool, bar *progress, check func(context.Context, *capture.Capture) error) (images.Image, error) {
 	info, err := os.Stat(arg)
 	switch {
 	case err == nil && info.IsDir():
 		return images.Image{}, fmt.Errorf("it is a folder, which lacks what a container needs besides its processes; `ctr run --runtime %s` with a criu_image_path restores one: %w",
 			runtimeName, errdefs.ErrInvalidArgument)
 	case err == nil:
-		return a.runnableArchive(ctx, c, arg, plain, bar)
+		return a.runnableArchive(ctx, c, arg, plain, bar, check)
 	case !errors.Is(err, fs.ErrNotExist) || strings.HasPrefix(arg, "/") || strings.HasPrefix(arg, "."):
 		return images.Image{}, err
 	}
@@ -51,7 +51,7 @@ func (a *app) runnable(ctx context.Context, c *client.Client, arg string, plain 
 	case image.None:
 		return images.Image{}, fmt.Errorf("it is an image, but no checkpoint of a container's processes; of `ctr containers checkpoint`, it needs --task: %w", errdefs.ErrInvalidArgument)
 	}
-	return a.madeRunnable(ctx, c, plain, bar, func(dir string) (*capture.Capture, string, error) {
+	return a.madeRunnable(ctx, c, plain, bar, check, func(dir string) (*capture.Capture, string, error) {
 		got, err := image.ReadLimited(ctx, c.ContentStore(), record.Target, dir, int64(a.maxSize))
 		if err != nil {
 			return nil, "", err
@@ -60,13 +60,13 @@ func (a *app) runnable(ctx context.Context, c *client.Client, arg string, plain 
 	})
 }
 
-func (a *app) runnableArchive(ctx context.Context, c *client.Client, path string, plain bool, bar *progress) (images.Image, error) {
+func (a *app) runnableArchive(ctx context.Context, c *client.Client, path string, plain bool, bar *progress, check func(context.Context, *capture.Capture) error) (images.Image, error) {
 	f, err := a.openInput(ctx, path)
 	if err != nil {
 		return images.Image{}, err
 	}
 	defer f.Close()
-	return a.madeRunnable(ctx, c, plain, bar, func(dir string) (*capture.Capture, string, error) {
+	return a.madeRunnable(ctx, c, plain, bar, check, func(dir string) (*capture.Capture, string, error) {
 		got, err := archive.Read(ctx, f, dir, archive.Limits{Total: int64(a.maxSize)})
 		if err != nil {
 			return nil, "", err
@@ -77,7 +77,8 @@ func (a *app) runnableArchive(ctx context.Context, c *client.Client, path string
 
 // madeRunnable makes a runnable image of what read puts into a folder; it returns
 // the image's name, too.
-func (a *app) madeRunnable(ctx context.Context, c *client.Client, plain bool, bar *progress, read func(dir string) (*capture.Capture, string, error)) (_ images.Image, err error) {
+func (a *app) madeRunnable(ctx context.Context, c *client.Client, plain bool, bar *progress, check func(context.Context, *capture.Capture) error,
+	read func(dir string) (*capture.Capture, string, error)) (_ images.Image, err error) {
 	work, err := a.newWork()
 	if err != nil {
 		return images.Image{}, err
@@ -86,6 +87,9 @@ func (a *app) madeRunnable(ctx context.Context, c *client.Client, plain bool, ba
 	bar.Stage("read")
 	got, name, err := read(filepath.Join(work.dir, "capture"))
 	if err != nil {
+		return images.Image{}, err
+	}
+	if err := check(ctx, got); err != nil {
 		return images.Image{}, err
 	}
 	record, err := a.makeRunnable(ctx, c, name, got, plain, bar)

@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 )
@@ -39,6 +40,9 @@ func (s *Stack) StasisCommand(args ...string) *exec.Cmd {
 	shim, err := Shim()
 	if err != nil {
 		s.tb.Fatalf("%v", err)
+	}
+	if len(args) > 0 && args[0] == "restore" && !s.opts.NoGrants {
+		args = append(slices.Clone(args), "--allow-seccomp", "unconfined", "--cgroup-parent", s.cgroupParent())
 	}
 	cmd := s.Command(s.ctx, filepath.Join(filepath.Dir(shim), "stasis"),
 		append([]string{"--address", s.Address(), "--namespace", s.Namespace, "--state", s.path("stasis")}, args...)...)

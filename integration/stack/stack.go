@@ -53,6 +53,10 @@ type Options struct {
 	Machine bool
 	// ExtraConfig is added to containerd's configuration file.
 	ExtraConfig string
+	// NoGrants has Stasis give `stasis restore` no flags but a test's own. Else it
+	// adds those that what NewContainer makes needs where nobody has signed its
+	// checkpoint: no seccomp profile, and a cgroup that Stop looks after.
+	NoGrants bool
 	// Env is added to the environment of containerd, which shims and
 	// runtimes inherit.
 	Env []string
