@@ -79,7 +79,7 @@ func (c *checker) checkPaths(rootfs string) error {
 		}
 		bad := to.bad
 		if bad == "" && to.fs != 0 {
-			bad = c.mayOpenKernels(to, 4, func() []uint32 { return nil })
+			bad = c.mayOpenKernels(to, 4, nil)
 		}
 		if bad != "" {
 			c.refuse("open file %d: watches %s, which %s", w.file, quote(w.path), bad)
@@ -193,13 +193,7 @@ func (c *checker) checkRegularPath(v *view, reg *regfile.RegFileEntry, p *paths)
 		for _, use := range uses[reg.GetId()] {
 			access |= use.access
 		}
-		bad = c.mayOpenKernels(to, access, func() (pids []uint32) {
-			for _, use := range uses[reg.GetId()] {
-				pids = append(pids, use.pid)
-			}
-			slices.Sort(pids)
-			return slices.Compact(pids)
-		})
+		bad = c.mayOpenKernels(to, access, c.processes)
 	}
 	if bad == "" {
 		return nil

@@ -18,13 +18,13 @@ type use struct {
 	access uint32 // what it is opened for besides the entry's own flags, as bits of a mode
 }
 
-// uses returns who has what, by the numbers of entries of files.img. Few checks
-// need it, and it reads some images again.
+// uses returns who has what, by the numbers of entries of files.img, and notes the
+// numbers of all processes. Few checks need it, and it reads some images again.
 func (c *checker) uses() (map[uint32][]use, error) {
 	if c.used != nil {
 		return c.used, nil
 	}
-	c.used = map[uint32][]use{}
+	c.used, c.processes = map[uint32][]use{}, map[uint32]bool{}
 	tables := map[uint32][]uint32{} // of descriptors, and who has each
 	err := c.each("pstree.img", "PSTREE", func(msg []byte) error {
 		var p pstree.PstreeEntry
@@ -32,6 +32,10 @@ func (c *checker) uses() (map[uint32][]use, error) {
 			return err
 		}
 		pid := p.GetPid()
+		c.processes[pid] = true
+		for _, tid := range p.GetThreads() {
+			c.processes[tid] = true
+		}
 		var ids core.TaskKobjIdsEntry
 		if _, err := c.one(fmt.Sprintf("ids-%d.img", pid), "IDS", &ids); err != nil {
 			return err
