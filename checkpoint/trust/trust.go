@@ -75,7 +75,7 @@ type checker struct {
 
 	portStart  int                          // see unprivilegedPorts; -1 if it was not read
 	processes  map[uint32]bool              // see uses
-	used       map[uint32][]use             // see uses
+	used       map[uint32]use               // see uses
 	tmpfsLinks map[string]map[string]string // of each archive of tmpfs files, by its number: where its links lead
 	tmpfsWays  map[string][]*mountTree      // the namespaces that have a mount of it
 }
