@@ -9,13 +9,13 @@ import (
 // Limits on what one check decodes, over all images of a checkpoint. They are far
 // beyond what containers have: a million descriptors are some six million messages.
 const (
-	maxEntries = 16 << 20
+	maxEntries = 8 << 20
 	maxDecoded = 1 << 30 // bytes
 	// maxRuns is of pages, which are decoded one at a time and not kept. One that
 	// alternates in 256 GiB of memory has as many.
 	maxRuns = 32 << 20
 	// maxLookups are components of paths that are looked up.
-	maxLookups = 16 << 20
+	maxLookups = 8 << 20
 )
 
 // A budget bounds the work of a check, whatever the images hold. Every loop over

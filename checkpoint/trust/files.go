@@ -23,7 +23,17 @@ import (
 // container's mount namespace and device cgroup.
 func (c *checker) checkFiles() error {
 	regular := map[uint32]string{}
-	err := c.each("files.img", "FILES", func(msg []byte) error {
+	c.unnamed = map[uint32]bool{}
+	err := c.each("remap-fpath.img", "REMAP_FPATH", func(msg []byte) error {
+		var e remap.RemapFilePathEntry
+		err := c.decode(msg, &e)
+		c.unnamed[e.GetOrigId()] = e.RemapType != nil && e.GetRemapType() == remap.RemapType_GHOST
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	err = c.each("files.img", "FILES", func(msg []byte) error {
 		var e fdinfo.FileEntry
 		if err := c.decode(msg, &e); err != nil {
 			return err
@@ -136,7 +146,11 @@ func (c *checker) checkRegular(who string, reg *regfile.RegFileEntry) {
 		c.refuse("%s: %s", who, bad)
 		return
 	}
-	if bad := badFlags(reg.GetFlags()); bad != "" {
+	flags := reg.GetFlags()
+	if c.unnamed[reg.GetId()] {
+		flags &^= tempFlag
+	}
+	if bad := badFlags(flags); bad != "" {
 		c.refuse("%s: %s %s", who, quote(name), bad)
 	}
 	if reg.GetExt() {

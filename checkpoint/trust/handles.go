@@ -17,6 +17,19 @@ import (
 // opens it as root, on any mount of that file system: on a volume's it finds each
 // file of the host's disk, and the container would see what happens to it.
 func (c *checker) checkHandles(rootfs string) error {
+	sources := map[uint32][]string{} // folders of this host, by the number of their file system
+	for _, list := range c.mounts {
+		for _, m := range list {
+			switch w, listed := c.wanted[m.at]; {
+			case m.at == "/":
+				if m.GetFstype() != uint32(mnt.Fstype_OVERLAYFS) {
+					sources[m.GetRootDev()] = append(sources[m.GetRootDev()], rootfs)
+				}
+			case listed && isBind(w.Mount):
+				sources[m.GetRootDev()] = append(sources[m.GetRootDev()], w.Source)
+			}
+		}
+	}
 	return c.each("files.img", "FILES", func(msg []byte) error {
 		var e fdinfo.FileEntry
 		if err := c.decode(msg, &e); err != nil {
@@ -24,39 +37,31 @@ func (c *checker) checkHandles(rootfs string) error {
 		}
 		for _, wd := range e.GetIfy().GetWd() {
 			if wd.GetFHandle().Path == nil {
-				c.checkHandle(e.GetId(), wd, rootfs)
+				if err := c.checkHandle(e.GetId(), wd, sources[wd.GetSDev()]); err != nil {
+					return err
+				}
 			}
 		}
 		return nil
 	})
 }
 
-func (c *checker) checkHandle(id uint32, wd *fsnotify.InotifyWdEntry, rootfs string) {
-	var sources []string
-	for _, list := range c.mounts {
-		for _, m := range list {
-			switch w, listed := c.wanted[m.at]; {
-			case m.GetRootDev() != wd.GetSDev():
-			case m.at == "/":
-				if m.GetFstype() != uint32(mnt.Fstype_OVERLAYFS) {
-					sources = append(sources, rootfs)
-				}
-			case listed && isBind(w.Mount):
-				sources = append(sources, w.Source)
-			}
-		}
-	}
+func (c *checker) checkHandle(id uint32, wd *fsnotify.InotifyWdEntry, sources []string) error {
 	if len(sources) == 0 {
-		return // a file system of the container's own, or one that CRIU will not find
+		return nil // a file system of the container's own, or one that CRIU will not find
 	}
 	for _, source := range sources {
+		if err := c.budget.step(); err != nil {
+			return err
+		}
 		found, err := openHandle(source, wd.GetFHandle())
 		real, err2 := filepath.EvalSymlinks(source)
 		if err == nil && err2 == nil && isBelow(found, real) {
-			return
+			return nil
 		}
 	}
 	c.refuse("open file %d: watches a file by a handle (inode %d) that is in none of the spec's mounts", id, wd.GetIIno())
+	return nil
 }
 
 // openHandle returns the path of the file with that handle on the file system of a

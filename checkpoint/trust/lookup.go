@@ -55,6 +55,9 @@ type place struct {
 	linked bool   // there were links on the way
 }
 
+// maxCached bounds the memory for what was looked up.
+const maxCached = 100_000
+
 // maxLinks is the kernel's MAXSYMLINKS.
 const maxLinks = 40
 
@@ -128,7 +131,9 @@ func (v *view) lookup(at string) node {
 	if n.bad == "" && n.link != "" && at == m.at {
 		n.bad = "is a mount on a link"
 	}
-	v.cache[at] = n
+	if len(v.cache) < maxCached {
+		v.cache[at] = n
+	}
 	return n
 }
 

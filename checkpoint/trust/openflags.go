@@ -12,6 +12,10 @@ import (
 const openFlags = unix.O_ACCMODE | unix.O_APPEND | unix.O_NONBLOCK | unix.O_SYNC | unix.O_ASYNC | unix.O_DIRECT | largeFile |
 	unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_NOATIME | unix.O_PATH | unix.O_CLOEXEC
 
+// tempFlag is what the kernel keeps of O_TMPFILE, for as long as the file is open.
+// CRIU brings such a file back as a deleted one, without the flag.
+const tempFlag = unix.O_TMPFILE &^ unix.O_DIRECTORY
+
 // badFlags returns what is wrong with the flags that CRIU opens a file with, or "".
 func badFlags(flags uint32) string {
 	if flags&(unix.O_CREAT|unix.O_TRUNC|unix.O_EXCL) != 0 || flags&unix.O_TMPFILE == unix.O_TMPFILE {

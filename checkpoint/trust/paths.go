@@ -7,23 +7,35 @@ import (
 	"strings"
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
-	"github.com/checkpoint-restore/go-criu/v8/crit/images/regfile"
 	remap "github.com/checkpoint-restore/go-criu/v8/crit/images/remap-file-path"
-	skunix "github.com/checkpoint-restore/go-criu/v8/crit/images/sk-unix"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
 // paths are what a restore opens, binds, makes and deletes by name.
 type paths struct {
-	regular  []*regfile.RegFileEntry
-	sockets  []*skunix.UnixSkEntry
+	regular  []regular
+	sockets  []socket
 	watches  []watch
 	fifos    map[uint32]bool   // the entries of regular that are opened as such
 	others   map[uint32]uint32 // further accesses to them, as bits of a mode
 	makes    map[uint32]bool   // those whose name CRIU makes, and deletes again
 	procfs   map[uint32]bool   // those of processes that had ended
 	existing map[uint32]bool   // those that are links to files that CRIU gave a name
+}
+
+// regular and socket are what matters of their messages, of which there can be many.
+type regular struct {
+	id, flags uint32
+	mount     int32
+	name      string
+}
+
+type socket struct {
+	id    uint32
+	mount int32
+	peer  bool // the name is another's
+	name  string
 }
 
 type watch struct {
@@ -63,12 +75,12 @@ func (c *checker) checkPaths(rootfs string) error {
 		return first
 	}
 	for _, reg := range p.regular {
-		if err := c.checkRegularPath(of(reg.GetMntId()), reg, p); err != nil {
+		if err := c.checkRegularPath(of(reg.mount), reg, p); err != nil {
 			return err
 		}
 	}
 	for _, sk := range p.sockets {
-		if err := c.checkSocketPath(of(sk.GetMntId()), sk); err != nil {
+		if err := c.checkSocketPath(of(sk.mount), sk); err != nil {
 			return err
 		}
 	}
@@ -79,7 +91,7 @@ func (c *checker) checkPaths(rootfs string) error {
 		}
 		bad := to.bad
 		if bad == "" && to.fs != 0 {
-			bad = c.mayOpenKernels(to, 4, func() []uint32 { return nil })
+			bad = c.mayOpenKernels(to, 4, nil)
 		}
 		if bad != "" {
 			c.refuse("open file %d: watches %s, which %s", w.file, quote(w.path), bad)
@@ -114,10 +126,14 @@ func (c *checker) readPaths() (*paths, error) {
 			return err
 		}
 		if reg := e.GetReg(); reg != nil {
-			p.regular = append(p.regular, reg)
+			p.regular = append(p.regular, regular{reg.GetId(), reg.GetFlags(), reg.GetMntId(), reg.GetName()})
 		}
-		if sk := e.GetUsk(); sk != nil {
-			p.sockets = append(p.sockets, sk)
+		if sk := e.GetUsk(); sk != nil && len(sk.GetName()) > 0 && sk.GetName()[0] != 0 {
+			name := strings.TrimRight(string(sk.GetName()), "\x00")
+			if !strings.HasPrefix(name, "/") {
+				name = sk.GetNameDir() + "/" + name
+			}
+			p.sockets = append(p.sockets, socket{sk.GetId(), sk.GetMntId(), sk.GetUflags()&unixExternal != 0, name})
 		}
 		if e.Fifo != nil {
 			p.fifos[e.GetFifo().GetRegfId()] = true
@@ -165,14 +181,14 @@ func (c *checker) checkMountPaths(v *view) error {
 	return nil
 }
 
-func (c *checker) checkRegularPath(v *view, reg *regfile.RegFileEntry, p *paths) error {
-	makes := p.makes[reg.GetId()]
-	to, err := v.follow(reg.GetName(), !makes && reg.GetFlags()&unix.O_NOFOLLOW == 0)
+func (c *checker) checkRegularPath(v *view, reg regular, p *paths) error {
+	makes := p.makes[reg.id]
+	to, err := v.follow(reg.name, !makes && reg.flags&unix.O_NOFOLLOW == 0)
 	if err != nil {
 		return err
 	}
 	bad := to.bad
-	fifo := p.fifos[reg.GetId()] && to.mode != 0 && to.mode&unix.S_IFMT != unix.S_IFIFO
+	fifo := p.fifos[reg.id] && to.mode != 0 && to.mode&unix.S_IFMT != unix.S_IFIFO
 	switch {
 	case bad != "":
 	case makes && (to.linked || to.link != ""):
@@ -182,44 +198,26 @@ func (c *checker) checkRegularPath(v *view, reg *regfile.RegFileEntry, p *paths)
 		bad = "was deleted, and is in a file system of the kernel's"
 	case fifo:
 		bad = "is opened as a FIFO, and is none"
-	case to.fs != 0 && p.procfs[reg.GetId()] && to.mode&4 != 0 && opens(reg.GetFlags()) == 4:
+	case to.fs != 0 && p.procfs[reg.id] && to.mode&4 != 0 && opens(reg.flags) == 4:
 		// Of a process that has ended; CRIU makes one of that number for it.
 	case to.fs != 0:
 		uses, err := c.uses()
 		if err != nil {
 			return err
 		}
-		access := opens(reg.GetFlags()) | p.others[reg.GetId()]
-		for _, use := range uses[reg.GetId()] {
-			access |= use.access
-		}
-		bad = c.mayOpenKernels(to, access, func() (pids []uint32) {
-			for _, use := range uses[reg.GetId()] {
-				pids = append(pids, use.pid)
-			}
-			slices.Sort(pids)
-			return slices.Compact(pids)
-		})
+		access := opens(reg.flags) | p.others[reg.id] | uses[reg.id].access
+		bad = c.mayOpenKernels(to, access, c.processes)
 	}
 	if bad == "" {
 		return nil
 	}
-	who, err := c.whose(reg.GetId())
-	c.refuse("%sopen file %d: %s %s", who, reg.GetId(), quote(reg.GetName()), bad)
+	who, err := c.whose(reg.id)
+	c.refuse("%sopen file %d: %s %s", who, reg.id, quote(reg.name), bad)
 	return err
 }
 
-func (c *checker) checkSocketPath(v *view, sk *skunix.UnixSkEntry) error {
-	name := strings.TrimRight(string(sk.GetName()), "\x00")
-	if name == "" || name[0] == 0 {
-		return nil
-	}
-	full := name
-	if !strings.HasPrefix(name, "/") {
-		full = sk.GetNameDir() + "/" + name
-	}
-	peer := sk.GetUflags()&unixExternal != 0
-	to, err := v.follow(full, peer)
+func (c *checker) checkSocketPath(v *view, sk socket) error {
+	to, err := v.follow(sk.name, sk.peer)
 	if err != nil {
 		return err
 	}
@@ -230,12 +228,12 @@ func (c *checker) checkSocketPath(v *view, sk *skunix.UnixSkEntry) error {
 		bad = "is in a file system of the kernel's"
 	case to.link != "":
 		bad = "is a link, which a restore would delete"
-	case !peer && to.mode != 0 && kind != unix.S_IFSOCK && !to.missing:
+	case !sk.peer && to.mode != 0 && kind != unix.S_IFSOCK && !to.missing:
 		bad = "is no socket, and a restore would delete it"
 	}
 	if bad != "" {
-		who, err := c.whose(sk.GetId())
-		c.refuse("%sopen file %d: unix socket %s %s", who, sk.GetId(), quote(full), bad)
+		who, err := c.whose(sk.id)
+		c.refuse("%sopen file %d: unix socket %s %s", who, sk.id, quote(sk.name), bad)
 		return err
 	}
 	return nil

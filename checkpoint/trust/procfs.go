@@ -71,8 +71,8 @@ var ownWritable = []string{"comm", "oom_score_adj", "oom_adj", "coredump_filter"
 
 // mayOpenKernels returns why CRIU, as root, must not open a file of the kernel's own
 // file systems in place of the processes that hold it; or "". access are bits as of
-// a file's mode for others.
-func (c *checker) mayOpenKernels(p place, access uint32, holders func() []uint32) string {
+// a file's mode for others, and own has the numbers of the checkpoint's processes.
+func (c *checker) mayOpenKernels(p place, access uint32, own map[uint32]bool) string {
 	if access == 0 {
 		return ""
 	}
@@ -86,7 +86,7 @@ func (c *checker) mayOpenKernels(p place, access uint32, holders func() []uint32
 		}
 		return ""
 	case p.fs == unix.PROC_SUPER_MAGIC && isPID(parts[0]):
-		return c.mayOpenProcess(parts, p.mode, access, holders)
+		return mayOpenProcess(parts, p.mode, access, own)
 	case p.fs == unix.PROC_SUPER_MAGIC && p.within == "" && p.mode&unix.S_IFMT != unix.S_IFDIR:
 		// The host's, in a volume: a process or not, its name tells.
 		name := path.Base(p.at)
@@ -104,8 +104,9 @@ func (c *checker) mayOpenKernels(p place, access uint32, holders func() []uint32
 	return ""
 }
 
-// mayOpenProcess is for the files of a process.
-func (c *checker) mayOpenProcess(parts []string, mode, access uint32, holders func() []uint32) string {
+// mayOpenProcess is for the files of a process. Of those that are the checkpoint's,
+// memory is what its images say; so nothing is shown that its author does not know.
+func mayOpenProcess(parts []string, mode, access uint32, own map[uint32]bool) string {
 	pid, _ := strconv.ParseUint(parts[0], 10, 31)
 	name := ""
 	if len(parts) > 1 {
@@ -114,16 +115,11 @@ func (c *checker) mayOpenProcess(parts []string, mode, access uint32, holders fu
 	if name == "task" && len(parts) > 3 {
 		name = parts[3]
 	}
-	private := slices.Contains(ownerOnly, name) || mode&access != access
-	if !private && access&2 == 0 {
-		return ""
-	}
-	own := slices.Equal(holders(), []uint32{uint32(pid)})
 	switch {
-	case access&2 != 0 && (!own || !slices.Contains(ownWritable, name)):
+	case access&2 != 0 && !(own[uint32(pid)] && slices.Contains(ownWritable, name)):
 		return fmt.Sprintf("needs privileges to be written (mode %04o)", mode&0o7777)
-	case !own:
-		return "is open in another process than it is of"
+	case !own[uint32(pid)] && (slices.Contains(ownerOnly, name) || mode&access != access):
+		return "is of no process of the checkpoint"
 	}
 	return ""
 }

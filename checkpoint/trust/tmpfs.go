@@ -94,6 +94,9 @@ func (c *checker) checkArchive(name string) error {
 		}
 		file := path.Clean(h.Name)
 		for dir := path.Dir(file); dir != "." && dir != "/"; dir = path.Dir(dir) {
+			if err := c.budget.step(); err != nil {
+				return err
+			}
 			if _, link := links[dir]; link {
 				c.refuse("%s: file %s is behind a link of the archive", name, quote(h.Name))
 				break

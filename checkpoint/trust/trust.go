@@ -71,9 +71,11 @@ type checker struct {
 	filters   map[uint32]verdict      // on each chain of seccomp filters
 	mounts    map[string][]mountEntry // by the image that has them
 	wanted    map[string]wanted       // the spec's, by path in the root filesystem
+	unnamed   map[uint32]bool         // entries of files.img whose file CRIU makes anew
 
 	portStart  int                          // see unprivilegedPorts; -1 if it was not read
-	used       map[uint32][]use             // see uses
+	processes  map[uint32]bool              // see uses
+	used       map[uint32]use               // see uses
 	tmpfsLinks map[string]map[string]string // of each archive of tmpfs files, by its number: where its links lead
 	tmpfsWays  map[string][]*mountTree      // the namespaces that have a mount of it
 }

@@ -11,20 +11,32 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// use is what a process has an entry of files.img for.
+// use is what a process has an entry of files.img for: the first that was found, and
+// what all open it for besides the entry's own flags, as bits of a mode.
 type use struct {
 	pid    uint32
-	what   string // such as "cwd"
-	access uint32 // what it is opened for besides the entry's own flags, as bits of a mode
+	what   string // such as "cwd"; fd and mapping have a number
+	number uint64
+	access uint32
 }
 
-// uses returns who has what, by the numbers of entries of files.img. Few checks
-// need it, and it reads some images again.
-func (c *checker) uses() (map[uint32][]use, error) {
+func (u use) String() string {
+	switch u.what {
+	case "fd":
+		return fmt.Sprintf("process %d: fd %d", u.pid, u.number)
+	case "mapping":
+		return fmt.Sprintf("process %d: mapping at %#x", u.pid, u.number)
+	}
+	return fmt.Sprintf("process %d: %s", u.pid, u.what)
+}
+
+// uses returns who has what, by the numbers of entries of files.img, and notes the
+// numbers of all processes. Few checks need it, and it reads some images again.
+func (c *checker) uses() (map[uint32]use, error) {
 	if c.used != nil {
 		return c.used, nil
 	}
-	c.used = map[uint32][]use{}
+	c.used, c.processes = map[uint32]use{}, map[uint32]bool{}
 	tables := map[uint32][]uint32{} // of descriptors, and who has each
 	err := c.each("pstree.img", "PSTREE", func(msg []byte) error {
 		var p pstree.PstreeEntry
@@ -32,6 +44,10 @@ func (c *checker) uses() (map[uint32][]use, error) {
 			return err
 		}
 		pid := p.GetPid()
+		c.processes[pid] = true
+		for _, tid := range p.GetThreads() {
+			c.processes[tid] = true
+		}
 		var ids core.TaskKobjIdsEntry
 		if _, err := c.one(fmt.Sprintf("ids-%d.img", pid), "IDS", &ids); err != nil {
 			return err
@@ -61,7 +77,7 @@ func (c *checker) uses() (map[uint32][]use, error) {
 				if err := c.budget.spend(1, 0); err != nil {
 					return err
 				}
-				c.use(e.GetId(), use{pid: pid, what: fmt.Sprintf("fd %d", e.GetFd())})
+				c.use(e.GetId(), use{pid: pid, what: "fd", number: uint64(e.GetFd())})
 			}
 			return nil
 		})
@@ -72,7 +88,13 @@ func (c *checker) uses() (map[uint32][]use, error) {
 	return c.used, nil
 }
 
-func (c *checker) use(id uint32, u use) { c.used[id] = append(c.used[id], u) }
+func (c *checker) use(id uint32, u use) {
+	if before, known := c.used[id]; known {
+		before.access |= u.access
+		u = before
+	}
+	c.used[id] = u
+}
 
 // usesOfMemory is for the executable and what is mapped.
 func (c *checker) usesOfMemory(pid uint32) error {
@@ -86,7 +108,7 @@ func (c *checker) usesOfMemory(pid uint32) error {
 		if v.GetStatus()&(areaFilePrivate|areaFileShared) == 0 {
 			continue
 		}
-		u := use{pid: pid, what: fmt.Sprintf("mapping at %#x", v.GetStart()), access: 4}
+		u := use{pid: pid, what: "mapping", number: v.GetStart(), access: 4}
 		if v.Fdflags != nil {
 			u.access = opens(v.GetFdflags())
 		} else if v.GetFlags()&unix.MAP_SHARED != 0 && v.GetProt()&unix.PROT_WRITE != 0 {
@@ -100,9 +122,9 @@ func (c *checker) usesOfMemory(pid uint32) error {
 // whose names a process that has an entry of files.img, for an error.
 func (c *checker) whose(id uint32) (string, error) {
 	uses, err := c.uses()
-	if err != nil || len(uses[id]) == 0 {
+	u, known := uses[id]
+	if err != nil || !known {
 		return "", err
 	}
-	u := uses[id][0]
-	return fmt.Sprintf("process %d: %s: ", u.pid, u.what), nil
+	return u.String() + ": ", nil
 }
