@@ -209,7 +209,8 @@ func TestCRISpecDecides(t *testing.T) {
 	p.Remove(c.ctx)
 }
 
-// rewriteTar copies a tar with other contents of some files, and more entries.
+// rewriteTar copies a tar with other contents of some files, without those of which
+// nothing is left, and more entries.
 func rewriteTar(t *testing.T, from, to string, change map[string]func([]byte) []byte, more ...*tar.Header) {
 	t.Helper()
 	in, err := os.Open(from)
@@ -226,7 +227,9 @@ func rewriteTar(t *testing.T, from, to string, change map[string]func([]byte) []
 		data, err := io.ReadAll(r)
 		must(t, err)
 		if do := change[hdr.Name]; do != nil {
-			data = do(data)
+			if data = do(data); data == nil {
+				continue
+			}
 			hdr.Size = int64(len(data))
 		}
 		must(t, w.WriteHeader(hdr))

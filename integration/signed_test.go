@@ -3,7 +3,6 @@ package integration
 import (
 	"encoding/json"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -222,7 +221,7 @@ func TestSignedInPod(t *testing.T) {
 
 	// Without a signature, and by a key that is not trusted.
 	unsigned := filepath.Join(c.archives(), "unsigned.tar")
-	withoutEntry(t, ours, unsigned, "checkpoint/"+sign.EnvelopeName)
+	rewriteTar(t, ours, unsigned, map[string]func([]byte) []byte{"checkpoint/" + sign.EnvelopeName: func([]byte) []byte { return nil }})
 	refuses(t, restores("unsigned", stack.Busybox, unsigned), "it is not signed", "stasis sign", "restore.unsigned")
 	c.configure(`unsigned = "check"`)
 	good("unsigned, checked", restores("unsigned", stack.Busybox, unsigned))
@@ -256,17 +255,6 @@ func TestSignedInPod(t *testing.T) {
 	good("signed by both", restores("signed by both", ref, ""))
 	refuses(t, restores("signed by the first", stack.Busybox, ours), "signed by key "+first)
 	checkTidy(t, c.Stack)
-}
-
-// withoutEntry copies a tar without one file.
-func withoutEntry(t *testing.T, from, to, name string) {
-	t.Helper()
-	out, err := os.ReadFile(from)
-	must(t, err)
-	must(t, os.WriteFile(to, out, 0o600))
-	if out, err := exec.Command("tar", "--delete", "--file", to, name).CombinedOutput(); err != nil {
-		t.Fatalf("tar: %v\n%s", err, out)
-	}
 }
 
 // TestNotSigned: where no key can be made, a checkpoint is made all the same, and says
