@@ -56,7 +56,7 @@ func TestArchiveOfKubelet(t *testing.T) {
 			// The pod is gone, as on another host.
 			p.Remove(ctx)
 			for _, network := range []string{"", "none"} {
-				if _, err := s.StasisErr("restore", file, "nowhere", "--network", network); err == nil || !strings.Contains(err.Error(), "network namespace") {
+				if _, err := s.StasisErr("restore", file, "nowhere", "--network", network, "--allow-new-privs"); err == nil || !strings.Contains(err.Error(), "network namespace") {
 					t.Errorf("restored with --network %q: %v", network, err)
 				}
 			}
