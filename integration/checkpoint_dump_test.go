@@ -8,8 +8,10 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	goruntime "runtime"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -496,4 +498,37 @@ func TestCheckpointBadRequests(t *testing.T) {
 		})
 	}
 	runsOn(t, ctx, c)
+}
+
+// TestCheckpointAtOnce checkpoints and pauses containers as soon as their start has
+// returned, when init may still be the OCI runtime's process, on CPUs that others use.
+func TestCheckpointAtOnce(t *testing.T) {
+	for name, opts := range runtimes {
+		t.Run(name, func(t *testing.T) {
+			s := stack.Start(t, opts)
+			ctx, cancel := context.WithCancel(s.Ctx())
+			var busy sync.WaitGroup
+			for range 2 * goruntime.NumCPU() {
+				busy.Go(func() {
+					for ctx.Err() == nil {
+					}
+				})
+			}
+			defer busy.Wait()
+			defer cancel()
+			for i := range 10 {
+				c := s.NewContainer(ctx, fmt.Sprint("c", i), stack.Busybox, stack.Args("sleep", "1000"))
+				c.Start(ctx)
+				if i%2 == 1 {
+					must(t, c.Task.Pause(ctx))
+				}
+				c.Checkpoint(ctx, filepath.Join(s.Dir, c.ID()), &options.CheckpointOptions{})
+				if i%2 == 1 {
+					must(t, c.Task.Resume(ctx))
+				}
+				c.Kill(ctx, syscall.SIGKILL)
+				c.Delete(ctx)
+			}
+		})
+	}
 }

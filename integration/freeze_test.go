@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	goruntime "runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -18,6 +19,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint/api"
 	"github.com/stasis-run/stasis/integration/stack"
+	"github.com/stasis-run/stasis/process"
 )
 
 // freeze has the shim make a checkpoint by its own service.
@@ -268,4 +270,36 @@ func TestFreezeKilled(t *testing.T) {
 	c.Delete(ctx)
 	must(t, os.RemoveAll(dir))
 	must(t, os.RemoveAll(upper))
+}
+
+// TestFreezeExec freezes a container whose process has threads and executes its
+// program over and over. The freezer of cgroup v1 can stop such a process where it
+// waits for the end of its other threads, which are frozen already.
+func TestFreezeExec(t *testing.T) {
+	s := stack.Start(t, stack.Options{})
+	ctx := s.Ctx()
+	c := s.NewContainer(ctx, "c", stack.Python, stack.Args("python3", "-uc", `
+import os, sys, threading, time
+print("up")
+for _ in range(100): threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+os.execv(sys.executable, sys.orig_argv)`))
+	c.Start(ctx)
+	c.Stdout.WaitFor(ctx, "up\nup\n")
+	spec, err := c.Spec(ctx)
+	must(t, err)
+	group, err := process.LoadCgroup(int(c.Task.Pid()), spec.Linux.CgroupsPath)
+	must(t, err)
+	for i := range 200 {
+		must(t, group.Freeze())
+		if err := group.WaitFrozen(ctx); err != nil {
+			t.Fatalf("freeze %d: %v", i, err)
+		}
+		must(t, group.Thaw())
+		// Wherever it is by the next time.
+		for range i % 20 {
+			goruntime.Gosched()
+		}
+	}
+	c.Kill(ctx, syscall.SIGKILL)
+	c.Delete(ctx)
 }

@@ -1154,16 +1154,23 @@ func raceDetector(t *testing.T) {
 	t.Setenv("STASIS_BIN", dir)
 }
 
-// TestManyContainers runs fifty containers at once, a fifth of them in one shim.
+// TestManyContainers runs fifty containers at once, a fifth of them in one shim. The
+// first of those outlives the others, as a pod's sandbox does: a shim that is left
+// without a container ends, and containerd may have been told its address just before.
 func TestManyContainers(t *testing.T) {
 	raceDetector(t)
 	s := newScene(t, stack.Options{})
 	s.Image(s.ctx, stack.Busybox)
 	var g errgroup.Group
 	g.SetLimit(25)
+	const shared = 40
+	group := func(i int) oci.SpecOpts {
+		return oci.WithAnnotations(map[string]string{"io.containerd.runc.v2.group": fmt.Sprint("g", min(i, shared))})
+	}
+	first := s.container("first", group(shared))
+	first.Start(s.ctx)
 	for i := range 50 {
-		group := oci.WithAnnotations(map[string]string{"io.containerd.runc.v2.group": fmt.Sprint("g", min(i, 40))})
-		c := s.container(fmt.Sprint("c", i), group)
+		c := s.container(fmt.Sprint("c", i), group(i))
 		g.Go(func() error {
 			if err := c.StartErr(s.ctx); err != nil {
 				return err
@@ -1178,6 +1185,8 @@ func TestManyContainers(t *testing.T) {
 		})
 	}
 	s.must("fifty containers", g.Wait())
+	first.Kill(s.ctx, syscall.SIGKILL)
+	first.Delete(s.ctx)
 	for i := range 50 {
 		s.waitFor(s.ctx, "delete", fmt.Sprint("c", i), "")
 	}

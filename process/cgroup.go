@@ -161,13 +161,24 @@ func (c *Cgroup) setFrozen(v1, v2 string) error {
 	return os.WriteFile(filepath.Join(c.freezer, "freezer.state"), []byte(v1), 0)
 }
 
-// WaitFrozen waits until all of the group's processes stand still after Freeze.
+// Freezing with version 1 is tried again this often, and after so many tries the
+// group runs for a moment.
+const (
+	freezeInterval = time.Millisecond
+	freezeTries    = 50
+	freezePause    = 10 * time.Millisecond
+)
+
+// WaitFrozen waits until all of the group's processes stand still after Freeze. With
+// version 1 the group may run for a moment meanwhile: its freezer misses processes
+// that are just being made, and one of several threads that executes a program
+// waits for ever for the others' end, which are frozen.
 func (c *Cgroup) WaitFrozen(ctx context.Context) error {
 	name, want := "freezer.state", "FROZEN"
 	if c.v2 != nil {
 		name, want = "cgroup.events", "frozen 1"
 	}
-	for {
+	for try := 1; ; try++ {
 		state, err := os.ReadFile(filepath.Join(c.freezer, name))
 		if err != nil {
 			return err
@@ -175,11 +186,33 @@ func (c *Cgroup) WaitFrozen(ctx context.Context) error {
 		if slices.Contains(strings.Split(string(state), "\n"), want) {
 			return nil
 		}
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-time.After(time.Millisecond):
+		if err := pause(ctx, freezeInterval); err != nil {
+			return err
 		}
+		if c.v2 != nil {
+			continue
+		}
+		if try%freezeTries == 0 {
+			if err := c.Thaw(); err != nil {
+				return err
+			}
+			if err := pause(ctx, freezePause); err != nil {
+				return err
+			}
+		}
+		if err := c.Freeze(); err != nil {
+			return err
+		}
+	}
+}
+
+// pause returns after a time, or with the cause of ctx's end.
+func pause(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-time.After(d):
+		return nil
 	}
 }
 

@@ -3,12 +3,16 @@ package process
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // TracerOf returns the process that traces pid, which in a dump is CRIU; 0 if
@@ -34,6 +38,33 @@ func IsStopped(pid int) bool {
 	wchan, _ := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "wchan"))
 	return string(wchan) == "do_signal_stop"
 }
+
+// Program is what a process executes: the file's device and inode. The zero value is
+// that of no process.
+type Program struct{ device, inode uint64 }
+
+// ProgramOf returns the program of a process, the zero value if it has none: it has
+// ended.
+func ProgramOf(pid int) Program {
+	var st unix.Stat_t
+	if err := unix.Stat(fmt.Sprintf("/proc/%d/exe", pid), &st); err != nil {
+		return Program{}
+	}
+	return Program{st.Dev, st.Ino}
+}
+
+// WaitExec returns when a process executes another program than that, or none, or
+// ctx ends.
+func WaitExec(ctx context.Context, pid int, program Program) {
+	for program != (Program{}) && ProgramOf(pid) == program {
+		if pause(ctx, execInterval) != nil {
+			return
+		}
+	}
+}
+
+// execInterval is how often WaitExec looks.
+const execInterval = 2 * time.Millisecond
 
 // statusOf returns a value of a process's /proc/<pid>/status, "" if there is
 // none.

@@ -1,6 +1,7 @@
 package process
 
 import (
+	"context"
 	"os/exec"
 	"runtime"
 	"slices"
@@ -57,4 +58,41 @@ func TestAllTraced(t *testing.T) {
 	held(pids[:1], self+1, "is not held by CRIU")
 	held(pids, self, "is not held by CRIU")
 	held(nil, self, "no process")
+}
+
+func TestWaitExec(t *testing.T) {
+	cmd := exec.Command("sh", "-c", "read x; exec sleep 1000")
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	defer cmd.Process.Kill()
+	sleep, err := exec.LookPath("sleep")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want unix.Stat_t
+	if err := unix.Stat(sleep, &want); err != nil {
+		t.Fatal(err)
+	}
+	shell, program := ProgramOf(cmd.Process.Pid), Program{want.Dev, want.Ino}
+	if shell == (Program{}) || shell == program {
+		t.Fatalf("the shell's program is %v", shell)
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	WaitExec(ended, cmd.Process.Pid, shell) // returns with the context
+	if _, err := stdin.Write([]byte("\n")); err != nil {
+		t.Fatal(err)
+	}
+	WaitExec(t.Context(), cmd.Process.Pid, shell)
+	if got := ProgramOf(cmd.Process.Pid); got != program {
+		t.Errorf("program %v, want sleep's, %v", got, program)
+	}
+	WaitExec(t.Context(), cmd.Process.Pid, Program{}) // nothing is known, nothing waited for
+	WaitExec(t.Context(), 1<<30, program)             // no such process
 }

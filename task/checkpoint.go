@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/containerd/containerd/api/events"
 	"github.com/containerd/containerd/api/types/runc/options"
@@ -11,6 +12,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/sign"
+	"github.com/stasis-run/stasis/process"
 )
 
 // dump is what either service asks of a checkpoint.
@@ -58,6 +60,9 @@ func (c *container) checkpoint(ctx context.Context, d dump) (*checkpoint.DumpRes
 	c.mu.Unlock()
 	if err != nil {
 		return nil, err
+	}
+	if !paused {
+		c.waitExec(ctx)
 	}
 	if d.workDir == "" {
 		// Not below dir: containerd removes that after a failure, and the
@@ -116,6 +121,21 @@ func (c *container) checkpoint(ctx context.Context, d dump) (*checkpoint.DumpRes
 		}
 	}
 	return result, nil
+}
+
+// execTimeout bounds waitExec: an init may execute the runtime's own program.
+const execTimeout = 10 * time.Second
+
+// waitExec waits until init executes the container's program. The OCI runtime's start
+// returns before: CRIU cannot dump the runtime's own process, which has files of the
+// host's, and frozen it would not get any further.
+func (c *container) waitExec(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, execTimeout)
+	defer cancel()
+	c.mu.Lock()
+	pid := c.init.pid()
+	c.mu.Unlock()
+	process.WaitExec(ctx, pid, c.init.before)
 }
 
 // criFolder is where containerd's CRI is collecting an archive of the container for

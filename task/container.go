@@ -337,6 +337,7 @@ func (c *container) pause(ctx context.Context) error {
 	if err := c.move(opPause, Pausing); err != nil {
 		return err
 	}
+	c.waitExec(ctx)
 	if err := c.runtime.Pause(ctx); err != nil {
 		// Cut short, it may have frozen it all the same.
 		if frozen, ferr := c.isFrozen(); ferr == nil && frozen {

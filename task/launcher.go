@@ -61,6 +61,7 @@ func (l coldStart) create(ctx context.Context, init *proc) error {
 		l.c.removeFromRuntime(ctx)
 		return err
 	}
+	init.before = process.ProgramOf(child.Pid)
 	init.adopt(child, pio)
 	return nil
 }

@@ -22,6 +22,9 @@ type proc struct {
 	execID string // "" for init
 	stdio  process.Stdio
 	spec   *specs.Process // of an exec
+	// before is what an init of a cold start executed when it was created: the OCI
+	// runtime, which waits for Start.
+	before process.Program
 
 	// starting is held by a start until its event is published, and by who
 	// publishes anything else of the process: the exit comes last.

@@ -354,7 +354,7 @@ func compare(t *testing.T, what string, data []byte, entries []Entry, headers []
 	if len(headers) == 0 {
 		return // of which GNU tar says that they are no tars
 	}
-	cmd := exec.Command("tar", "-tvf", "-", "--numeric-owner", "--full-time", "--quoting-style=escape", "--no-unquote")
+	cmd := exec.Command("tar", "-tvf", "-", "--numeric-owner", "--quoting-style=escape", "--no-unquote")
 	cmd.Env = []string{"LC_ALL=C", "TZ=UTC", "PATH=" + os.Getenv("PATH")}
 	cmd.Stdin = bytes.NewReader(data)
 	var errs strings.Builder
