@@ -12,6 +12,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/pkg/oci"
 	"golang.org/x/sys/unix"
@@ -266,7 +267,7 @@ func TestCLIPrivate(t *testing.T) {
 	counts(s, c)
 	found := make(chan string, 1)
 	go func() {
-		for ctx.Err() == nil {
+		for ; ctx.Err() == nil; time.Sleep(time.Millisecond) {
 			all, _ := filepath.Glob("/proc/[0-9]*/cmdline")
 			for _, path := range all {
 				if data, _ := os.ReadFile(path); bytes.Contains(data, []byte(secret)) {
