@@ -70,7 +70,7 @@ func (f *forgery) volume() (dir string) {
 	return dir
 }
 
-// linkInShm has the files of a tmpfs mount of the container's.
+// tmpfs gives the container one at /tmp, with files.
 func (f *forgery) tmpfs(headers ...*tar.Header) {
 	f.t.Helper()
 	f.spec.Mounts = append(f.spec.Mounts, specs.Mount{Destination: "/tmp", Type: "tmpfs", Source: "tmpfs"})
