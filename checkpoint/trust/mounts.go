@@ -20,8 +20,9 @@ import (
 	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
-// CheckMounts compares the mounts of a checkpoint with the spec's, where rootfs is
-// the container's root filesystem as it is going to be. It needs it, because a
+// CheckMounts compares the mounts of a checkpoint with the spec's, and follows the
+// paths of its files in them, where rootfs is the container's root filesystem as it
+// is going to be. It needs it, because a
 // mount of the spec on /var/run is one of the checkpoint on /run where the one is
 // a link to the other. Errors are as those of Check.
 //

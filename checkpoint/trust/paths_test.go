@@ -70,7 +70,7 @@ func (f *forgery) volume() (dir string) {
 	return dir
 }
 
-// linkInShm has the files of a tmpfs mount of the container's.
+// tmpfs gives the container one at /tmp, with files.
 func (f *forgery) tmpfs(headers ...*tar.Header) {
 	f.t.Helper()
 	f.spec.Mounts = append(f.spec.Mounts, specs.Mount{Destination: "/tmp", Type: "tmpfs", Source: "tmpfs"})
@@ -344,4 +344,56 @@ func TestPartOfRoot(t *testing.T) {
 	f.addMount(&mnt.MntEntry{Mountpoint: proto.String("/c"), Fstype: u32(17), RootDev: u32(101), Root: proto.String("/etc")})
 	f.regular("/c/shadow", 0)
 	f.refused("is in a mount whose files cannot be checked")
+}
+
+// TestTwoNames has an entry of an archive with a name for each kind of tar program.
+func TestTwoNames(t *testing.T) {
+	// A header of that type, and what follows it.
+	block := func(kind byte, name string, data string) []byte {
+		b := make([]byte, 512)
+		copy(b, name)
+		copy(b[100:], "0000644\x000000000\x000000000\x00")
+		copy(b[124:], fmt.Sprintf("%011o\x00%011o\x00        ", len(data), 0))
+		b[156] = kind
+		copy(b[257:], "ustar\x0000")
+		sum := 0
+		for _, c := range b {
+			sum += int(c)
+		}
+		copy(b[148:], fmt.Sprintf("%06o\x00 ", sum))
+		if data != "" {
+			b = append(b, make([]byte, (len(data)+511)/512*512)...)
+			copy(b[512:], data)
+		}
+		return b
+	}
+	record := func(key, value string) string {
+		n := len(key) + len(value) + 3
+		for len(fmt.Sprint(n))+len(key)+len(value)+3 != n {
+			n = len(fmt.Sprint(n)) + len(key) + len(value) + 3
+		}
+		return fmt.Sprintf("%d %s=%s\n", n, key, value)
+	}
+	for _, tc := range []struct {
+		name   string
+		blocks [][]byte
+		want   string
+	}{
+		{"two names", [][]byte{block('x', "pax", record("path", "./link/passwd")), block('L', "long", "./plain\x00"), block('0', "./plain", "")}, `file "./plain" has other names as well`},
+		{"two targets", [][]byte{block('x', "pax", record("linkpath", "/proc/1/root")), block('K', "long", "/a\x00"), block('2', "./x", "")}, "has other names as well"},
+		{"one of each", [][]byte{block('x', "pax", record("path", "./plain")), block('0', "./p", ""), block('L', "long", "./other\x00"), block('0', "./o", "")}, ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			f := newForgery(t)
+			var b bytes.Buffer
+			z := gzip.NewWriter(&b)
+			for _, block := range append(tc.blocks, make([]byte, 1024)) {
+				_, err := z.Write(block)
+				must(t, err)
+			}
+			must(t, z.Close())
+			f.raw("tmpfs-dev-999.tar.gz.img", b.Bytes())
+			f.judged(tc.want)
+		})
+	}
 }

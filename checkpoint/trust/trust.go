@@ -33,8 +33,8 @@ const (
 	maxText     = 120 // bytes of a string out of an image
 )
 
-// Check compares everything but the mounts, for which CheckMounts needs the root
-// filesystem. The error names every process and field, up to a handful; it
+// Check compares everything but mounts and paths, for which CheckMounts needs the
+// root filesystem. The error names every process and field, up to a handful; it
 // matches errdefs.ErrPermissionDenied, or ErrInvalidArgument if an image cannot
 // be understood.
 func Check(ctx context.Context, img *checkpoint.Image, spec *specs.Spec) error {
