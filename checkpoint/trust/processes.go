@@ -243,7 +243,7 @@ func (l *look) judge(what string, f file, mounts map[uint64]bool, path func() st
 		if !l.owned[f.inode] && !l.mayHold(f.inode) {
 			l.refuse("%s is of namespace %s, which is not the container's", what, quote(path()))
 		}
-	case l.kernel.others[f.mount]:
+	case l.kernel.others[f.mount], f.mount == l.kernel.async():
 	default:
 		l.refuse("%s leads to %s, outside of the container's mounts", what, quote(path()))
 	}

@@ -345,7 +345,8 @@ func TestProcessesOfOne(t *testing.T) {
 	}
 }
 
-// BenchmarkProcesses looks at a process with 10,000 mappings and 1,000 descriptors.
+// BenchmarkProcesses looks at a small process, and at one with 10,000 mappings and
+// 1,000 descriptors.
 func BenchmarkProcesses(b *testing.B) {
 	if os.Getuid() != 0 {
 		b.Skip("needs root")
@@ -355,10 +356,14 @@ func BenchmarkProcesses(b *testing.B) {
 		b.Fatal(err)
 	}
 	defer file.Close()
-	pid := startDeed(b, "many", unix.CLONE_NEWNS, file)
-	for b.Loop() {
-		if err := CheckProcesses(b.Context(), ownMounts(), []int{pid}); err != nil {
-			b.Fatal(err)
-		}
+	for _, deed := range []string{"chroot", "many"} {
+		b.Run(deed, func(b *testing.B) {
+			pid := startDeed(b, deed, unix.CLONE_NEWNS, file)
+			for b.Loop() {
+				if err := CheckProcesses(b.Context(), ownMounts(), []int{pid}); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
 	}
 }
