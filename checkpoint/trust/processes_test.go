@@ -90,6 +90,9 @@ var deeds = map[string]func(){
 		_, _, _ = unix.Syscall(unix.SYS_IO_SETUP, 1, uintptr(unsafe.Pointer(&ring)), 0)
 		own := fly(fd, unix.SOCK_STREAM) // a descriptor of its own in flight, in a socket in flight
 		fly(own, unix.SOCK_DGRAM)
+		pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+		do(err)
+		do(unix.Sendmsg(pair[0], []byte("x"), unix.UnixRights(pair[1], fd), nil, 0)) // in its own queue
 	},
 	"descriptor": func() {},
 	"mapping": func() {
