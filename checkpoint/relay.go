@@ -373,6 +373,8 @@ func (l *relay) restored(criu int) {
 	if err != nil {
 		l.refused = err
 		kill(pids)
+		// It would wait for init, init for its children, and they for their tracer.
+		kill([]int{criu})
 		return
 	}
 	l.passed = true
@@ -420,7 +422,7 @@ func (l *relay) verdict(init int, err error) (int, error) {
 	return init, nil
 }
 
-// kill ends processes that have not run. None of them can make another.
+// kill ends processes that have not run, of which none can make another, or CRIU.
 func kill(pids []int) {
 	for _, pid := range pids {
 		_ = unix.Kill(pid, unix.SIGKILL)

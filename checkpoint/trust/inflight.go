@@ -12,16 +12,14 @@ import (
 // Descriptors can be on their way through a unix socket (SCM_RIGHTS): CRIU opens
 // them and sends them, and then no process has them until one receives.
 
-const (
-	// maxPeek is in bytes, and more than a message has with the kernel's own settings.
-	maxPeek = 256 << 10
-	// maxNested is how deep sockets can be in flight in sockets; the kernel's own
-	// limit is 4.
-	maxNested = 5
-)
+// maxPeek is in bytes, and more than a message has with the kernel's own settings.
+const maxPeek = 256 << 10
 
 // inFlight looks at those in the queue of the socket that is a thread's descriptor.
-func (l *look) inFlight(what, dir string, pid, thread int, entry string, mounts map[uint64]bool) error {
+func (l *look) inFlight(what, dir string, pid, thread int, entry string, socket file, mounts map[uint64]bool) error {
+	if l.peeked[socket.inode] {
+		return nil // by another descriptor; and a socket can be in flight in itself
+	}
 	count, err := queued(dir + "/fdinfo/" + entry)
 	if err != nil || count == 0 {
 		return err
@@ -44,7 +42,8 @@ func (l *look) inFlight(what, dir string, pid, thread int, entry string, mounts 
 		return os.NewSyscallError("pidfd_getfd", err)
 	}
 	defer unix.Close(fd)
-	return l.peek(what, fd, count, mounts, 0)
+	l.peeked[socket.inode] = true
+	return l.peek(what, fd, count, mounts)
 }
 
 // queued reads how many descriptors wait in a socket (unix_show_fdinfo in Linux). It
@@ -63,11 +62,7 @@ func queued(fdinfo string) (int, error) {
 }
 
 // peek looks at the descriptors in a socket and leaves them there.
-func (l *look) peek(what string, fd, count int, mounts map[uint64]bool, depth int) error {
-	if depth == maxNested {
-		l.refuse("%s: has descriptors in flight in too many sockets in flight", what)
-		return nil
-	}
+func (l *look) peek(what string, fd, count int, mounts map[uint64]bool) error {
 	// Each look starts where the one before ended.
 	before, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF)
 	if err == nil {
@@ -99,7 +94,7 @@ func (l *look) peek(what string, fd, count int, mounts map[uint64]bool, depth in
 			}
 			got += len(fds)
 			for _, held := range fds {
-				lerr := l.held(what, held, mounts, depth)
+				lerr := l.held(what, held, mounts)
 				unix.Close(held)
 				if lerr != nil {
 					err = lerr
@@ -120,7 +115,7 @@ func (l *look) peek(what string, fd, count int, mounts map[uint64]bool, depth in
 }
 
 // held looks at one that is this process's for the moment.
-func (l *look) held(what string, fd int, mounts map[uint64]bool, depth int) error {
+func (l *look) held(what string, fd int, mounts map[uint64]bool) error {
 	self := fmt.Sprintf("/proc/self/fd/%d", fd)
 	f, err := fileAt(unix.AT_FDCWD, self)
 	if err != nil {
@@ -131,12 +126,13 @@ func (l *look) held(what string, fd int, mounts map[uint64]bool, depth int) erro
 		path, _ := os.Readlink(self)
 		return path
 	})
-	if f.mount != l.kernel.sockets {
+	if f.mount != l.kernel.sockets || l.peeked[f.inode] {
 		return nil
 	}
 	count, err := queued(fmt.Sprintf("/proc/self/fdinfo/%d", fd))
 	if err != nil || count == 0 {
 		return err
 	}
-	return l.peek(what, fd, count, mounts, depth+1)
+	l.peeked[f.inode] = true
+	return l.peek(what, fd, count, mounts)
 }

@@ -35,6 +35,7 @@ func CheckProcesses(ctx context.Context, spec *specs.Spec, pids []int) error {
 		checker: &checker{ctx: ctx, spec: spec, grant: grantOf(spec)},
 		spaces:  map[uint64]map[uint64]bool{},
 		owned:   map[uint64]bool{},
+		peeked:  map[uint64]bool{},
 	}
 	var err error
 	if l.kernel, err = kernelMounts(); err != nil {
@@ -67,6 +68,7 @@ type look struct {
 	kernel internalMounts
 	spaces map[uint64]map[uint64]bool // the mounts of each mount namespace, by its inode
 	owned  map[uint64]bool            // the container's namespaces, by inode
+	peeked map[uint64]bool            // sockets whose queues were looked at, by inode
 
 	dirents []byte // of each, which nests but has read all before it calls
 }
@@ -139,7 +141,7 @@ func (l *look) descriptors(name string, pid, thread int, mounts map[uint64]bool)
 		if err != nil || file.mount != l.kernel.sockets {
 			return err
 		}
-		return l.inFlight(what, dir, pid, thread, entry, mounts)
+		return l.inFlight(what, dir, pid, thread, entry, file, mounts)
 	})
 }
 
@@ -243,7 +245,7 @@ func (l *look) judge(what string, f file, mounts map[uint64]bool, path func() st
 		if !l.owned[f.inode] && !l.mayHold(f.inode) {
 			l.refuse("%s is of namespace %s, which is not the container's", what, quote(path()))
 		}
-	case l.kernel.others[f.mount]:
+	case l.kernel.others[f.mount], f.mount == l.kernel.async():
 	default:
 		l.refuse("%s leads to %s, outside of the container's mounts", what, quote(path()))
 	}

@@ -90,6 +90,9 @@ var deeds = map[string]func(){
 		_, _, _ = unix.Syscall(unix.SYS_IO_SETUP, 1, uintptr(unsafe.Pointer(&ring)), 0)
 		own := fly(fd, unix.SOCK_STREAM) // a descriptor of its own in flight, in a socket in flight
 		fly(own, unix.SOCK_DGRAM)
+		pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+		do(err)
+		do(unix.Sendmsg(pair[0], []byte("x"), unix.UnixRights(pair[1], fd), nil, 0)) // in its own queue
 	},
 	"descriptor": func() {},
 	"mapping": func() {
@@ -345,7 +348,8 @@ func TestProcessesOfOne(t *testing.T) {
 	}
 }
 
-// BenchmarkProcesses looks at a process with 10,000 mappings and 1,000 descriptors.
+// BenchmarkProcesses looks at a small process, and at one with 10,000 mappings and
+// 1,000 descriptors.
 func BenchmarkProcesses(b *testing.B) {
 	if os.Getuid() != 0 {
 		b.Skip("needs root")
@@ -355,10 +359,14 @@ func BenchmarkProcesses(b *testing.B) {
 		b.Fatal(err)
 	}
 	defer file.Close()
-	pid := startDeed(b, "many", unix.CLONE_NEWNS, file)
-	for b.Loop() {
-		if err := CheckProcesses(b.Context(), ownMounts(), []int{pid}); err != nil {
-			b.Fatal(err)
-		}
+	for _, deed := range []string{"chroot", "many"} {
+		b.Run(deed, func(b *testing.B) {
+			pid := startDeed(b, deed, unix.CLONE_NEWNS, file)
+			for b.Loop() {
+				if err := CheckProcesses(b.Context(), ownMounts(), []int{pid}); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
 	}
 }

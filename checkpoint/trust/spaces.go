@@ -182,6 +182,7 @@ func readMountIDs(ctx context.Context, f *os.File) (map[uint64]bool, error) {
 type internalMounts struct {
 	namespaces uint64          // of namespaces
 	sockets    uint64          // of sockets; it is among others too
+	async      func() uint64   // of the rings of asynchronous I/O; 0 for none
 	others     map[uint64]bool // of pipes, sockets, memory, event descriptors, …
 }
 
@@ -231,26 +232,28 @@ func kernelMounts() (internalMounts, error) {
 		return m, err
 	}
 	m.namespaces = f.mount
-	if id, ok := asyncMount(); ok {
-		m.others[id] = true
-	}
+	// To end asynchronous I/O takes the kernel some 30 ms, and few have any.
+	m.async = sync.OnceValue(asyncMount)
 	return m, nil
 }
 
 // asyncMount is that of the rings of asynchronous I/O (io_setup(2)), which are only
 // ever mapped.
-func asyncMount() (uint64, bool) {
+func asyncMount() uint64 {
 	var ring uintptr // both the context and where it is mapped
 	if _, _, errno := unix.Syscall(unix.SYS_IO_SETUP, 1, uintptr(unsafe.Pointer(&ring)), 0); errno != 0 {
-		return 0, false
+		return 0
 	}
 	defer func() { _, _, _ = unix.Syscall(unix.SYS_IO_DESTROY, ring, 0, 0) }()
 	maps, _ := filepath.Glob(fmt.Sprintf("/proc/self/map_files/%x-*", ring))
 	if len(maps) != 1 {
-		return 0, false
+		return 0
 	}
 	f, err := fileAt(unix.AT_FDCWD, maps[0])
-	return f.mount, err == nil
+	if err != nil {
+		return 0
+	}
+	return f.mount
 }
 
 // hugePages are the logarithms of the sizes of huge pages that the kernel has.
