@@ -110,7 +110,7 @@ func sumChunk(ctx context.Context, dir string, file File, n int, to []byte) erro
 }
 
 // AddSum completes the manifest of the checkpoint in dir that was made with
-// DumpRequest.LeaveSum, and signs it, unless key is nil. If known, which has a sum, is
+// DumpRequest.LeaveSum, and signs it, unless key is nil or it is of an older version. If known, which has a sum, is
 // of the name, size and inode of the file without one, that is taken; else the file is
 // read. A manifest that is complete, or a folder without one, stays as it is.
 func AddSum(ctx context.Context, dir string, known File, key *sign.Key) error {
@@ -132,9 +132,32 @@ func AddSum(ctx context.Context, dir string, known File, key *sign.Key) error {
 		}
 		file.setSum(sums[0])
 	}
+	if m.Version < signedVersion {
+		// Of a shim that was started before an update, and so has other sums. It does
+		// not say whose pod it is of, which a signature would have to.
+		key = nil
+		if err := m.sumAnew(ctx, dir, i); err != nil {
+			return wrap(dir, err)
+		}
+	}
 	// Until the manifest has the sum, no restore takes the checkpoint, so the
 	// envelope comes first.
 	return wrap(dir, writeSigned(dir, m, key, nil))
+}
+
+// sumAnew makes a manifest one of the newest version, with new sums of all files but the
+// i-th, which has one.
+func (m *Manifest) sumAnew(ctx context.Context, dir string, i int) error {
+	others := slices.Delete(slices.Clone(m.Files), i, i+1)
+	sums, err := sumFiles(ctx, dir, others)
+	if err != nil {
+		return err
+	}
+	for n := range others {
+		others[n].setSum(sums[n])
+	}
+	m.Version, m.Files = manifestVersion, slices.Insert(others, i, m.Files[i])
+	return nil
 }
 
 // inParallel calls fn with 0 to n-1, on as many goroutines as there are CPUs,

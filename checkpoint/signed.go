@@ -141,6 +141,9 @@ func signFolder(ctx context.Context, dir string, key *sign.Key, made Manifest) e
 	m := made
 	if img.manifest != nil {
 		m = *img.manifest
+		// Of which older versions know nothing.
+		m.Container.Name, m.Container.Pod, m.Container.BaseConfig = made.Container.Name, made.Container.Pod, made.Container.BaseConfig
+		m.Container.SpecDigest = made.Container.SpecDigest
 	} else {
 		m.Options = img.options
 		if m.Architecture == "" {

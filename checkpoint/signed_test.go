@@ -199,7 +199,7 @@ func rewrite(t *testing.T, dir string) {
 	t.Helper()
 	m, err := readManifest(dir)
 	must(t, err)
-	m.Version = 2
+	m.Version, m.Container.Pod = 2, nil
 	for i := range m.Files {
 		f, err := os.Open(filepath.Join(dir, m.Files[i].Name))
 		must(t, err)
@@ -214,18 +214,31 @@ func rewrite(t *testing.T, dir string) {
 	}
 }
 
-// TestAddSumSigns: where a sum is left to AddSum, so is the signature.
+// TestAddSumSigns: where a sum is left to AddSum, so is the signature; not what a
+// shim of an older version has made.
 func TestAddSumSigns(t *testing.T) {
 	key, trust := node(t)
-	dir := filepath.Join(t.TempDir(), "c")
-	f, err := NewFolder(dir)
-	must(t, err)
-	fill(t, f.Path())
-	f.leaveSum = true
-	must(t, f.Commit(Manifest{}, false))
-	must(t, AddSum(t.Context(), dir, File{}, key))
-	_, err = OpenWith(t.Context(), dir, OpenOptions{Trust: trust, Require: true})
-	must(t, err)
+	for _, version := range []int{manifestVersion, 2} {
+		dir := filepath.Join(t.TempDir(), "c")
+		f, err := NewFolder(dir)
+		must(t, err)
+		fill(t, f.Path())
+		f.leaveSum = version == manifestVersion
+		must(t, f.Commit(Manifest{}, false))
+		if version == 2 {
+			rewrite(t, dir)
+			m, err := readManifest(dir)
+			must(t, err)
+			m.Files[len(m.Files)/2].Sum = ""
+			must(t, writeSigned(dir, m, nil, nil))
+		}
+		must(t, AddSum(t.Context(), dir, File{}, key))
+		img, err := OpenWith(t.Context(), dir, OpenOptions{Trust: trust, Reread: true})
+		must(t, err)
+		if _, signed := img.Signer(); signed != (version == manifestVersion) {
+			t.Errorf("version %d: signed: %v", version, signed)
+		}
+	}
 }
 
 func TestSpecDigest(t *testing.T) {

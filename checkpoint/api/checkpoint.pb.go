@@ -45,7 +45,7 @@ type CheckpointRequest struct {
 	PreDumps int32 `protobuf:"varint,6,opt,name=pre_dumps,json=preDumps,proto3" json:"pre_dumps,omitempty"`
 	// The manifest has no sum of the largest file, so that no restore takes the
 	// checkpoint until the client has added it: who reads that file anyway spares
-	// it being read twice. Refused with exit, where the folder may be all that is
+	// it being read twice, and signs the checkpoint. Refused with exit, where the folder may be all that is
 	// left of the container.
 	LeaveSum bool `protobuf:"varint,7,opt,name=leave_sum,json=leaveSum,proto3" json:"leave_sum,omitempty"`
 	// Digest of the config of the image that the container was made from, for the
