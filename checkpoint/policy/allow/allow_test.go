@@ -168,6 +168,7 @@ func TestGrants(t *testing.T) {
 		"network by path":  {namespace(specs.NetworkNamespace, "/run/netns/x"), "--network join=/run/netns/x", Grants{Network: "join=/run/netns/x"}, []Grants{{Namespaces: []string{"network"}}}},
 		"network gone":     {namespace(specs.NetworkNamespace, "/proc/77/ns/net"), "--network join=ID", Grants{Network: "join=other"}, nil},
 		"capability":       {capability("CAP_SYS_ADMIN"), "--allow-capability CAP_SYS_ADMIN", Grants{Capabilities: []string{"CAP_SYS_ADMIN"}}, []Grants{{Capabilities: []string{"CAP_SYS_PTRACE"}}}},
+		"as Docker has it": {capability("CAP_SYS_ADMIN"), "--allow-capability CAP_SYS_ADMIN", Grants{Capabilities: []string{"SYS_ADMIN"}}, nil},
 		"in small letters": {capability("cap_sys_admin"), "--allow-capability cap_sys_admin", Grants{Capabilities: []string{All}}, nil},
 		"no seccomp":       {func(s *specs.Spec) { s.Linux.Seccomp = nil }, "--allow-seccomp unconfined", Grants{Seccomp: "unconfined"}, []Grants{{Seccomp: "profile"}}},
 		"seccomp": {func(s *specs.Spec) {
