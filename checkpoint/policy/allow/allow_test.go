@@ -3,6 +3,7 @@ package allow
 import (
 	"encoding/json"
 	"fmt"
+	"os"
 	"os/exec"
 	"reflect"
 	"slices"
@@ -370,6 +371,34 @@ func TestStillOrdinary(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestPodman has the spec of a container of Podman 5.4.2, `podman create --network
+// none`, on Debian: the flags that docs/interoperability.md names, and files made anew.
+func TestPodman(t *testing.T) {
+	data, err := os.ReadFile("testdata/podman.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	asked, unknown, err := Parse(data)
+	if err != nil || len(unknown) > 0 {
+		t.Fatalf("%q, %v", unknown, err)
+	}
+	o := options(Grants{})
+	o.Host.Ulimit = func(string) (uint64, bool) { return 1 << 20, true }
+	if _, _, err := New(asked, nil, o); err == nil || !strings.HasSuffix(err.Error(), "add: --allow-new-privs --allow-seccomp profile") {
+		t.Error(err)
+	}
+	o.Grants = Grants{NewPrivileges: true, Seccomp: "profile"}
+	spec, _, err := New(asked, nil, o)
+	if err != nil || len(spec.Mounts) != len(asked.Mounts) || spec.Linux.CgroupsPath != "/ns/new" {
+		t.Fatalf("%s, %v", dump(spec), err)
+	}
+	for _, m := range spec.Mounts {
+		if IsBind(m) && (m.Source != "" || !EngineFile(m.Destination)) {
+			t.Errorf("%+v", m)
+		}
 	}
 }
 
