@@ -184,9 +184,9 @@ func checkNoFiles(ctx context.Context, t *testing.T, s *stack.Stack) {
 	}))
 }
 
-// ofPodman grants what Podman's containers have by default: programs may gain
-// privileges, and limits are as high as the kernel has them.
-var ofPodman = []string{"--allow-new-privs", "--allow-ulimit", "all"}
+// ofPodman grants what Podman's containers have by default, besides a seccomp
+// profile of their own.
+var ofPodman = []string{"--allow-new-privs"}
 
 // restoreForeign has `stasis restore` restore what another program made.
 func restoreForeign(ctx context.Context, t *testing.T, s *stack.Stack, from, name string, flags ...string) *stack.Container {

@@ -63,7 +63,7 @@ type Grants struct {
 	Mounts       []string // SRC, SRC:DST or All; for the kernel's file systems SRC is the type
 	Devices      []string // a path on the host, a rule of the control group such as "c 10:229 rwm", or All
 	Namespaces   []string // pid, network, ipc, uts; the path of one to be joined; or All
-	Capabilities []string // CAP_X or All
+	Capabilities []string // CAP_X or, as Docker has it, X; or All
 	// Seccomp is "" (a profile that permits no more than containerd's default),
 	// "profile" (any profile), or "unconfined" (none, too).
 	Seccomp       string

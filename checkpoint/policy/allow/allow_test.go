@@ -3,6 +3,7 @@ package allow
 import (
 	"encoding/json"
 	"fmt"
+	"os"
 	"os/exec"
 	"reflect"
 	"slices"
@@ -168,6 +169,7 @@ func TestGrants(t *testing.T) {
 		"network by path":  {namespace(specs.NetworkNamespace, "/run/netns/x"), "--network join=/run/netns/x", Grants{Network: "join=/run/netns/x"}, []Grants{{Namespaces: []string{"network"}}}},
 		"network gone":     {namespace(specs.NetworkNamespace, "/proc/77/ns/net"), "--network join=ID", Grants{Network: "join=other"}, nil},
 		"capability":       {capability("CAP_SYS_ADMIN"), "--allow-capability CAP_SYS_ADMIN", Grants{Capabilities: []string{"CAP_SYS_ADMIN"}}, []Grants{{Capabilities: []string{"CAP_SYS_PTRACE"}}}},
+		"as Docker has it": {capability("CAP_SYS_ADMIN"), "--allow-capability CAP_SYS_ADMIN", Grants{Capabilities: []string{"SYS_ADMIN"}}, nil},
 		"in small letters": {capability("cap_sys_admin"), "--allow-capability cap_sys_admin", Grants{Capabilities: []string{All}}, nil},
 		"no seccomp":       {func(s *specs.Spec) { s.Linux.Seccomp = nil }, "--allow-seccomp unconfined", Grants{Seccomp: "unconfined"}, []Grants{{Seccomp: "profile"}}},
 		"seccomp": {func(s *specs.Spec) {
@@ -369,6 +371,34 @@ func TestStillOrdinary(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestPodman has the spec of a container of Podman 5.4.2, `podman create --network
+// none`, on Debian: the flags that docs/interoperability.md names, and files made anew.
+func TestPodman(t *testing.T) {
+	data, err := os.ReadFile("testdata/podman.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	asked, unknown, err := Parse(data)
+	if err != nil || len(unknown) > 0 {
+		t.Fatalf("%q, %v", unknown, err)
+	}
+	o := options(Grants{})
+	o.Host.Ulimit = func(string) (uint64, bool) { return 1 << 20, true }
+	if _, _, err := New(asked, nil, o); err == nil || !strings.HasSuffix(err.Error(), "add: --allow-new-privs --allow-seccomp profile") {
+		t.Error(err)
+	}
+	o.Grants = Grants{NewPrivileges: true, Seccomp: "profile"}
+	spec, _, err := New(asked, nil, o)
+	if err != nil || len(spec.Mounts) != len(asked.Mounts) || spec.Linux.CgroupsPath != "/ns/new" {
+		t.Fatalf("%s, %v", dump(spec), err)
+	}
+	for _, m := range spec.Mounts {
+		if IsBind(m) && (m.Source != "" || !EngineFile(m.Destination)) {
+			t.Errorf("%+v", m)
+		}
 	}
 }
 

@@ -89,7 +89,7 @@ func (b *builder) capabilities(from *specs.LinuxCapabilities) *specs.LinuxCapabi
 		return to
 	}
 	for _, name := range more {
-		b.ask(has(b.g.Capabilities, name), "--allow-capability", name, "process.capabilities", "capability %s", quote(name))
+		b.ask(has(b.g.Capabilities, name, strings.TrimPrefix(name, "CAP_")), "--allow-capability", name, "process.capabilities", "capability %s", quote(name))
 	}
 	return to
 }
