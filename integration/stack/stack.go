@@ -353,11 +353,14 @@ func (s *Stack) Cgroup(name string) string {
 }
 
 // ContainerCgroups returns the folders of a container's control group that there are:
-// with version 1, one for each controller.
+// with version 1, one for each controller. Those that this host hides from crun, and
+// CRIU makes all the same, are no shim's to remove.
 func (s *Stack) ContainerCgroups(name string) []string {
 	v1, _ := filepath.Glob("/sys/fs/cgroup/*" + s.Cgroup(name))
 	v2, _ := filepath.Glob("/sys/fs/cgroup" + s.Cgroup(name))
-	return append(v1, v2...)
+	return slices.DeleteFunc(append(v1, v2...), func(dir string) bool {
+		return s.opts.hidesUnified() && strings.HasPrefix(dir, "/sys/fs/cgroup/unified/")
+	})
 }
 
 // cgroupParent is what the stack's cgroups lie below: a path, or systemd's slice.
