@@ -48,7 +48,7 @@ func (r *RestoreRequest) imagesDir() (dir string, remove func(), err error) {
 			}
 			data, err := readPart(filepath.Join(r.Image.Dir(), name), maxFrame, false)
 			if err == nil {
-				err = inNamespace(path, joined.flag, func() (err error) {
+				err = InNamespace(path, joined.flag, func() (err error) {
 					changed[name], err = joined.amend(data)
 					return err
 				})

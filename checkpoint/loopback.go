@@ -22,7 +22,7 @@ func LoopbackHook(stdin io.Reader) error {
 	if state.Pid <= 0 {
 		return fmt.Errorf("container %s has no process", state.ID)
 	}
-	err := inNamespace(fmt.Sprintf("/proc/%d/ns/net", state.Pid), unix.CLONE_NEWNET, loopbackUp)
+	err := InNamespace(fmt.Sprintf("/proc/%d/ns/net", state.Pid), unix.CLONE_NEWNET, loopbackUp)
 	if err != nil {
 		return fmt.Errorf("bring the loopback device of container %s up: %w", state.ID, err)
 	}

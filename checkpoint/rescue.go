@@ -56,7 +56,7 @@ func (r *DumpRequest) unlock(ctx context.Context, netns string) {
 // itself unless it is killed, or the container ends with the dump. pid is that of
 // the container's init, logPath is CRIU's log.
 func UnlockNetwork(netns string, pid int, logPath string) error {
-	return inNamespace(netns, unix.CLONE_NEWNET, func() error {
+	return InNamespace(netns, unix.CLONE_NEWNET, func() error {
 		return unlockNetwork(append(runIDs(logPath), strconv.Itoa(pid)))
 	})
 }

@@ -83,7 +83,7 @@ func networkNamespace(spec *specs.Spec) (path string, own bool) {
 // addressesIn lists the addresses of the interfaces in a network namespace, ""
 // for this process's own.
 func addressesIn(path string) (addrs []netip.Addr, err error) {
-	err = inNamespace(path, unix.CLONE_NEWNET, func() error {
+	err = InNamespace(path, unix.CLONE_NEWNET, func() error {
 		found, err := net.InterfaceAddrs()
 		for _, a := range found {
 			if prefix, err := netip.ParsePrefix(a.String()); err == nil {
@@ -96,12 +96,9 @@ func addressesIn(path string) (addrs []netip.Addr, err error) {
 }
 
 // InNamespace runs fn on a thread that is in the namespace at path, of the kind that
-// the flag of clone(2) names.
-func InNamespace(path string, kind int, fn func() error) error { return inNamespace(path, kind, fn) }
-
-// inNamespace runs fn on a thread that is in the namespace at path, of the kind that
-// the flag of clone(2) names; "" is the caller's own.
-func inNamespace(path string, kind int, fn func() error) error {
+// the flag of clone(2) names; "" is the caller's own. In a mount namespace the working
+// folder and the root are the namespace's root.
+func InNamespace(path string, kind int, fn func() error) error {
 	if path == "" {
 		return fn()
 	}
@@ -125,6 +122,12 @@ func inNamespace(path string, kind int, fn func() error) error {
 		// Not unlocked: the thread is in the wrong namespace, and ends with
 		// the goroutine.
 		defer close(done)
+		if kind == unix.CLONE_NEWNS {
+			// Threads share them, and then the kernel lets none change its namespace.
+			if err = os.NewSyscallError("unshare", unix.Unshare(unix.CLONE_FS)); err != nil {
+				return
+			}
+		}
 		if err = unix.Setns(int(ns.Fd()), kind); err != nil {
 			err = fmt.Errorf("enter %s: %w", path, err)
 			return

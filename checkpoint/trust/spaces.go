@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -14,6 +13,8 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint"
 )
 
 // nsFiles are the names of namespaces in /proc, of those that a spec decides.
@@ -113,48 +114,21 @@ func (l *look) mountsOf(pid int) (map[uint64]bool, error) {
 // has only those that it can reach from its root, which need not be the namespace's,
 // and the checkpoint decides which it is.
 func mountsIn(ctx context.Context, path string) (ids map[uint64]bool, err error) {
-	ns, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer ns.Close()
 	proc, err := os.OpenFile("/proc", unix.O_PATH|unix.O_DIRECTORY, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer proc.Close()
-	done := make(chan struct{})
-	var enter func()
-	enter = func() {
-		runtime.LockOSThread()
-		if unix.Gettid() == os.Getpid() {
-			// The main thread never ends, so it must stay where it is. While
-			// it is taken here, it cannot be another goroutine's.
-			defer runtime.UnlockOSThread()
-			go enter()
-			<-done
-			return
-		}
-		// Not unlocked: the thread is in the wrong namespace, and ends with
-		// the goroutine.
-		defer close(done)
-		if err = unix.Unshare(unix.CLONE_FS); err != nil {
-			return
-		}
-		if err = unix.Setns(int(ns.Fd()), unix.CLONE_NEWNS); err != nil {
-			err = os.NewSyscallError("setns", err)
-			return
-		}
-		var fd int
-		if fd, err = unix.Openat(int(proc.Fd()), "thread-self/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
-			return
+	err = checkpoint.InNamespace(path, unix.CLONE_NEWNS, func() error {
+		fd, err := unix.Openat(int(proc.Fd()), "thread-self/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return os.NewSyscallError("open mountinfo", err)
 		}
 		f := os.NewFile(uintptr(fd), "mountinfo")
 		defer f.Close()
 		ids, err = readMountIDs(ctx, f)
-	}
-	go enter()
-	<-done
+		return err
+	})
 	return ids, err
 }
 
