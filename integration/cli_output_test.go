@@ -72,7 +72,7 @@ func TestCLIBrokenOutput(t *testing.T) {
 			if code := cmd.ProcessState.ExitCode(); code != want {
 				t.Errorf("%s (full: %v): exit code %d, want %d: %s", line, full, code, want, errs.String())
 			}
-			if full && !strings.Contains(errs.String(), "write to stdout: no space left on device") {
+			if said := errs.String(); full && (!strings.Contains(said, "write to stdout: ") || !strings.Contains(said, "no space left on device")) {
 				t.Errorf("%s: says %q", line, errs.String())
 			}
 			checkTidy(t, s)
@@ -166,7 +166,9 @@ func withUmask(cmd *exec.Cmd) *exec.Cmd {
 }
 
 // checkPrivate looks that nobody but root can look into a folder, nor into what is in
-// it, should it be moved. It returns what is there.
+// it, should it be moved. It returns what is there. CRIU makes its files 0644, by the
+// umask of containerd, so it is their folder that keeps them; they are 0600 before they
+// leave it.
 func checkPrivate(t *testing.T, dir string) (seen []string) {
 	t.Helper()
 	must(t, filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
@@ -174,6 +176,9 @@ func checkPrivate(t *testing.T, dir string) (seen []string) {
 			return nil // has just been moved
 		}
 		must(t, err)
+		if d.IsDir() && d.Name() == "rootfs" {
+			return filepath.SkipDir // a copy of the container's files, with their modes
+		}
 		info, err := d.Info()
 		if err != nil {
 			return nil
@@ -181,6 +186,9 @@ func checkPrivate(t *testing.T, dir string) (seen []string) {
 		want := fs.FileMode(0o600)
 		if d.IsDir() {
 			want = 0o700
+		}
+		if filepath.Base(filepath.Dir(path)) == ".partial" && !d.IsDir() {
+			want |= 0o044
 		}
 		if info.Mode().Perm()&^want != 0 {
 			t.Errorf("%s has mode %v", path, info.Mode())
