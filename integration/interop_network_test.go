@@ -53,7 +53,7 @@ func TestRestoreNetwork(t *testing.T) {
 		if c.network == "host" {
 			// The host's is not somebody's, so it is there for the next one, too.
 			s.Stasis("checkpoint", "again", "stasis.test/cp:again")
-			more := restoreForeign(ctx, t, s, "stasis.test/cp:again", "once-more", "--allow-host", "/proc/self/ns/net")
+			more := restoreForeign(ctx, t, s, "stasis.test/cp:again", "once-more", "--allow-host", "network", "--allow-host", "/proc/self/ns/net")
 			more.Kill(ctx, syscall.SIGKILL)
 			more.Delete(ctx)
 		}
