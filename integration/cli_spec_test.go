@@ -21,6 +21,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/oci"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/stasis-run/stasis/checkpoint/sign"
 	"github.com/stasis-run/stasis/integration/stack"
 )
 
@@ -267,12 +268,32 @@ func TestGrantedSpec(t *testing.T) {
 				oci.WithNewPrivileges, oci.WithMaskedPaths(nil), oci.WithReadonlyPaths(nil),
 				oci.WithDevices("/dev/kmsg", "", "rw"), oci.WithHostNamespace(specs.NetworkNamespace))
 			c.Start(ctx)
-			file := filepath.Join(s.Dir, "c.tar")
-			s.Stasis("checkpoint", "c", "--exit", "--output", file, "--format", "archive")
+			own, file := filepath.Join(s.Dir, "own.tar"), filepath.Join(s.Dir, "c.tar")
+			s.Stasis("checkpoint", "c", "--exit", "--output", own, "--format", "archive", "--compress", "none")
 			c.Wait(ctx)
+			was, err := c.Spec(ctx)
+			must(t, err)
 			c.Delete(ctx)
 
-			_, err := s.StasisErr("restore", file, "r")
+			// What this node has signed gets what it had.
+			s.Stasis("restore", own, "r")
+			r := load(t, s, "r")
+			is, err := r.Spec(ctx)
+			must(t, err)
+			if !slices.Equal(is.Process.Capabilities.Bounding, was.Process.Capabilities.Bounding) || is.Process.NoNewPrivileges || is.Linux.Seccomp != nil ||
+				!slices.ContainsFunc(is.Mounts, func(m specs.Mount) bool { return m.Source == data }) {
+				t.Errorf("own checkpoint: %+v", is.Process)
+			}
+			r.Kill(ctx, syscall.SIGKILL)
+			r.Delete(ctx)
+			// But not with another spec.
+			editSpec(t, own, file, func(spec *specs.Spec) { spec.Process.OOMScoreAdj = new(1) })
+			if _, err := s.StasisErr("restore", file, "r"); err == nil || !strings.Contains(err.Error(), "--allow-seccomp unconfined") {
+				t.Errorf("an own checkpoint with another spec: %v", err)
+			}
+			rewriteTar(t, own, file, map[string]func([]byte) []byte{"checkpoint/" + sign.EnvelopeName: func([]byte) []byte { return nil }})
+
+			_, err = s.StasisErr("restore", file, "r")
 			if err == nil {
 				t.Fatal("restored without a flag")
 			}
