@@ -51,8 +51,8 @@ func forward(to, from *net.UnixConn, look func([]byte) ([]byte, error)) error {
 // the shim now.
 type folders []*os.File
 
-func (f folders) close() {
-	for _, d := range f {
+func (f *folders) close() {
+	for _, d := range *f {
 		d.Close()
 	}
 }

@@ -296,3 +296,39 @@ func TestRelay(t *testing.T) {
 		})
 	}
 }
+
+// TestFolders: an open folder would keep the file system that the checkpoint is in
+// from being unmounted.
+func TestFolders(t *testing.T) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pair[1])
+	conn, err := unixConn(pair[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	dir, err := os.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	var opened []*os.File
+	func() {
+		var f folders
+		defer f.close()
+		got, err := f.translate(message(2, message(1, int(dir.Fd()), 17, -1)), conn)
+		if err != nil || len(f) != 1 {
+			t.Fatalf("%d folders, %v", len(f), err)
+		}
+		if want := message(2, message(1, int(f[0].Fd()), 17, -1)); !slices.Equal(got, want) {
+			t.Errorf("request %x, want %x", got, want)
+		}
+		opened = slices.Clone(f)
+	}()
+	if _, err := opened[0].Stat(); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("the folder is still open: %v", err)
+	}
+}

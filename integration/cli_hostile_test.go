@@ -190,7 +190,7 @@ func TestCLIHostileRegistry(t *testing.T) {
 	}))
 	defer server.Close()
 	host := strings.TrimPrefix(server.URL, "http://")
-	for tag, want := range map[string]string{"large": "at most 4194304 are read", "ways": "lists more than"} {
+	for tag, want := range map[string]string{"large": "at most 4194304 are read", "ways": "too many descriptors"} {
 		if said := measured(t, s, "pull", host+"/x:"+tag); !strings.Contains(said, want) {
 			t.Errorf("%s: says %q; want %q in it", tag, said, want)
 		}

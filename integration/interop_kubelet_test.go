@@ -56,12 +56,12 @@ func TestArchiveOfKubelet(t *testing.T) {
 			// The pod is gone, as on another host.
 			p.Remove(ctx)
 			for _, network := range []string{"", "none"} {
-				if _, err := s.StasisErr("restore", file, "nowhere", "--network", network, "--allow-new-privs"); err == nil || !strings.Contains(err.Error(), "network namespace") {
+				if _, err := s.StasisErr("restore", file, "nowhere", "--network", network, "--allow-new-privs", "--allow-unmask", "all"); err == nil || !strings.Contains(err.Error(), "network namespace") {
 					t.Errorf("restored with --network %q: %v", network, err)
 				}
 			}
 			netns := s.NewNetns()
-			c := restoreForeign(ctx, t, s, file, "from-"+handler, "--network", "join="+netns.Path, "--allow-new-privs")
+			c := restoreForeign(ctx, t, s, file, "from-"+handler, "--network", "join="+netns.Path, "--allow-new-privs", "--allow-unmask", "all")
 			c.Probe(ctx)
 			out := c.Exec(ctx, "sh", "-c", "cat /new/file; ls -d /etc/group /var/tmp 2>/dev/null; stat -c '%a %n' /etc/hosts /etc/resolv.conf; ip -o addr")
 			if files, ok := strings.CutPrefix(out, "new\n644 /etc/hosts\n644 /etc/resolv.conf\n"); !ok || !strings.Contains(files, netns.Addr) {
