@@ -64,8 +64,8 @@ test-unit: ## run the unit tests under the race detector
 	go test -race -timeout 30m $(run_flag) $$(grep -v '/integration' <<<"$$packages")
 
 .PHONY: test-fuzz
-test-fuzz: ## run every fuzz target for ten seconds
-	@contrib/fuzz.sh 10s
+test-fuzz: ## run every fuzz target for five seconds
+	@contrib/fuzz.sh 5s
 
 .PHONY: test-integration
 test-integration: setup build ## run the tests on real containerd, runc, crun and CRIU (root)
