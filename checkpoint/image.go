@@ -301,10 +301,6 @@ func readManifestBy(dir string, decode func([]byte) (*Manifest, error)) (*Manife
 	if err != nil || data == nil {
 		return nil, err
 	}
-	// One for each file, and some of control groups.
-	if err := capture.CheckNodes(data, 4*maxFiles); err != nil {
-		return nil, fmt.Errorf("%s: %w", manifestName, err)
-	}
 	m, err := decode(data)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", manifestName, err)

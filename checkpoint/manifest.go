@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 	"github.com/stasis-run/stasis/checkpoint/sum"
 	"github.com/stasis-run/stasis/process"
@@ -117,6 +118,10 @@ func decodeManifest(data []byte) (*Manifest, error) {
 // refuses unknown keys, since they would be something that the writer found
 // necessary to say.
 func decodeUnsummed(data []byte) (*Manifest, error) {
+	// One for each file, and some of control groups.
+	if err := capture.CheckNodes(data, 4*maxFiles); err != nil {
+		return nil, err
+	}
 	var head struct {
 		Version int `json:"version"`
 	}

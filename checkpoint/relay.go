@@ -207,8 +207,12 @@ func (l *relay) serve(c *net.UnixConn) {
 		return
 	}
 	runtime, criu, pid, err := l.swap(c)
-	if err != nil || !l.own(runtime) || !l.own(criu) {
+	if err != nil {
 		return // CRIU, and so the restore, fails for want of a socket
+	}
+	if !l.own(runtime) || !l.own(criu) {
+		criu.Close()
+		return
 	}
 	// CRIU's children may have its socket, too, which then does not end with it.
 	if alive := onDeath(pid, func() {
@@ -223,6 +227,9 @@ func (l *relay) serve(c *net.UnixConn) {
 		var folders folders
 		defer folders.close()
 		_ = forward(criu, runtime, func(message []byte) ([]byte, error) { return folders.translate(message, runtime) })
+		// The runtime is gone. CRIU takes that for an answer, and would let the
+		// processes run.
+		l.ended(pid)
 		_ = criu.CloseWrite()
 	}()
 	_ = forward(runtime, criu, func(message []byte) ([]byte, error) { return message, l.heard(message, pid) })
@@ -244,8 +251,14 @@ func (l *relay) swap(c *net.UnixConn) (runtime, criu *net.UnixConn, pid int, err
 		return nil, nil, 0, err
 	}
 	fds, err := rightsIn(oob[:n])
-	if err != nil || len(fds) != 1 {
-		return nil, nil, 0, fmt.Errorf("%d sockets: %w", len(fds), err)
+	if err == nil && len(fds) != 1 {
+		err = fmt.Errorf("%d sockets", len(fds))
+	}
+	if err != nil {
+		for _, fd := range fds {
+			unix.Close(fd)
+		}
+		return nil, nil, 0, err
 	}
 	if runtime, err = unixConn(fds[0]); err != nil {
 		return nil, nil, 0, err
@@ -262,6 +275,9 @@ func (l *relay) swap(c *net.UnixConn) (runtime, criu *net.UnixConn, pid int, err
 	c.Close()
 	if err != nil {
 		runtime.Close()
+		if criu != nil {
+			criu.Close()
+		}
 	}
 	return runtime, criu, pid, err
 }

@@ -39,10 +39,11 @@ func Cleanup(ctx context.Context, namespace, bundlePath, id string) (*taskapi.De
 		cgroup = config.cgroupsPath()
 	}
 	pid, err := b.initPid()
-	if err == nil && process.InCgroup(pid, cgroup) {
+	alive := err == nil && process.InCgroup(pid, cgroup)
+	if alive {
 		freeFromCRIU(ctx, rt, pid, cgroup, filepath.Join(b.dumpDir(), "dump.log"))
 	}
-	if err != nil {
+	if !alive {
 		// In a restore, CRIU may hold processes that must not run. The runtime
 		// would end one after the other.
 		process.KillCgroup(cgroup)

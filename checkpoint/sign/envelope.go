@@ -21,6 +21,8 @@ const (
 	MaxEnvelope = 24 << 20
 	// maxSignatures: one for each key of a rotation is enough.
 	maxSignatures = 16
+	// maxPunctuation are the commas and opening braces of so many.
+	maxPunctuation = 4 + 4*maxSignatures
 )
 
 // envelope is one that was decoded.
@@ -39,6 +41,11 @@ type signature struct {
 func decode(data []byte) (*envelope, error) {
 	if len(data) > MaxEnvelope {
 		return nil, fault.Invalid("%s: larger than %d bytes", EnvelopeName, MaxEnvelope)
+	}
+	// Its decoded form may take a hundred times the memory of its text. Base64 has none
+	// of these.
+	if n := bytes.Count(data, []byte(",")) + bytes.Count(data, []byte("{")); n > maxPunctuation {
+		return nil, fault.Invalid("%s: has more than %d signatures", EnvelopeName, maxSignatures)
 	}
 	var raw dsse.Envelope
 	d := json.NewDecoder(bytes.NewReader(data))

@@ -41,6 +41,7 @@ func (c *checker) checkCgroups() error {
 		for _, name := range ctl.GetCnames() {
 			if _, twice := roots[name]; twice || !controllerName().MatchString(name) || name == ".." {
 				c.refuse("cgroup.img: controller %s is listed twice, or none", quote(name))
+				continue
 			}
 			switch dirs := ctl.GetDirs(); {
 			case len(dirs) == 1:
@@ -48,7 +49,10 @@ func (c *checker) checkCgroups() error {
 			case len(dirs) > maxGroups:
 				c.refuse("cgroup.img: processes are in %d groups of controller %s", len(dirs), quote(name))
 			case len(dirs) > 1:
-				common := commonGroup(name, dirs, e.GetSets())
+				common, err := c.commonGroup(name, dirs, e.GetSets())
+				if err != nil {
+					return err
+				}
 				if common == "" {
 					c.refuse("cgroup.img: processes are in several groups of controller %s that have no common one", quote(name))
 				}
@@ -76,40 +80,46 @@ const maxGroups = 1024
 // every one of them below the new container's group, as its rewrite_cgsets does:
 // it takes the listed groups in turn, and gives the new root to each member whose
 // path begins with that group's and has none yet, and to the group if there is one.
-func commonGroup(controller string, dirs []*cgroup.CgroupDirEntry, sets []*cgroup.CgSetEntry) string {
+func (c *checker) commonGroup(controller string, dirs []*cgroup.CgroupDirEntry, sets []*cgroup.CgSetEntry) (string, error) {
 	var members []string
 	root := ""
 	for _, set := range sets {
+		if err := c.budget.spend(len(set.GetCtls()), 0); err != nil {
+			return "", err
+		}
 		for _, m := range set.GetCtls() {
 			if m.GetName() != controller {
 				continue
 			}
 			p, prefix := m.GetPath(), int(m.GetCgnsPrefix())
 			if prefix <= 1 || prefix > len(p) || root != "" && p[:prefix] != root {
-				return ""
+				return "", nil
 			}
 			root = p[:prefix]
 			if climbs(p) || root != path.Clean(root) || !isBelow(p, root) {
-				return ""
+				return "", nil
 			}
 			members = append(members, p)
 		}
 	}
 	for _, dir := range dirs {
+		if err := c.budget.spend(len(members), 0); err != nil {
+			return "", err
+		}
 		name := "/" + dir.GetDirName()
 		if root == "" || climbs(name) || !isBelow(name, root) {
-			return ""
+			return "", nil
 		}
 		left := slices.DeleteFunc(slices.Clone(members), func(p string) bool { return strings.HasPrefix(p, name) })
 		if len(left) == len(members) {
-			return ""
+			return "", nil
 		}
 		members = left
 	}
 	if len(members) > 0 {
-		return ""
+		return "", nil
 	}
-	return root
+	return root, nil
 }
 
 func (c *checker) checkMember(m *cgroup.CgMemberEntry, roots map[string]string) {

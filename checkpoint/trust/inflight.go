@@ -73,14 +73,19 @@ func (l *look) peek(what string, fd, count int, mounts map[uint64]bool) error {
 	}
 	defer func() { _ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF, before) }()
 	buf, oob := make([]byte, maxPeek), make([]byte, 8<<10)
-	seen := 0
+	seen, last := 0, false
 	for seen < count {
 		if err := l.ctx.Err(); err != nil {
 			return err
 		}
-		n, oobn, _, _, err := unix.Recvmsg(fd, buf, oob, unix.MSG_PEEK|unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
+		n, oobn, flags, _, err := unix.Recvmsg(fd, buf, oob, unix.MSG_PEEK|unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
 		if err != nil {
 			break
+		}
+		if flags&unix.MSG_TRUNC != 0 {
+			// The rest of a packet comes with the same descriptors once more, which
+			// would be counted in place of others.
+			last = true
 		}
 		messages, err := unix.ParseSocketControlMessage(oob[:oobn])
 		if err != nil {
@@ -104,7 +109,7 @@ func (l *look) peek(what string, fd, count int, mounts map[uint64]bool) error {
 				return err
 			}
 		}
-		if seen += got; n == 0 && got == 0 {
+		if seen += got; last || n == 0 && got == 0 {
 			break
 		}
 	}

@@ -82,9 +82,12 @@ func (v *view) follow(p string, last bool) (place, error) {
 			out.at, out.node = at, v.lookup(at)
 			continue
 		}
-		if out.missing { // and all that is in it
+		if out.missing { // and all that is in it, but a mount: the runtime makes the way to it
 			at = path.Join(at, name)
 			out.at = at
+			if _, mounted := v.tree.at[at]; mounted {
+				out.node = v.lookup(at)
+			}
 			continue
 		}
 		next := path.Join(at, name)
@@ -119,6 +122,9 @@ func (v *view) follow(p string, last bool) (place, error) {
 func (v *view) lookup(at string) node {
 	if n, known := v.cache[at]; known {
 		return n
+	}
+	if len(at) > maxPath { // over links one comes deeper than one path can tell
+		return node{bad: "is too long"}
 	}
 	m, ok := v.tree.at[at]
 	if !ok {

@@ -67,6 +67,10 @@ var virtualTypes = map[uint32]string{
 // maxMounts bounds the mounts of a checkpoint.
 const maxMounts = 20_000
 
+// maxMountPaths bounds their paths together, in bytes: each folder on the way to a
+// mount is kept.
+const maxMountPaths = 4 << 20
+
 func (c *checker) readMounts() error {
 	if c.mounts != nil {
 		return nil
@@ -81,7 +85,7 @@ func (c *checker) readMounts() error {
 	if len(names) > 1 && !c.grant.any("CAP_SYS_ADMIN") {
 		return fault.New(errdefs.ErrPermissionDenied, "the processes are in %d mount namespaces, which needs CAP_SYS_ADMIN", len(names))
 	}
-	total := 0
+	total, length := 0, 0
 	for _, name := range names {
 		err := c.each(name, "MNTS", func(msg []byte) error {
 			e := &mnt.MntEntry{}
@@ -105,6 +109,9 @@ func (c *checker) readMounts() error {
 			}
 			if total++; total > maxMounts {
 				return fault.Invalid("more than %d mounts", maxMounts)
+			}
+			if length += len(e.GetMountpoint()); length > maxMountPaths {
+				return fault.Invalid("paths of mounts of more than %d bytes", maxMountPaths)
 			}
 			c.mounts[name] = append(c.mounts[name], mountEntry{e, at})
 			return nil

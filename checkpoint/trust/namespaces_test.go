@@ -223,7 +223,8 @@ func TestCommonGroup(t *testing.T) {
 		for _, m := range tc.members {
 			set.Ctls = append(set.Ctls, &cgroup.CgMemberEntry{Name: proto.String(""), Path: proto.String(m.path), CgnsPrefix: proto.Uint32(m.prefix)})
 		}
-		if got := commonGroup("", dirs, []*cgroup.CgSetEntry{set}); got != tc.want {
+		c := &checker{budget: newBudget(t.Context())}
+		if got, err := c.commonGroup("", dirs, []*cgroup.CgSetEntry{set}); got != tc.want || err != nil {
 			t.Errorf("%s: %q, want %q", tc.name, got, tc.want)
 		}
 	}
