@@ -54,6 +54,20 @@ func SaveNew(ctx context.Context, store content.Provider, records images.Store, 
 	return images.Image{}, false, fmt.Errorf("save checkpoint image %s: %w", name, err)
 }
 
+// labelMade is on the record of an image that this host's `stasis checkpoint` has made:
+// its digest. Labels do not travel, and only root writes them, so what has it is what
+// was made, its files included.
+const labelMade = "stasis.run/made-here"
+
+// MadeHere are the labels of an image that was made here.
+func MadeHere(desc ocispec.Descriptor) map[string]string {
+	return map[string]string{labelMade: desc.Digest.String()}
+}
+
+// WasMadeHere tells whether an image is one that was made here, and no other that has got
+// its name since.
+func WasMadeHere(img images.Image) bool { return img.Labels[labelMade] == img.Target.Digest.String() }
+
 // maxTag is the length of a tag that registries take.
 const maxTag = 128
 

@@ -27,6 +27,9 @@ import (
 
 // restoreFlags are those of `stasis restore`.
 type restoreFlags struct {
+	// madeHere: what is restored is an image as this host has made it. It is no flag.
+	madeHere bool
+
 	attach      bool
 	tcpClose    bool
 	network     string
@@ -131,7 +134,7 @@ func (a *app) restore(ctx context.Context, f *restoreFlags, arg, id string) (err
 	bar := a.progress(arg)
 	defer bar.Done()
 	before := a.refusable(ctx, c, arg)
-	record, err := a.runnable(ctx, c, arg, f.plainHTTP, bar, f.checkSpec)
+	record, err := a.runnable(ctx, c, arg, f, bar)
 	if err != nil {
 		return fmt.Errorf("restore %s: %w", arg, before.undo(ctx, err))
 	}

@@ -83,10 +83,11 @@ func readSpec(root *os.Root) ([]byte, error) {
 	return data, nil
 }
 
-// ownCheckpoint tells whether this node's key has signed a checkpoint with that
-// spec. images is the folder with CRIU's images and stasis.json; a signature that is
-// not valid is an error.
-func ownCheckpoint(images *os.Root, spec []byte) (bool, error) {
+// ownCheckpoint tells whether a checkpoint is this node's own, as it was made: its key
+// has signed it, with that spec, and its files, which no signature is of, are those of
+// the image that was made here. images is the folder with CRIU's images and
+// stasis.json; a signature that is not valid is an error.
+func (f *restoreFlags) ownCheckpoint(images *os.Root, spec []byte) (bool, error) {
 	trust, err := sign.DefaultDir().Trust()
 	if err != nil {
 		return false, err
@@ -101,7 +102,7 @@ func ownCheckpoint(images *os.Root, spec []byte) (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("look who has signed it: %w", err)
 	}
-	return own, nil
+	return own && f.madeHere, nil
 }
 
 // checkSpec tells whether a checkpoint may have what its spec asks for, before
@@ -112,7 +113,7 @@ func (f *restoreFlags) checkSpec(ctx context.Context, got *capture.Capture) erro
 		return err
 	}
 	defer images.Close()
-	own, err := ownCheckpoint(images, got.Spec)
+	own, err := f.ownCheckpoint(images, got.Spec)
 	if err != nil {
 		return err
 	}
@@ -152,7 +153,7 @@ func (a *app) embedded(ctx context.Context, c *client.Client, container *contain
 		return nil, err
 	}
 	defer images.Close()
-	own, err := ownCheckpoint(images, data)
+	own, err := f.ownCheckpoint(images, data)
 	if err != nil {
 		return nil, err
 	}

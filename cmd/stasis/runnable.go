@@ -25,22 +25,23 @@ import (
 
 // runnable returns the runnable image of a checkpoint that is in any form: an
 // image, which is pulled if need be, or an archive in a file. One of another form
-// is made runnable first, under a name of its own, if check has no objection.
-func (a *app) runnable(ctx context.Context, c *client.Client, arg string, plain bool, bar *progress, check func(context.Context, *capture.Capture) error) (images.Image, error) {
+// is made runnable first, under a name of its own, if it may have what its spec asks for.
+func (a *app) runnable(ctx context.Context, c *client.Client, arg string, f *restoreFlags, bar *progress) (images.Image, error) {
 	info, err := os.Stat(arg)
 	switch {
 	case err == nil && info.IsDir():
 		return images.Image{}, fmt.Errorf("it is a folder, which lacks what a container needs besides its processes; `ctr run --runtime %s` with a criu_image_path restores one: %w",
 			runtimeName, errdefs.ErrInvalidArgument)
 	case err == nil:
-		return a.runnableArchive(ctx, c, arg, plain, bar, check)
+		return a.runnableArchive(ctx, c, arg, f.plainHTTP, bar, f.checkSpec)
 	case !errors.Is(err, fs.ErrNotExist) || strings.HasPrefix(arg, "/") || strings.HasPrefix(arg, "."):
 		return images.Image{}, err
 	}
-	record, err := a.findImage(ctx, c, arg, plain, bar)
+	record, err := a.findImage(ctx, c, arg, f.plainHTTP, bar)
 	if err != nil {
 		return images.Image{}, err
 	}
+	f.madeHere = image.WasMadeHere(record)
 	form, err := image.Detect(ctx, c.ContentStore(), record.Target)
 	if err != nil {
 		return images.Image{}, err
@@ -51,7 +52,7 @@ func (a *app) runnable(ctx context.Context, c *client.Client, arg string, plain 
 	case image.None:
 		return images.Image{}, fmt.Errorf("it is an image, but no checkpoint of a container's processes; of `ctr containers checkpoint`, it needs --task: %w", errdefs.ErrInvalidArgument)
 	}
-	return a.madeRunnable(ctx, c, plain, bar, check, func(dir string) (*capture.Capture, string, error) {
+	return a.madeRunnable(ctx, c, f.plainHTTP, bar, f.checkSpec, func(dir string) (*capture.Capture, string, error) {
 		got, err := image.ReadLimited(ctx, c.ContentStore(), record.Target, dir, int64(a.maxSize))
 		if err != nil {
 			return nil, "", err

@@ -30,7 +30,7 @@ func store(ctx context.Context, c *client.Client, ref string, got *capture.Captu
 	if err != nil {
 		return "", err
 	}
-	if _, err := image.Save(ctx, c.ContentStore(), c.ImageService(), ref, desc, nil); err != nil {
+	if _, err := image.Save(ctx, c.ContentStore(), c.ImageService(), ref, desc, image.MadeHere(desc)); err != nil {
 		return "", err
 	}
 	return desc.Digest.String(), nil

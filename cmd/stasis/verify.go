@@ -149,8 +149,10 @@ func newSignCommand(a *app) *cobra.Command {
 		Use:   "sign REF",
 		Short: "Sign a checkpoint that has no signature of this node",
 		Long: `Sign the checkpoint that an image holds with this node's key, and so vouch for it: pods
-then restore it wherever that key is trusted. It is for checkpoints of other engines,
-and of versions of Stasis that did not sign. Signatures of others stay.
+then restore it wherever that key is trusted, in the namespace that it says it is of.
+Look at it before (stasis inspect). It is for checkpoints of other engines, and of
+versions of Stasis that did not sign. Signatures of others stay. What its spec asks for
+still needs the flags of stasis restore.
 
 The image is written anew, in the same form, and REF names that; other names of the
 old image stay with the old one.`,

@@ -56,7 +56,11 @@ place() {
 # replaced: what it has signed would not be trusted any more.
 keys() {
 	if [ -e /keys/sign.key ]; then
-		place /keys/sign.key /etc/stasis/keys/sign.key 0600 later
+		if [ -e "$host/etc/stasis/keys/sign.key" ] && ! ours /etc/stasis/keys/sign.key; then
+			say "warning: the node has a key of its own, which stays; remove /etc/stasis/keys/sign.key for the cluster's"
+		else
+			place /keys/sign.key /etc/stasis/keys/sign.key 0600 later
+		fi
 	fi
 	for key in /keys/*.pub; do
 		[ -e "$key" ] || continue
