@@ -199,7 +199,7 @@ func startDeed(t testing.TB, deed string, flags uintptr, file *os.File) int {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(self)
-	cmd.Env = append(os.Environ(), deedEnv+"="+deed)
+	cmd.Env = append(os.Environ(), deedEnv+"="+deed, "TMPDIR="+t.TempDir())
 	cmd.ExtraFiles = []*os.File{file}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: flags}
 	in, err := cmd.StdinPipe()
