@@ -33,30 +33,33 @@ func verifySignature(dir string, m *Manifest, data []byte, trust *sign.Trust) (s
 // SignedBy tells who has signed the manifest of the checkpoint in dir, of those that are
 // trusted. The files are not compared with it, which OpenWith does.
 func SignedBy(dir string, trust *sign.Trust) (sign.Verdict, error) {
+	_, v, err := signedManifest(dir, trust)
+	return v, wrap(dir, err)
+}
+
+// signedManifest returns the manifest in dir, nil if there is none, and who has signed
+// those very bytes.
+func signedManifest(dir string, trust *sign.Trust) (*Manifest, sign.Verdict, error) {
 	data, err := readManifestFile(dir)
 	if err != nil {
-		return sign.Verdict{}, wrap(dir, err)
+		return nil, sign.Verdict{}, err
 	}
 	var m *Manifest
 	if data != nil {
 		if m, err = decodeManifest(data); err != nil {
-			return sign.Verdict{}, wrap(dir, fmt.Errorf("%s: %w", manifestName, err))
+			return nil, sign.Verdict{}, fmt.Errorf("%s: %w", manifestName, err)
 		}
 	}
 	v, err := verifySignature(dir, m, data, trust)
-	return v, wrap(dir, err)
+	return m, v, err
 }
 
 // OwnSpec tells whether this node's own key has signed the manifest of the checkpoint
 // in dir, and the manifest is of a container that ran with spec. The files are not
 // compared with it, which the restore does.
 func OwnSpec(dir string, spec []byte, trust *sign.Trust) (bool, error) {
-	v, err := SignedBy(dir, trust)
+	m, v, err := signedManifest(dir, trust)
 	if err != nil || len(v.Signers) == 0 || !v.Signers[0].Own {
-		return false, err
-	}
-	m, err := readManifest(dir)
-	if err != nil {
 		return false, wrap(dir, err)
 	}
 	digest, err := SpecDigest(spec)
