@@ -105,7 +105,7 @@ func (i *Image) OpenFile(name string) (*os.File, error) { return openIn(i.dir, n
 // sockets are returned as IPv4 addresses.
 func (i *Image) EstablishedTCP() ([]netip.Addr, error) { return i.tcp() }
 
-// OpenOptions are those of OpenWith.
+// OpenOptions are the options of OpenWith.
 type OpenOptions struct {
 	// Trust are the keys whose signatures are verified. Nil: a checkpoint that is
 	// signed is good, and nobody is known to have signed it.
