@@ -56,16 +56,12 @@ demo: setup build ## checkpoint and restore a live container, here and now (root
 	@$(with_env) go run ./integration/demo -workload '$(WORKLOAD)'
 
 .PHONY: test
-test: setup build lint test-unit test-fuzz test-integration ## set up, build, lint, and run every test (root)
+test: setup build lint test-unit test-integration ## set up, build, lint, and run every test (root)
 
 .PHONY: test-unit
 test-unit: ## run the unit tests under the race detector
 	@packages=$$(go list ./...); \
 	go test -race -timeout 30m $(run_flag) $$(grep -v '/integration' <<<"$$packages")
-
-.PHONY: test-fuzz
-test-fuzz: ## run every fuzz target for five seconds
-	@contrib/fuzz.sh 5s
 
 .PHONY: test-integration
 test-integration: setup build ## run the tests on real containerd, runc, crun and CRIU (root)
@@ -93,8 +89,10 @@ lint: ## check formatting, go vet, staticcheck
 bench: setup build ## measure checkpoint and restore, ours and the peers' (root)
 	@$(with_env) go run ./integration/bench
 
+# Not a part of test, which runs the targets on their seeds only: a search that
+# begins elsewhere each time makes one commit pass and fail.
 .PHONY: fuzz
-fuzz: ## run every fuzz target for FUZZTIME each
+fuzz: ## search with every fuzz target for FUZZTIME each
 	@contrib/fuzz.sh '$(FUZZTIME)'
 
 .PHONY: clean

@@ -75,6 +75,7 @@ func FuzzHeaders(f *testing.F) {
 	f.Add([]byte{11, 0, 0, 0, 2, 0, 0, 0, 0, 0, 1, 0}, byte(1))
 	f.Add([]byte{13, 1, 0, 0, 1, 6, 0, 0, 0, 0, 1, 0}, byte(2))
 	f.Add([]byte{3, 0, 0, 0, 0, 3, 6, 0, 0, 0, 1, 0}, byte(3))
+	f.Add([]byte{2, 1, 118, 0, 0, 0, 2, 1, 96, 0, 0, 0}, byte(0)) // hard links to /y and ../x
 	f.Fuzz(func(t *testing.T, choices []byte, end byte) {
 		var data []byte
 		for len(choices) >= 6 && len(data) < 1<<14 {

@@ -354,7 +354,9 @@ func compare(t *testing.T, what string, data []byte, entries []Entry, headers []
 	if len(headers) == 0 {
 		return // of which GNU tar says that they are no tars
 	}
-	cmd := exec.Command("tar", "-tvf", "-", "--numeric-owner", "--quoting-style=escape", "--no-unquote")
+	// -P: without it, tar lists the target of a hard link as it would extract it,
+	// without a leading / or ../.
+	cmd := exec.Command("tar", "-tPvf", "-", "--numeric-owner", "--quoting-style=escape", "--no-unquote")
 	cmd.Env = []string{"LC_ALL=C", "TZ=UTC", "PATH=" + os.Getenv("PATH")}
 	cmd.Stdin = bytes.NewReader(data)
 	var errs strings.Builder
