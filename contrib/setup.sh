@@ -16,7 +16,7 @@
 #   containerd-1.7/, containerd-2.1/
 #                      the same containerd programs of older releases
 #   private/           Debian trees behind what is in bin/
-#   rootfs/            redis, python, nginx, busybox
+#   rootfs/            busybox, redis, python, nginx, java, node
 #   kubernetes/bin/    kube-apiserver, kube-controller-manager, kube-scheduler,
 #                      kubelet; etcd and kubectl are in bin/
 #   stamps/            what each of the above was made from
@@ -55,7 +55,7 @@ newer=trixie
 newest=forky
 runc_version=v1.5.2
 
-components=(criu runc busybox containerd redis python nginx crun containerd17 containerd21 podman tools)
+components=(criu runc busybox containerd redis python nginx java node crun containerd17 containerd21 podman tools)
 
 # What only the tests on a cluster need: a quarter of an hour to build, and half
 # a gigabyte.
@@ -602,6 +602,24 @@ make_nginx() {
 	finish nginx
 }
 
+want_java() { want_busybox; }
+ok_java() { [[ -d $cache/rootfs/java ]]; }
+make_java() {
+	rootfs java default-jre-headless
+	ln -s ../lib/jvm/default-java/bin/java "$tmp/tree/usr/bin/java"
+	# It finds its libraries by /proc, which is not mounted there.
+	run chroot "$tmp/tree" /bin/env LD_LIBRARY_PATH=/usr/lib/jvm/default-java/lib /usr/bin/java -version
+	finish java
+}
+
+want_node() { want_busybox; }
+ok_node() { [[ -d $cache/rootfs/node ]]; }
+make_node() {
+	rootfs node nodejs
+	run chroot "$tmp/tree" /usr/bin/node --version
+	finish node
+}
+
 finish() {
 	chmod -R a+rX "$tmp/tree"
 	place "$tmp/tree" "$cache/rootfs/$1"
@@ -699,7 +717,7 @@ summary() {
 	for c in "${components[@]}"; do
 		mapfile -t lines <"$cache/stamps/$c"
 		case $c in
-		busybox | nginx | python | redis) printf '  %-20s %s\n' "rootfs/$c" "${lines[0]}${lines[1]:+, $c ${lines[1]}}" ;;
+		busybox | java | nginx | node | python | redis) printf '  %-20s %s\n' "rootfs/$c" "${lines[0]}${lines[1]:+, $c ${lines[1]}}" ;;
 		tools) printf '  %-20s %s\n' bin/checkpointctl "${lines[0]}, ${lines[1]}" bin/docker-registry "${lines[0]}" ;;
 		vm) printf '  %-20s %s\n' vm/ "Debian $newer, ${lines[1]}" ;;
 		qemu) printf '  %-20s %s\n' bin/qemu-system-x86_64 "${lines[0]}${lines[1]:+, ${lines[1]}}" ;;

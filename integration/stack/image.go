@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/images"
@@ -27,6 +28,8 @@ const (
 	Redis   = "stasis.test/redis:latest"
 	Python  = "stasis.test/python:latest"
 	Nginx   = "stasis.test/nginx:latest"
+	Java    = "stasis.test/java:latest"
+	Node    = "stasis.test/node:latest"
 	// Probe is Busybox with the program of integration/probe as /probe.
 	Probe = "stasis.test/probe:latest"
 	// Pause is what the sandboxes of pods run: Busybox, asleep.
@@ -46,12 +49,8 @@ func (s *Stack) Image(ctx context.Context, name string) client.Image {
 	switch name {
 	case Busybox, Pause:
 		return s.ImportRootfs(ctx, name, Rootfs("busybox"))
-	case Redis:
-		return s.ImportRootfs(ctx, name, Rootfs("redis"))
-	case Python:
-		return s.ImportRootfs(ctx, name, Rootfs("python"))
-	case Nginx:
-		return s.ImportRootfs(ctx, name, Rootfs("nginx"))
+	case Redis, Python, Nginx, Java, Node:
+		return s.ImportRootfs(ctx, name, Rootfs(strings.TrimSuffix(strings.TrimPrefix(name, "stasis.test/"), ":latest")))
 	case Probe:
 		probe, err := TestProgram("probe")
 		if err != nil {
@@ -63,8 +62,8 @@ func (s *Stack) Image(ctx context.Context, name string) client.Image {
 	return nil
 }
 
-// Rootfs is the folder of a root filesystem in the cache: "busybox", "python",
-// "redis" or "nginx".
+// Rootfs is the folder of a root filesystem in the cache: "busybox", "redis",
+// "python", "nginx", "java" or "node".
 func Rootfs(name string) string { return filepath.Join(cacheDir(), "rootfs", name) }
 
 // ImportRootfs makes an image with one layer of each of the folders, imports
