@@ -9,6 +9,7 @@ import (
 	"sync"
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/cgroup"
+	"github.com/opencontainers/runtime-spec/specs-go"
 )
 
 // hierarchy names a hierarchy by its controllers, in order.
@@ -83,15 +84,34 @@ func (c *checker) checkProperty(prop *cgroup.CgroupPropEntry, top bool) {
 	if name != "freezer.state" {
 		c.checkCgroupPerms(quote(name), prop.GetPerms(), 0o644)
 	}
-	// Groups below have no more than those above, in any case.
-	if mode := c.img.Options().CgroupsMode; name != "devices.list" || !top || mode != "full" && mode != "strict" {
-		return
-	}
+	all := c.img.Options().CgroupsMode == "full" || c.img.Options().CgroupsMode == "strict"
 	for line := range strings.Lines(value) {
-		if line = strings.TrimSpace(line); line != "" && !c.mayUseDevices(line) {
+		line = strings.TrimSpace(line)
+		switch {
+		case line == "":
+		case name == "devices.list" && top && all && !c.mayUseDevices(line):
+			// Groups below have no more than those above, in any case.
 			c.refuse("cgroup.img: access to devices %s is beyond the spec's", quote(line))
+		case (name == "net_cls.classid" || name == "net_prio.ifpriomap") && (!top || all) && !c.mayMarkPackets(name, line):
+			c.refuse("cgroup.img: %s of %s is not the spec's", name, quote(line))
 		}
 	}
+}
+
+// mayMarkPackets tells whether the spec has a line of net_cls.classid, which the
+// host's firewall and traffic control go by, or of net_prio.ifpriomap.
+func (c *checker) mayMarkPackets(name, line string) bool {
+	var network specs.LinuxNetwork
+	if c.spec.Linux != nil && c.spec.Linux.Resources != nil && c.spec.Linux.Resources.Network != nil {
+		network = *c.spec.Linux.Resources.Network
+	}
+	if name == "net_cls.classid" {
+		return line == "0" || network.ClassID != nil && line == fmt.Sprint(*network.ClassID)
+	}
+	device, priority, _ := strings.Cut(line, " ")
+	return priority == "0" || slices.ContainsFunc(network.Priorities, func(p specs.LinuxInterfacePriority) bool {
+		return p.Name == device && priority == fmt.Sprint(p.Priority)
+	})
 }
 
 // maxProperty is a page, the most that the kernel takes.

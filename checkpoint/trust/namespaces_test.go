@@ -124,6 +124,12 @@ func TestCgroups(t *testing.T) {
 			p.Name, p.Value = &name, &value
 		}
 	}
+	child := func(name, value string) func(*cgroup.CgroupEntry) {
+		return func(e *cgroup.CgroupEntry) {
+			memory(e).Dirs[0].Children = []*cgroup.CgroupDirEntry{{DirName: proto.String("a"), Properties: []*cgroup.CgroupPropEntry{
+				{Name: &name, Value: &value}}}}
+		}
+	}
 	for _, tc := range []struct {
 		name string
 		fn   func(*cgroup.CgroupEntry)
@@ -161,12 +167,19 @@ func TestCgroups(t *testing.T) {
 			memory(e).Dirs[0].Children = []*cgroup.CgroupDirEntry{{DirName: proto.String("a"), Properties: []*cgroup.CgroupPropEntry{
 				{Name: proto.String("devices.allow"), Value: proto.String("a")}}}}
 		}, `property "devices.allow" is no property`},
+		{"packets of the spec's class", child("net_cls.classid", "1048577\n"), ""},
+		{"packets of no class", child("net_cls.classid", "0\n"), ""},
+		{"packets of another class", child("net_cls.classid", "1048578\n"), `net_cls.classid of "1048578" is not the spec's`},
+		{"packets of the spec's priority", child("net_prio.ifpriomap", "lo 0\neth0 5\n"), ""},
+		{"packets of another priority", child("net_prio.ifpriomap", "lo 0\neth1 5\n"), `net_prio.ifpriomap of "eth1 5" is not the spec's`},
+		{"packets in the container's own group, which is not set", property("net_cls.classid", "1048578\n"), ""},
 		{"release_agent", func(e *cgroup.CgroupEntry) { memory(e).Dirs[0].Properties[0].Name = proto.String("release_agent") }, `property "release_agent" is no property that a restore may set`},
 		{"property", func(e *cgroup.CgroupEntry) { memory(e).Dirs[0].Properties[0].Name = proto.String("../../x") }, `property "../../x" is no property`},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			f := newForgery(t)
 			one(f, "cgroup.img", "CGROUP", tc.fn)
+			f.spec.Linux.Resources.Network = &specs.LinuxNetwork{ClassID: u32(1048577), Priorities: []specs.LinuxInterfacePriority{{Name: "eth0", Priority: 5}}}
 			f.judged(tc.want, "cgroup.img")
 		})
 	}

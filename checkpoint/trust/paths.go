@@ -183,7 +183,16 @@ func (c *checker) checkMountPaths(v *view) error {
 
 func (c *checker) checkRegularPath(v *view, reg regular, p *paths) error {
 	makes := p.makes[reg.id]
-	to, err := v.follow(reg.name, !makes && reg.flags&unix.O_NOFOLLOW == 0)
+	link := makes
+	if itself := uint32(unix.O_PATH | unix.O_NOFOLLOW); reg.flags&itself == itself {
+		// For a mapping, CRIU opens the file with the mapping's own flags.
+		uses, err := c.uses()
+		if err != nil {
+			return err
+		}
+		link = link || uses[reg.id].access == 0
+	}
+	to, err := v.follow(reg.name, !link)
 	if err != nil {
 		return err
 	}

@@ -134,6 +134,12 @@ func TestPaths(t *testing.T) {
 			f.link(descriptors+"/etc/shadow", "x")
 			f.regular("/x", unix.O_PATH|unix.O_NOFOLLOW)
 		}, ""},
+		{"not followed, but opened", func(f *forgery) { f.link(descriptors+"/etc/shadow", "x"); f.regular("/x", unix.O_NOFOLLOW) }, overLink},
+		{"not followed, but mapped", func(f *forgery) {
+			f.link(descriptors+"/etc/shadow", "x")
+			f.regular("/x", unix.O_PATH|unix.O_NOFOLLOW)
+			one(f, "mm-6.img", "MM", func(m *mm.MmEntry) { *m.Vmas[0].Shmid, m.Vmas[0].Fdflags = 77, u32(unix.O_RDWR) })
+		}, overLink},
 		{"links in a circle", func(f *forgery) { f.link("/x", "x"); f.regular("/x/a", 0) }, "goes over too many links"},
 		{"a link within the container", func(f *forgery) { f.link("/etc", "x"); f.regular("/x/passwd", 0) }, ""},
 		{"a link that climbs", func(f *forgery) { f.link("../../../../etc", "x"); f.regular("/x/passwd", 0) }, ""},
