@@ -364,9 +364,6 @@ func (a *app) checkpointOne(ctx context.Context, c *client.Client, container cli
 	if err != nil {
 		return nil, err
 	}
-	if d.early != nil {
-		o.Begun = func() (*image.Begun, error) { return d.early.layer(ctx, images, f.exit, d.key) }
-	}
 	result, err := a.storeCapture(ctx, d, got, ref, f, o)
 	if err != nil {
 		return nil, err
@@ -396,7 +393,11 @@ func (a *app) storeCapture(ctx context.Context, d *dumper, got *capture.Capture,
 			ref = defaultRef(d.container.ID(), got.Info.Checkpointed)
 		}
 		result.Ref = ref
-		result.Digest, err = store(ctx, d.client, ref, got, d.base, f.format.value, o)
+		if d.early != nil {
+			result.Digest, err = d.storeEarly(ctx, ref, got, f.exit, o)
+		} else {
+			result.Digest, err = store(ctx, d.client, ref, got, d.base, f.format.value, o)
+		}
 	}
 	return result, err
 }

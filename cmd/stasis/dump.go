@@ -36,8 +36,8 @@ type dumper struct {
 	mounts    []mount.Mount // of the root filesystem
 	note      string        // what a user should know about the checkpoint
 	preDumps  []preDump
-	early     *beginner // of what is to be stored; nil if there is none
-	key       *sign.Key // signs what the shim leaves to us; nil: there is none
+	early     *earlyLayer // of what is to be stored; nil if there is none
+	key       *sign.Key   // signs what the shim leaves to us; nil: there is none
 }
 
 func newDumper(ctx context.Context, c *client.Client, container client.Container) (*dumper, error) {
@@ -103,7 +103,7 @@ func (d *dumper) checkTarget(ctx context.Context, ref, format string) error {
 }
 
 // dump freezes the container, writes it to dir, and lets it run again. o is how it
-// will be stored. With d.early, dir is whole when that has its layer.
+// will be stored. With d.early, dir is whole when that has finished.
 func (d *dumper) dump(ctx context.Context, dir string, f *checkpointFlags, o image.Options, bar *progress) (*capture.Capture, error) {
 	info, err := d.describe(ctx)
 	if err != nil {
@@ -122,7 +122,7 @@ func (d *dumper) dump(ctx context.Context, dir string, f *checkpointFlags, o ima
 	defer conn.Close()
 	// What pre-dumps wrote is put together only in the end.
 	if f.format.value == string(image.Runnable) && f.preDumps == 0 && o.Root != "" {
-		d.early = d.begin(ctx, unfinished(c.Images), info.Checkpointed, o)
+		d.early = d.startEarly(ctx, unfinished(c.Images), info.Checkpointed, o)
 		r.LeaveSum = !f.exit
 	}
 	if r.LeaveSum {

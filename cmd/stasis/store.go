@@ -7,6 +7,7 @@ import (
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/archive/compression"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/image"
@@ -30,6 +31,41 @@ func store(ctx context.Context, c *client.Client, ref string, got *capture.Captu
 	if err != nil {
 		return "", err
 	}
+	return nameNew(ctx, c, ref, desc)
+}
+
+// storeEarly is store for a runnable image whose layer was started early.
+func (d *dumper) storeEarly(ctx context.Context, ref string, got *capture.Capture, keep bool, o image.Options) (string, error) {
+	failed := func(err error) (string, error) {
+		return "", fmt.Errorf("make a runnable image of container %s: %w", got.Info.ContainerName, err)
+	}
+	store := d.client.ContentStore()
+	base, err := image.ReadBase(ctx, store, d.base, got.Info)
+	if err != nil {
+		return failed(err)
+	}
+	var layers image.RunnableLayers
+	group, gctx := errgroup.WithContext(ctx)
+	group.Go(func() (err error) {
+		layers.Writable, err = image.WriteWritableLayer(gctx, store, got, o)
+		return err
+	})
+	group.Go(func() (err error) {
+		layers.Checkpoint, err = d.early.finish(gctx, got, keep, d.key)
+		return err
+	})
+	if err := group.Wait(); err != nil {
+		return failed(err)
+	}
+	desc, err := image.WriteRunnableManifest(ctx, store, base, got, layers)
+	if err != nil {
+		return failed(err)
+	}
+	return nameNew(ctx, d.client, ref, desc)
+}
+
+// nameNew names an image that was made here. It returns the digest.
+func nameNew(ctx context.Context, c *client.Client, ref string, desc ocispec.Descriptor) (string, error) {
 	if _, err := image.Save(ctx, c.ContentStore(), c.ImageService(), ref, desc, image.MadeHere(desc)); err != nil {
 		return "", err
 	}

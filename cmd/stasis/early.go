@@ -23,34 +23,35 @@ import (
 	"github.com/stasis-run/stasis/checkpoint/sum"
 )
 
-// beginLeast is the memory in bytes from which on it is worth to begin early.
-const beginLeast = 64 << 20
+// earlyLeast is the memory in bytes from which on it is worth to start early.
+const earlyLeast = 64 << 20
 
-// beginner begins the image's layer with the processes while CRIU writes them; see
-// image.Begun. It is an attempt: without a result, the layer is begun when CRIU has
-// ended, and what went wrong shows there again.
-type beginner struct {
+// earlyLayer starts the image's layer with the processes while CRIU writes them; see
+// image.CheckpointLayer. It is an attempt: if it fails, the layer is written when CRIU
+// has ended, and what went wrong shows there again.
+type earlyLayer struct {
+	layer  *image.CheckpointLayer
 	cancel context.CancelFunc
 	dumped chan struct{} // closed when CRIU has ended
-	done   chan struct{} // closed when begun is what it will be
-	begun  *image.Begun
-	inode  uint64 // of its file
+	done   chan struct{} // closed when layer is started, or will not be
+	inode  uint64        // of the file that layer has read
 }
 
-// begin starts the attempt. folder is where CRIU writes to, and may be made later;
+// startEarly starts the attempt. folder is where CRIU writes to, and may be made later;
 // at is the time of the checkpoint. hasEnded and discard have to be called.
-func (d *dumper) begin(ctx context.Context, folder string, at time.Time, o image.Options) *beginner {
+func (d *dumper) startEarly(ctx context.Context, folder string, at time.Time, o image.Options) *earlyLayer {
 	ctx, cancel := context.WithCancel(ctx)
-	b := &beginner{cancel: cancel, dumped: make(chan struct{}), done: make(chan struct{})}
+	e := &earlyLayer{cancel: cancel, dumped: make(chan struct{}), done: make(chan struct{})}
 	// Until then the bar shows what CRIU does.
 	tell := o.Progress
 	o.Progress = func(stage string, done, total int64) {
-		if b.hasDumped() {
+		if e.hasDumped() {
 			tell(stage, done, total)
 		}
 	}
+	e.layer = image.NewCheckpointLayer(d.client.ContentStore(), o)
 	go func() {
-		defer close(b.done)
+		defer close(e.done)
 		pid, other, err := d.largest(ctx)
 		if err != nil {
 			return
@@ -60,12 +61,12 @@ func (d *dumper) begin(ctx context.Context, folder string, at time.Time, o image
 		undo := yieldCPUs()
 		go func() {
 			select {
-			case <-b.dumped:
+			case <-e.dumped:
 			case <-ctx.Done():
 			}
 			undo()
 		}()
-		f := b.wait(folder, other)
+		f := e.wait(folder, other)
 		if f == nil {
 			return
 		}
@@ -74,53 +75,51 @@ func (d *dumper) begin(ctx context.Context, folder string, at time.Time, o image
 		if err != nil || !hasRoom(folder, size) || !hasRoom(o.Root, size) || !cached(size) {
 			return
 		}
-		r := io.LimitReader(&growing{f, size, b}, size)
+		r := io.LimitReader(&growing{f, size, e}, size)
 		var st unix.Stat_t
 		if unix.Fstat(int(f.Fd()), &st) != nil {
 			return
 		}
-		b.inode = st.Ino
-		b.begun, _ = image.Begin(ctx, d.client.ContentStore(), at, filepath.Base(f.Name()), size, r, o)
+		e.inode = st.Ino
+		_ = e.layer.Start(ctx, at, filepath.Base(f.Name()), size, r)
 	}()
-	return b
+	return e
 }
 
 // hasEnded tells that CRIU has.
-func (b *beginner) hasEnded() { close(b.dumped) }
+func (e *earlyLayer) hasEnded() { close(e.dumped) }
 
-// layer returns what was begun, which may be nil, as soon as the file is read.
-// images is the folder where the file is when CRIU has ended. Unless that is to be
-// kept, the file is removed when it is not needed any more, and has its sum in the
-// manifest by us, which is signed by key then, unless that is nil.
-func (b *beginner) layer(ctx context.Context, images string, keep bool, key *sign.Key) (*image.Begun, error) {
-	<-b.done
-	if keep {
-		return b.begun, nil
+// finish writes the rest of the layer, when CRIU has ended and the file is read. Unless
+// the images are to be kept, it gives the file its sum in the manifest, which is signed
+// by key then, unless that is nil; and removes the file when it is not needed any more.
+func (e *earlyLayer) finish(ctx context.Context, c *capture.Capture, keep bool, key *sign.Key) (image.Layer, error) {
+	<-e.done
+	if !keep {
+		known := checkpoint.File{Inode: e.inode}
+		var read sum.Sum
+		known.Name, known.Size, read = e.layer.Started()
+		known.Sum, known.Chunks = read.Text, read.Chunks
+		if err := checkpoint.AddSum(ctx, c.Images, known, key); err != nil {
+			return image.Layer{}, err
+		}
+		e.layer.RemoveStarted = true
 	}
-	known := checkpoint.File{Inode: b.inode}
-	var read sum.Sum
-	known.Name, known.Size, read = b.begun.File()
-	known.Sum, known.Chunks = read.Text, read.Chunks
-	if b.begun != nil {
-		// It takes a while to free what a large file has in the page cache.
-		b.begun.Taken = func() { go os.Remove(filepath.Join(images, known.Name)) }
-	}
-	return b.begun, checkpoint.AddSum(ctx, images, known, key)
+	return e.layer.Finish(ctx, c)
 }
 
-// discard removes what was begun, unless it was taken. It may be called on nil. It
-// does not wait for what would not be used, such as a containerd that has died.
-func (b *beginner) discard(ctx context.Context) {
-	if b != nil {
-		b.cancel()
-		<-b.done
-		b.begun.Discard(ctx)
+// discard removes what was started, unless finish was called. It may be called on nil.
+// It does not wait for what would not be used, such as a containerd that has died.
+func (e *earlyLayer) discard(ctx context.Context) {
+	if e != nil {
+		e.cancel()
+		<-e.done
+		e.layer.Discard(ctx)
 	}
 }
 
-func (b *beginner) hasDumped() bool {
+func (e *earlyLayer) hasDumped() bool {
 	select {
-	case <-b.dumped:
+	case <-e.dumped:
 		return true
 	default:
 		return false
@@ -136,8 +135,8 @@ const (
 
 // wait waits for CRIU to have written more than so many bytes to a file with
 // memory, and opens that. nil: it has ended.
-func (b *beginner) wait(folder string, more int64) *os.File {
-	for !b.hasDumped() {
+func (e *earlyLayer) wait(folder string, more int64) *os.File {
+	for !e.hasDumped() {
 		time.Sleep(longPause)
 		files, _ := filepath.Glob(filepath.Join(folder, "pages-*.img"))
 		for _, file := range files {
@@ -153,16 +152,16 @@ func (b *beginner) wait(folder string, more int64) *os.File {
 }
 
 // growing reads a file that CRIU appends to, until CRIU has ended. If it has another
-// size then, what was begun is of no use.
+// size then, what was started is of no use.
 type growing struct {
 	f    *os.File
 	size int64
-	b    *beginner
+	e    *earlyLayer
 }
 
 func (g *growing) Read(p []byte) (int, error) {
 	for {
-		last := g.b.hasDumped()
+		last := g.e.hasDumped()
 		if last {
 			if info, err := g.f.Stat(); err != nil || info.Size() != g.size {
 				return 0, errors.Join(errSize, err)
@@ -178,7 +177,7 @@ func (g *growing) Read(p []byte) (int, error) {
 
 var errSize = errors.New("it has another size than could be foreseen")
 
-// errSmall: there is no process for which it is worth to begin early.
+// errSmall: there is no process for which it is worth to start early.
 var errSmall = errors.New("no process has much more memory than all others")
 
 // largest returns the process of the container with the most memory of its own, and
@@ -199,11 +198,11 @@ func (d *dumper) largest(ctx context.Context) (pid int, other int64, err error) 
 		}
 		other = max(other, size)
 	}
-	if most-other < beginLeast {
+	if most-other < earlyLeast {
 		return 0, 0, errSmall
 	}
 	// The kernel counts per CPU, and adds up when it comes to it.
-	return pid, other + beginLeast/8, nil
+	return pid, other + earlyLeast/8, nil
 }
 
 // ownMemory is how much memory a process has that is of no file, in bytes, about.
@@ -233,7 +232,7 @@ func dumpedMemory(pid int) (int64, error) {
 // dump needs.
 func hasRoom(dir string, size int64) bool {
 	var st unix.Statfs_t
-	return unix.Statfs(dir, &st) == nil && int64(st.Bavail)*st.Bsize > 2*size+beginLeast
+	return unix.Statfs(dir, &st) == nil && int64(st.Bavail)*st.Bsize > 2*size+earlyLeast
 }
 
 // cached tells whether the kernel takes so many bytes before it makes who writes

@@ -43,9 +43,9 @@ func TestSumMappings(t *testing.T) {
 // smaller.
 func TestGrowing(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "later")
-	b := &beginner{dumped: make(chan struct{})}
+	e := &earlyLayer{dumped: make(chan struct{})}
 	found := make(chan *os.File)
-	go func() { found <- b.wait(dir, 10) }()
+	go func() { found <- e.wait(dir, 10) }()
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -70,7 +70,7 @@ func TestGrowing(t *testing.T) {
 	read := make(chan string)
 	started := make(chan struct{})
 	go func() {
-		r := &growing{f, 14, b}
+		r := &growing{f, 14, e}
 		head := make([]byte, 11)
 		if _, err := io.ReadFull(r, head); err != nil {
 			t.Error(err)
@@ -94,14 +94,14 @@ func TestGrowing(t *testing.T) {
 	if _, err := io.WriteString(w, "d"); err != nil {
 		t.Fatal(err)
 	}
-	close(b.dumped)
+	close(e.dumped)
 	if got := <-read; got != "0123456789abcd" {
 		t.Errorf("read %q", got)
 	}
-	if n, err := (&growing{f, 15, b}).Read(make([]byte, 1)); n != 0 || !errors.Is(err, errSize) {
+	if n, err := (&growing{f, 15, e}).Read(make([]byte, 1)); n != 0 || !errors.Is(err, errSize) {
 		t.Errorf("another size: %d, %v", n, err)
 	}
-	if f := b.wait(t.TempDir(), 0); f != nil {
+	if f := e.wait(t.TempDir(), 0); f != nil {
 		t.Errorf("found %s after CRIU has ended", f.Name())
 	}
 }
