@@ -3,32 +3,16 @@ package main
 import (
 	"fmt"
 	"io"
-	"slices"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
-	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/inspect"
 	"github.com/stasis-run/stasis/checkpoint/policy/allow"
 	"github.com/stasis-run/stasis/checkpoint/sign"
+	"github.com/stasis-run/stasis/node"
 )
-
-// inspection is what `stasis inspect -o json` prints.
-type inspection struct {
-	// Info says where the checkpoint came from; nil for a folder of images.
-	Info *capture.Info `json:"info,omitempty"`
-	// Signers are those that have signed it and are trusted here; the files are not
-	// compared with what they have signed, which `stasis verify` does.
-	Signers []sign.Signer `json:"signers"`
-	*inspect.Report
-	// AsksFor is what its spec asks for beyond an ordinary container, and what
-	// becomes of it in `stasis restore` without flags; nil if there is no spec.
-	AsksFor []allow.Ask `json:"asks_for,omitzero"`
-
-	signature string // for people
-}
 
 func newInspectCommand(a *app) *cobra.Command {
 	var secrets bool
@@ -48,29 +32,12 @@ Arguments and environment are read out of the memory of the processes.`,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: firstArgs(1, a.completeCheckpoints()),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			c, cleanup, err := a.openCapture(cmd.Context(), args[0])
-			defer cleanup()
+			in, err := a.node().Inspect(cmd.Context(), node.InspectRequest{Checkpoint: args[0], Secrets: secrets, MaxSize: int64(a.maxSize)})
 			if err != nil {
 				return err
-			}
-			r, err := inspect.Inspect(cmd.Context(), c.Images, inspect.Options{Environment: secrets})
-			if err != nil {
-				return err
-			}
-			in := inspection{Report: r}
-			if c.Info.Version != 0 {
-				in.Info = &c.Info
-			}
-			signers, signature, err := signersOf(c.Images)
-			if err != nil {
-				return err
-			}
-			in.Signers, in.signature = append([]sign.Signer{}, signers...), signature
-			if c.Spec != nil {
-				in.AsksFor = a.asksFor(c)
 			}
 			if html != "" {
-				if err := a.writeTo(cmd.Context(), html, func(w io.Writer) error { return writeHTML(w, args[0], in) }); err != nil {
+				if err := a.outputTo(html).Write(cmd.Context(), func(w io.Writer) error { return writeHTML(w, args[0], in) }); err != nil {
 					return fmt.Errorf("write the page: %w", err)
 				}
 				if !a.json() {
@@ -94,7 +61,7 @@ Arguments and environment are read out of the memory of the processes.`,
 type fact struct{ Name, Value string }
 
 // facts are what there is to say about a checkpoint as a whole.
-func facts(in inspection) (list []fact) {
+func facts(in *node.Inspection) (list []fact) {
 	add := func(name, format string, args ...any) { list = append(list, fact{name, fmt.Sprintf(format, args...)}) }
 	known := func(name, value string) {
 		if strings.TrimSpace(value) != "" {
@@ -125,7 +92,7 @@ func facts(in inspection) (list []fact) {
 		known("Kernel", m.Kernel)
 		add("Checkpointed", "%s", m.Created.Format(time.RFC3339))
 	}
-	known("Signed by", in.signature)
+	known("Signed by", signature(in))
 	known("Architecture", in.Architecture)
 	known("Hostname", in.Hostname)
 	known("Security module", in.LSM)
@@ -159,8 +126,8 @@ func needs(n inspect.Needs) (list []fact) {
 }
 
 // printInspection prints a report for people.
-func printInspection(out io.Writer, name string, in inspection) error {
-	fmt.Fprintln(out, printable(name))
+func printInspection(out io.Writer, name string, in *node.Inspection) error {
+	fmt.Fprintln(out, node.Printable(name))
 	printFacts(out, facts(in))
 
 	heading(out, "PROCESSES")
@@ -206,24 +173,29 @@ func printInspection(out io.Writer, name string, in inspection) error {
 	return nil
 }
 
-// asksFor lists what the spec of a checkpoint asks for.
-func (a *app) asksFor(c *capture.Capture) []allow.Ask {
-	asked, unknown, err := allow.Parse(c.Spec)
-	if err != nil {
-		return []allow.Ask{{Field: "spec", What: err.Error(), Verdict: allow.Never}}
+// signature says who has signed a checkpoint.
+func signature(in *node.Inspection) string {
+	if in.Invalid != nil {
+		return "not valid: " + in.Invalid.Error()
 	}
-	// The error says the same as the list.
-	_, asks, _ := allow.New(asked, unknown, allow.Options{
-		Namespace: a.namespace, OldNamespace: c.Info.Namespace, Systemd: exists("/run/systemd/system"), Host: allow.ThisHost(),
-	})
-	return slices.Concat([]allow.Ask{}, asks) // not nil
+	var list []string
+	for _, s := range in.Signers {
+		list = append(list, sign.Short(s.KeyID)+" ("+whose(s)+")")
+	}
+	for _, id := range in.Unknown {
+		list = append(list, sign.Short(id)+" (not trusted here)")
+	}
+	if list == nil {
+		list = []string{"nobody"}
+	}
+	return strings.Join(list, ", ")
 }
 
 func printProcess(out io.Writer, p inspect.Process) {
 	if len(p.Memory.Mappings) == 0 {
 		return
 	}
-	heading(out, fmt.Sprintf("MEMORY OF %d (%s)", p.PID, printable(p.Comm)))
+	heading(out, fmt.Sprintf("MEMORY OF %d (%s)", p.PID, node.Printable(p.Comm)))
 	t := newTable(out, "ADDRESS", "", "MAPPED", "SAVED", "WHAT")
 	none := 0
 	for _, m := range p.Memory.Mappings {
@@ -238,7 +210,7 @@ func printProcess(out io.Writer, p inspect.Process) {
 		fmt.Fprintf(out, "and %d mappings with nothing saved, as it is in a file or unused\n", none)
 	}
 	if len(p.Descriptors) > 0 {
-		heading(out, fmt.Sprintf("OPEN IN %d (%s)", p.PID, printable(p.Comm)))
+		heading(out, fmt.Sprintf("OPEN IN %d (%s)", p.PID, node.Printable(p.Comm)))
 		t := newTable(out, "FD", "KIND", "OFFSET", "FLAGS", "WHAT")
 		for _, d := range p.Descriptors {
 			t.row(fmt.Sprint(d.FD), d.Kind, fmt.Sprint(d.Offset), d.Flags, d.Path+outside(d.External)+deleted(d.Deleted))
@@ -246,9 +218,9 @@ func printProcess(out io.Writer, p inspect.Process) {
 		t.end()
 	}
 	if len(p.Environment) > 0 {
-		heading(out, fmt.Sprintf("ENVIRONMENT OF %d (%s)", p.PID, printable(p.Comm)))
+		heading(out, fmt.Sprintf("ENVIRONMENT OF %d (%s)", p.PID, node.Printable(p.Comm)))
 		for _, v := range p.Environment {
-			fmt.Fprintln(out, printable(v))
+			fmt.Fprintln(out, node.Printable(v))
 		}
 	}
 }

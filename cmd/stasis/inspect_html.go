@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/stasis-run/stasis/checkpoint/inspect"
+	"github.com/stasis-run/stasis/node"
 )
 
 //go:embed inspect.html
@@ -23,7 +24,7 @@ var inspectPage = template.Must(template.New("inspect").Funcs(template.FuncMap{
 	"sub60":  func(saved float64) float64 { return 60 - saved },
 }).Parse(inspectHTML))
 
-func writeHTML(w io.Writer, name string, in inspection) error {
+func writeHTML(w io.Writer, name string, in *node.Inspection) error {
 	return inspectPage.Execute(w, struct {
 		Name  string
 		Facts []fact

@@ -1,0 +1,17 @@
+package node
+
+import (
+	"strings"
+	"unicode"
+)
+
+// Printable replaces what would move the cursor or change the terminal: names
+// in a checkpoint are whatever its maker wanted.
+func Printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return unicode.ReplacementChar
+	}, s)
+}
