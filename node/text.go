@@ -3,6 +3,8 @@ package node
 import (
 	"strings"
 	"unicode"
+
+	"github.com/docker/go-units"
 )
 
 // Printable replaces what would move the cursor or change the terminal: names
@@ -15,3 +17,6 @@ func Printable(s string) string {
 		return unicode.ReplacementChar
 	}, s)
 }
+
+// Size is a number of bytes for people.
+func Size(n int64) string { return units.BytesSize(float64(n)) }

@@ -48,7 +48,7 @@ func printDiff(out io.Writer, d *node.Difference) error {
 		}
 		t.row(fmt.Sprint(p.PID), p.Comm, size(p.Changed), size(p.Added), size(p.Removed), size(p.Same), where)
 		for _, m := range p.Mappings {
-			t.row("", "", size(m.Changed), size(m.Added), "", "", m.Start.String()+" "+what(inspect.Mapping{File: m.File, Kind: m.Kind}))
+			t.row("", "", size(m.Changed), size(m.Added), "", "", m.Start.String()+" "+(inspect.Mapping{File: m.File, Kind: m.Kind}).What())
 		}
 	}
 	if err := t.end(); err != nil {

@@ -4,13 +4,11 @@ import (
 	"fmt"
 	"io"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/stasis-run/stasis/checkpoint/inspect"
 	"github.com/stasis-run/stasis/checkpoint/policy/allow"
-	"github.com/stasis-run/stasis/checkpoint/sign"
 	"github.com/stasis-run/stasis/node"
 )
 
@@ -37,7 +35,7 @@ Arguments and environment are read out of the memory of the processes.`,
 				return err
 			}
 			if html != "" {
-				if err := a.outputTo(html).Write(cmd.Context(), func(w io.Writer) error { return writeHTML(w, args[0], in) }); err != nil {
+				if err := a.outputTo(html).Write(cmd.Context(), func(w io.Writer) error { return in.WritePage(w, args[0]) }); err != nil {
 					return fmt.Errorf("write the page: %w", err)
 				}
 				if !a.json() {
@@ -57,84 +55,16 @@ Arguments and environment are read out of the memory of the processes.`,
 	return cmd
 }
 
-// fact is one line about a checkpoint.
-type fact struct{ Name, Value string }
-
-// facts are what there is to say about a checkpoint as a whole.
-func facts(in *node.Inspection) (list []fact) {
-	add := func(name, format string, args ...any) { list = append(list, fact{name, fmt.Sprintf(format, args...)}) }
-	known := func(name, value string) {
-		if strings.TrimSpace(value) != "" {
-			add(name, "%s", strings.TrimSpace(value))
-		}
-	}
-	if i := in.Info; i != nil {
-		known("Container", i.ContainerName)
-		known("ID", i.ContainerID)
-		known("Namespace", i.Namespace)
-		if i.Pod != nil {
-			known("Pod", i.Pod.Namespace+"/"+i.Pod.Name)
-		}
-		known("Image", i.Base.Name)
-		known("Engine", i.Engine.Name+" "+i.Engine.Version)
-		known("Runtime", i.OCIRuntime.Name+" "+i.OCIRuntime.Version)
-		known("CRIU", i.CRIU)
-		known("Kernel", i.Host.Kernel)
-		if !i.Checkpointed.IsZero() {
-			add("Checkpointed", "%s", i.Checkpointed.Format(time.RFC3339))
-		}
-	}
-	if m := in.Manifest; m != nil && in.Info == nil {
-		known("ID", m.Container.ID)
-		known("Namespace", m.Container.Namespace)
-		known("Runtime", m.Runtime.Name+" "+m.Runtime.Version)
-		known("CRIU", m.CRIU)
-		known("Kernel", m.Kernel)
-		add("Checkpointed", "%s", m.Created.Format(time.RFC3339))
-	}
-	known("Signed by", signature(in))
-	known("Architecture", in.Architecture)
-	known("Hostname", in.Hostname)
-	known("Security module", in.LSM)
-	add("Size", "%s in %d files, %s of it memory", size(in.Sizes.Total), in.Sizes.Files, size(in.Sizes.Memory))
-	if s := in.Stats; s != nil {
-		add("Frozen", "%v, of which memory %v", us(s.FrozenUS), us(s.MemoryDumpUS))
-		add("Pages", "%d scanned, %d written", s.PagesScanned, s.PagesWritten)
-	}
-	return list
-}
-
-func us(n uint32) time.Duration { return time.Duration(n) * time.Microsecond }
-
-// needs are what a host must have, as facts.
-func needs(n inspect.Needs) (list []fact) {
-	for _, f := range []struct {
-		name   string
-		values []string
-	}{
-		{"Kernel options", n.KernelOptions}, {"Addresses for TCP", n.Addresses}, {"Mounts from outside", n.Mounts},
-		{"Sockets outside", n.Sockets}, {"Files, unchanged", n.Files},
-	} {
-		if len(f.values) > 0 {
-			list = append(list, fact{f.name, strings.Join(f.values, ", ")})
-		}
-	}
-	if len(n.CPUFeatures) > 0 {
-		list = append(list, fact{"CPU features", fmt.Sprintf("%d, of %s", len(n.CPUFeatures), n.Architecture)})
-	}
-	return list
-}
-
 // printInspection prints a report for people.
 func printInspection(out io.Writer, name string, in *node.Inspection) error {
 	fmt.Fprintln(out, node.Printable(name))
-	printFacts(out, facts(in))
+	printFacts(out, in.Facts())
 
 	heading(out, "PROCESSES")
 	t := newTable(out, "PID", "USER", "THREADS", "MEMORY", "STATE", "COMMAND")
 	for _, p := range in.Processes {
 		t.row(fmt.Sprint(p.PID), fmt.Sprintf("%d:%d", p.Credentials.UID, p.Credentials.GID), fmt.Sprint(len(p.Threads)),
-			size(p.Memory.Dumped), p.State, strings.Repeat("  ", p.Depth)+command(p))
+			size(p.Memory.Dumped), p.State, strings.Repeat("  ", p.Depth)+p.Command())
 	}
 	t.end()
 	for _, p := range in.Processes {
@@ -157,7 +87,7 @@ func printInspection(out io.Writer, name string, in *node.Inspection) error {
 		t.end()
 	}
 	heading(out, "A HOST MUST HAVE")
-	printFacts(out, needs(in.Needs))
+	printFacts(out, node.NeedsFacts(in.Needs))
 	if len(in.AsksFor) > 0 {
 		heading(out, "ASKS FOR")
 		t := newTable(out, "FIELD", "WHAT", "RESTORE")
@@ -173,24 +103,6 @@ func printInspection(out io.Writer, name string, in *node.Inspection) error {
 	return nil
 }
 
-// signature says who has signed a checkpoint.
-func signature(in *node.Inspection) string {
-	if in.Invalid != nil {
-		return "not valid: " + in.Invalid.Error()
-	}
-	var list []string
-	for _, s := range in.Signers {
-		list = append(list, sign.Short(s.KeyID)+" ("+whose(s)+")")
-	}
-	for _, id := range in.Unknown {
-		list = append(list, sign.Short(id)+" (not trusted here)")
-	}
-	if list == nil {
-		list = []string{"nobody"}
-	}
-	return strings.Join(list, ", ")
-}
-
 func printProcess(out io.Writer, p inspect.Process) {
 	if len(p.Memory.Mappings) == 0 {
 		return
@@ -203,7 +115,7 @@ func printProcess(out io.Writer, p inspect.Process) {
 			none++
 			continue
 		}
-		t.row(m.Start.String(), m.Protection, size(m.Size), size(m.Dumped), what(m))
+		t.row(m.Start.String(), m.Protection, size(m.Size), size(m.Dumped), m.What())
 	}
 	t.end()
 	if none > 0 {
@@ -227,28 +139,12 @@ func printProcess(out io.Writer, p inspect.Process) {
 
 func heading(out io.Writer, text string) { fmt.Fprintf(out, "\n%s\n", text) }
 
-func printFacts(out io.Writer, list []fact) {
+func printFacts(out io.Writer, list []node.Fact) {
 	t := newTable(out)
 	for _, f := range list {
 		t.row(f.Name, f.Value)
 	}
 	t.end()
-}
-
-// command is how a process was started, else its name.
-func command(p inspect.Process) string {
-	if len(p.Args) == 0 {
-		return "[" + p.Comm + "]"
-	}
-	return strings.Join(p.Args, " ")
-}
-
-// what says what a mapping is for.
-func what(m inspect.Mapping) string {
-	if m.File != "" {
-		return m.File
-	}
-	return m.Kind
 }
 
 func outside(is bool) string {

@@ -70,7 +70,7 @@ func TestHostileNames(t *testing.T) {
 		Mounts:  []inspect.Mount{{Mountpoint: evil, Options: evil, External: evil}},
 	}
 	var page, text bytes.Buffer
-	must0(t, writeHTML(&page, evil, &node.Inspection{Report: r}))
+	must0(t, (&node.Inspection{Report: r}).WritePage(&page, evil))
 	if bytes.Contains(page.Bytes(), []byte("<script")) {
 		t.Errorf("a script in\n%s", page.String())
 	}

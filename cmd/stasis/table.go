@@ -50,7 +50,7 @@ func printJSON(out io.Writer, v any) error {
 }
 
 // size is a number of bytes for people.
-func size(n int64) string { return units.BytesSize(float64(n)) }
+func size(n int64) string { return node.Size(n) }
 
 // ago is a time for people.
 func ago(t, now time.Time) string {

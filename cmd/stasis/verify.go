@@ -46,7 +46,7 @@ of its image, are not.`,
 func printVerification(a *app, v *node.Verification) error {
 	t := newTable(a.out)
 	for _, s := range v.Signers {
-		t.row("Signed by", s.KeyID+" ("+whose(s)+")")
+		t.row("Signed by", s.KeyID+" ("+s.Whose()+")")
 	}
 	for _, id := range v.Unknown {
 		t.row("Signed by", id+" (not trusted here, and not verified)")

@@ -1,4 +1,4 @@
-package main
+package node
 
 import (
 	_ "embed"
@@ -9,27 +9,27 @@ import (
 	"strings"
 
 	"github.com/stasis-run/stasis/checkpoint/inspect"
-	"github.com/stasis-run/stasis/node"
 )
 
-//go:embed inspect.html
-var inspectHTML string
+//go:embed page.html
+var pageHTML string
 
-// inspectPage makes the page of `stasis inspect --html`. It refers to nothing
+// page is what WritePage fills in. It refers to nothing
 // outside, and html/template escapes whatever the processes named themselves.
-var inspectPage = template.Must(template.New("inspect").Funcs(template.FuncMap{
-	"size": size, "command": command, "what": what, "bars": memoryBars, "width": mapWidth,
+var page = template.Must(template.New("inspect").Funcs(template.FuncMap{
+	"size": Size, "bars": memoryBars, "width": mapWidth,
 	"indent": func(n int) string { return strings.Repeat("\u2003", min(n, 40)) },
-	"needs":  needs,
+	"needs":  NeedsFacts,
 	"sub60":  func(saved float64) float64 { return 60 - saved },
-}).Parse(inspectHTML))
+}).Parse(pageHTML))
 
-func writeHTML(w io.Writer, name string, in *node.Inspection) error {
-	return inspectPage.Execute(w, struct {
+// WritePage writes what is in a checkpoint as a page of HTML, with a map of the memory.
+func (in *Inspection) WritePage(w io.Writer, name string) error {
+	return page.Execute(w, struct {
 		Name  string
-		Facts []fact
+		Facts []Fact
 		*inspect.Report
-	}{name, facts(in), in.Report})
+	}{name, in.Facts(), in.Report})
 }
 
 // mapWidth is that of the memory map in pixels.
@@ -59,7 +59,7 @@ func memoryBars(m inspect.Memory) (bars []bar) {
 		}
 		width := float64(mapWidth()) * math.Sqrt(float64(a.Size)) / total
 		bars = append(bars, bar{x, width, 60 * float64(a.Dumped) / float64(a.Size), a.Kind,
-			fmt.Sprintf("%s %s %s: %s, %s saved", a.Start, a.Protection, what(a), size(a.Size), size(a.Dumped))})
+			fmt.Sprintf("%s %s %s: %s, %s saved", a.Start, a.Protection, a.What(), Size(a.Size), Size(a.Dumped))})
 		x += width
 	}
 	return bars
