@@ -17,6 +17,7 @@ import (
 	"github.com/stasis-run/stasis/checkpoint/api"
 	"github.com/stasis-run/stasis/checkpoint/archive"
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/fault"
 	"github.com/stasis-run/stasis/checkpoint/image"
 )
 
@@ -228,7 +229,7 @@ func podContainers(ctx context.Context, c *client.Client, pod string) ([]string,
 		in[info.Labels["io.kubernetes.pod.namespace"]] = true
 	}
 	if len(in) > 1 {
-		return nil, fmt.Errorf("there is a pod %s in several namespaces of Kubernetes: say which, NAMESPACE/%s", name, name)
+		return nil, fault.Invalid("there is a pod %s in several namespaces of Kubernetes: say which, NAMESPACE/%s", name, name)
 	}
 	if len(ids) == 0 {
 		return nil, fmt.Errorf("pod %s has no running container in containerd's namespace (Kubernetes has k8s.io): %w", pod, errdefs.ErrNotFound)
@@ -349,7 +350,7 @@ func checkRef(ctx context.Context, c *client.Client, ref string) error {
 	if err != nil {
 		return err
 	}
-	if form, err := image.Detect(ctx, c.ContentStore(), record.Target); err == nil && form == image.None {
+	if format, err := image.Detect(ctx, c.ContentStore(), record.Target); err == nil && format == image.None {
 		return fmt.Errorf("there is an image %s that is no checkpoint; choose another REF: %w", ref, errdefs.ErrAlreadyExists)
 	}
 	return nil

@@ -135,11 +135,11 @@ func nameCheckpoints(ctx context.Context, c *client.Client, tops []ocispec.Descr
 	store := c.ContentStore()
 	var found []ocispec.Descriptor
 	for _, top := range tops {
-		form, err := image.Detect(ctx, store, top)
+		format, err := image.Detect(ctx, store, top)
 		if err != nil {
 			return nil, fmt.Errorf("read %s in the file: %w", top.Digest, err)
 		}
-		if form != image.None {
+		if format != image.None {
 			found = append(found, top)
 		}
 	}

@@ -51,8 +51,8 @@ func (n *Node) lease(ctx context.Context, m leases.Manager) (_ context.Context, 
 	}
 	return ctx, func() {
 		if err := end(); err != nil {
-			n.log.Warn(err.Error())
-			owner.release() // which leaves it to Prune
+			n.log.Debug(err.Error()) // containerd has died, which others say
+			owner.release()          // which leaves it to Prune
 			return
 		}
 		if err := owner.remove(); err != nil {

@@ -31,6 +31,7 @@ import (
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/checkpoint/fault"
@@ -131,16 +132,22 @@ func (n *Node) Client(ctx context.Context) (*client.Client, error) {
 	return c, nil
 }
 
+// unavailable is an error of errdefs.ErrUnavailable, too.
+type unavailable struct{ error }
+
+func (u unavailable) Unwrap() []error { return []error{u.error, errdefs.ErrUnavailable} }
+
 func connectError(address string, err error) error {
+	format := "connect to containerd at %s: %w"
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("no containerd at %s: start it, or name its socket with --address: %w", address, err)
+		format = "no containerd at %s: start it, or name its socket with --address: %w"
 	case errors.Is(err, unix.ECONNREFUSED):
-		return fmt.Errorf("containerd does not answer at %s: is it running? %w", address, err)
+		format = "containerd does not answer at %s: is it running? %w"
 	case errors.Is(err, fs.ErrPermission):
-		return fmt.Errorf("no permission to talk to containerd at %s: run as root: %w", address, err)
+		format = "no permission to talk to containerd at %s: run as root: %w"
 	}
-	return fmt.Errorf("connect to containerd at %s: %w", address, err)
+	return unavailable{fmt.Errorf(format, address, err)}
 }
 
 // namespaceOf is containerd's namespace in a context, or empty.

@@ -102,9 +102,9 @@ func findCheckpoint(ctx context.Context, c *client.Client, arg string) (images.I
 	if err != nil {
 		return img, err
 	}
-	form, err := image.Detect(ctx, c.ContentStore(), img.Target)
+	format, err := image.Detect(ctx, c.ContentStore(), img.Target)
 	// What is left of one whose content is gone is one still.
-	if form == image.None && (err == nil || img.Labels[image.AnnotationCheckpoint] == "") {
+	if format == image.None && (err == nil || img.Labels[image.AnnotationCheckpoint] == "") {
 		if err != nil {
 			return img, fmt.Errorf("%s: %w", img.Name, err)
 		}

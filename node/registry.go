@@ -230,11 +230,11 @@ func (n *Node) pull(ctx context.Context, c *client.Client, ref string, plainHTTP
 	if err != nil {
 		return images.Image{}, fmt.Errorf("pull %s: %w", ref, err)
 	}
-	form, err := image.Detect(ctx, c.ContentStore(), img.Target)
+	format, err := image.Detect(ctx, c.ContentStore(), img.Target)
 	if err != nil {
 		return images.Image{}, fmt.Errorf("pull %s: %w", ref, err)
 	}
-	if form == image.None {
+	if format == image.None {
 		return img, nil
 	}
 	// Only now it has the labels of a checkpoint.

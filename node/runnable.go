@@ -22,8 +22,8 @@ import (
 	"github.com/stasis-run/stasis/checkpoint/image"
 )
 
-// runnable returns the runnable image of a checkpoint that is in any form: an
-// image, which is pulled if need be, or an archive in a file. One of another form
+// runnable returns the runnable image of a checkpoint that is in any format: an
+// image, which is pulled if need be, or an archive in a file. One of another format
 // is made runnable first, under a name of its own, if it may have what its spec asks for.
 func (op *restoring) runnable(ctx context.Context) (images.Image, error) {
 	arg, c := op.Checkpoint, op.c
@@ -42,11 +42,11 @@ func (op *restoring) runnable(ctx context.Context) (images.Image, error) {
 		return images.Image{}, err
 	}
 	op.madeHere = image.WasMadeHere(record)
-	form, err := image.Detect(ctx, c.ContentStore(), record.Target)
+	format, err := image.Detect(ctx, c.ContentStore(), record.Target)
 	if err != nil {
 		return images.Image{}, err
 	}
-	switch form {
+	switch format {
 	case image.Runnable:
 		return record, nil
 	case image.None:

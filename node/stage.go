@@ -17,6 +17,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint/archive"
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/fault"
 	"github.com/stasis-run/stasis/checkpoint/image"
 )
 
@@ -70,7 +71,7 @@ func (n *Node) Stage(ctx context.Context, r StageRequest) (_ *capture.Fetched, e
 func stageImage(ctx context.Context, c *client.Client, ref, dir string) (*capture.Capture, error) {
 	record, err := localImage(ctx, c, ref)
 	if errdefs.IsNotFound(err) {
-		return nil, fmt.Errorf("there is no image of that name in containerd's namespace %s on this node: pull it, or import it (`stasis import`)", namespaceOf(ctx))
+		return nil, fault.New(errdefs.ErrNotFound, "there is no image of that name in containerd's namespace %s on this node: pull it, or import it (`stasis import`)", namespaceOf(ctx))
 	}
 	if err != nil {
 		return nil, err

@@ -78,7 +78,7 @@ func (n *Node) Sign(ctx context.Context, r SignRequest) (*SignResult, error) {
 	if err != nil {
 		return nil, err
 	}
-	form, err := image.Detect(ctx, c.ContentStore(), record.Target)
+	format, err := image.Detect(ctx, c.ContentStore(), record.Target)
 	if err != nil {
 		return nil, err
 	}
@@ -108,7 +108,7 @@ func (n *Node) Sign(ctx context.Context, r SignRequest) (*SignResult, error) {
 	if err := checkpoint.Sign(ctx, got.Images, key, manifestOf(got)); err != nil {
 		return nil, err
 	}
-	img, err := n.storeAs(ctx, record.Name, typed, got, string(form), "zstd", r.Progress)
+	img, err := n.storeAs(ctx, record.Name, typed, got, string(format), "zstd", r.Progress)
 	if err != nil {
 		return nil, err
 	}

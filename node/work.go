@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // work is a folder for one operation at work. It is locked until
@@ -122,7 +124,7 @@ func (n *Node) stateDir(name string) (string, error) {
 		return "", fmt.Errorf("look at the state folder: %w", err)
 	}
 	if info.Mode().Perm()&0o077 != 0 {
-		return "", fmt.Errorf("state folder %s has mode %o, so others may read checkpoints in it: chmod 700 it, or give another with --state",
+		return "", fault.Unusable("state folder %s has mode %o, so others may read checkpoints in it: chmod 700 it, or give another with --state",
 			n.o.State, info.Mode().Perm())
 	}
 	dir := filepath.Join(n.o.State, name)

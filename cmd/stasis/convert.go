@@ -8,13 +8,13 @@ import (
 	"github.com/stasis-run/stasis/node"
 )
 
-// formFlags are those of commands that write a checkpoint in some form.
-type formFlags struct {
+// formatFlags are those of commands that write a checkpoint in some format.
+type formatFlags struct {
 	format   choice
 	compress choice
 }
 
-func addFormFlags(cmd *cobra.Command, f *formFlags, formats ...string) {
+func addFormatFlags(cmd *cobra.Command, f *formatFlags, formats ...string) {
 	f.format = choice{formats[0], formats}
 	f.compress = choice{"zstd", []string{"zstd", "gzip", "none"}}
 	cmd.Flags().Var(&f.format, "format", "form of the checkpoint")
@@ -24,7 +24,7 @@ func addFormFlags(cmd *cobra.Command, f *formFlags, formats ...string) {
 }
 
 func newConvertCommand(a *app) *cobra.Command {
-	var f formFlags
+	var f formatFlags
 	cmd := &cobra.Command{
 		Use:   "convert SOURCE DESTINATION",
 		Short: "Make a checkpoint of another form",
@@ -56,7 +56,7 @@ made from, which is pulled if it is not here.`,
 			return a.printImage(*img)
 		},
 	}
-	addFormFlags(cmd, &f, "runnable", "index", "archive", "podman")
+	addFormatFlags(cmd, &f, "runnable", "index", "archive", "podman")
 	a.addMaxSize(cmd)
 	return cmd
 }

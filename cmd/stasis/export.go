@@ -9,7 +9,7 @@ import (
 )
 
 func newExportCommand(a *app) *cobra.Command {
-	var f formFlags
+	var f formatFlags
 	cmd := &cobra.Command{
 		Use:   "export REF FILE",
 		Short: "Write a checkpoint to a file",
@@ -32,7 +32,7 @@ written.`,
 			return a.wroteFile(args[1])
 		},
 	}
-	addFormFlags(cmd, &f, "archive", "oci")
+	addFormatFlags(cmd, &f, "archive", "oci")
 	a.addMaxSize(cmd)
 	return cmd
 }

@@ -9,7 +9,7 @@ import (
 )
 
 func newImportCommand(a *app) *cobra.Command {
-	var f formFlags
+	var f formatFlags
 	cmd := &cobra.Command{
 		Use:   "import FILE [REF]",
 		Short: "Read a checkpoint from a file",
@@ -52,7 +52,7 @@ that is given replaces a checkpoint.`,
 			return nil
 		},
 	}
-	addFormFlags(cmd, &f, "runnable", "index", "podman")
+	addFormatFlags(cmd, &f, "runnable", "index", "podman")
 	a.addMaxSize(cmd)
 	return cmd
 }

@@ -13,14 +13,10 @@ import (
 	"github.com/stasis-run/stasis/node"
 )
 
-// bars is the part of the terminal where the bars of one command are drawn.
-type bars struct{ p *mpb.Progress }
-
-func (b *bars) stop() { b.p.Shutdown() }
-
 // progress shows how the work of one command comes along, a bar at a time.
 type progress struct {
-	bars *bars
+	a *app
+	w *os.File
 
 	mu   sync.Mutex
 	of   string
@@ -35,16 +31,20 @@ func (a *app) progress() node.Progress {
 	if a.quiet || !ok || !term.IsTerminal(int(f.Fd())) {
 		return nil
 	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.bars == nil {
-		a.bars = newBars(f)
-	}
-	return (&progress{bars: a.bars}).show
+	return (&progress{a: a, w: f}).show
 }
 
-func newBars(w io.Writer) *bars {
-	return &bars{mpb.New(mpb.WithOutput(w), mpb.WithWidth(40), mpb.WithRefreshRate(150*time.Millisecond), mpb.WithAutoRefresh())}
+// newBar adds a bar to those of the command; nil: they are ended.
+func (a *app) newBar(w io.Writer, options ...mpb.BarOption) *mpb.Bar {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.barsEnded {
+		return nil
+	}
+	if a.bars == nil {
+		a.bars = mpb.New(mpb.WithOutput(w), mpb.WithWidth(40), mpb.WithRefreshRate(150*time.Millisecond), mpb.WithAutoRefresh())
+	}
+	return a.bars.New(0, mpb.BarStyle(), options...)
 }
 
 // show shows an update. Each stage has a bar, which takes the place of the one before.
@@ -73,8 +73,7 @@ func (p *progress) show(u node.Update) {
 // begin begins the bar of a stage.
 func (p *progress) begin() {
 	left := decor.AverageETA(decor.ET_STYLE_GO)
-	// After a.close, there is none.
-	p.bar, _ = p.bars.p.Add(0, mpb.BarStyle().Build(), mpb.BarRemoveOnComplete(),
+	p.bar = p.a.newBar(p.w, mpb.BarRemoveOnComplete(),
 		mpb.PrependDecorators(decor.Name(node.Printable(p.of)+"  "+node.Printable(p.what)+"  ", decor.WCSyncSpaceR)),
 		mpb.AppendDecorators(
 			decor.Any(func(s decor.Statistics) string {

@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/identifiers"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/spf13/cobra"
+	"github.com/vbauerster/mpb/v8"
 
 	"github.com/stasis-run/stasis/node"
 )
@@ -33,9 +34,11 @@ type app struct {
 	// started: the command line was good, and a command is at work.
 	started bool
 
-	mu   sync.Mutex
-	n    *node.Node // see node
-	bars *bars
+	mu sync.Mutex
+	n  *node.Node // see node
+	// bars are drawn on the terminal; nil: none has begun. barsEnded: none will.
+	bars      *mpb.Progress
+	barsEnded bool
 }
 
 const (
@@ -175,8 +178,9 @@ func (a *app) endProgress() {
 
 // stopBars is endProgress with mu held.
 func (a *app) stopBars() {
+	a.barsEnded = true
 	if a.bars != nil {
-		a.bars.stop()
+		a.bars.Shutdown()
 		a.bars = nil
 	}
 }
