@@ -56,8 +56,8 @@ func (d *dumper) startEarly(ctx context.Context, folder string, at time.Time, o 
 		if err != nil {
 			return
 		}
-		// The container stands still meanwhile, and CRIU shall not wait for us; but
-		// who wants to end it shall not wait either.
+		// The container stands still meanwhile, and CRIU must not wait for us. Nor must
+		// whoever ends the attempt, hence a goroutine.
 		undo := d.node.idleCPUs()
 		go func() {
 			select {
@@ -90,11 +90,11 @@ func (d *dumper) startEarly(ctx context.Context, folder string, at time.Time, o 
 func (e *earlyLayer) hasEnded() { close(e.dumped) }
 
 // finish writes the rest of the layer, when CRIU has ended and the file is read. Unless
-// the images are to be kept, it gives the file its sum in the manifest, which is signed
+// the images are to be retained, it gives the file its sum in the manifest, which is signed
 // by key then, unless that is nil; and removes the file when it is not needed any more.
-func (e *earlyLayer) finish(ctx context.Context, c *capture.Capture, keep bool, key *sign.Key) (image.Layer, error) {
+func (e *earlyLayer) finish(ctx context.Context, c *capture.Capture, retain bool, key *sign.Key) (image.Layer, error) {
 	<-e.done
-	if !keep {
+	if !retain {
 		known := checkpoint.File{Inode: e.inode}
 		var read sum.Sum
 		known.Name, known.Size, read = e.layer.Started()

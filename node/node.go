@@ -60,10 +60,10 @@ type Options struct {
 	// Logger is told, as Info, what a person should know of an operation that
 	// succeeds, and as Warn what went wrong beside it; nil: nobody is told.
 	Logger *slog.Logger
-	// IdleCPUs, if not nil, is called before a container stands still for a dump, and
-	// what it returns when the container runs on. A program may let all its threads
-	// give way meanwhile to any other that wants to run. It may be called for several
-	// containers at the same time.
+	// IdleCPUs, if not nil, is called before an image is started while CRIU still writes
+	// its container, and undo when CRIU has ended. The container stands still meanwhile,
+	// so a program that does nothing else should let CRIU have the CPUs first. It may be
+	// called for several containers at the same time.
 	IdleCPUs func() (undo func())
 }
 

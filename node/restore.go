@@ -55,7 +55,7 @@ type RestoreRequest struct {
 	Starting func(client.Task) (undo func())
 
 	// Healthy, if not empty, is run in the container by sh -c, until it succeeds or
-	// HealthyTimeout is over.
+	// HealthyTimeout is over, which has to be set with it.
 	Healthy        string
 	HealthyTimeout time.Duration
 

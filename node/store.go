@@ -60,7 +60,7 @@ func store(ctx context.Context, c *client.Client, ref string, got *capture.Captu
 }
 
 // storeEarly is store for a runnable image whose layer was started early.
-func (d *dumper) storeEarly(ctx context.Context, ref string, got *capture.Capture, keep bool, o image.Options) (string, error) {
+func (d *dumper) storeEarly(ctx context.Context, ref string, got *capture.Capture, retain bool, o image.Options) (string, error) {
 	failed := func(err error) (string, error) {
 		return "", fmt.Errorf("make a runnable image of container %s: %w", got.Info.ContainerName, err)
 	}
@@ -76,7 +76,7 @@ func (d *dumper) storeEarly(ctx context.Context, ref string, got *capture.Captur
 		return err
 	})
 	group.Go(func() (err error) {
-		layers.Checkpoint, err = d.early.finish(gctx, got, keep, d.key)
+		layers.Checkpoint, err = d.early.finish(gctx, got, retain, d.key)
 		return err
 	})
 	if err := group.Wait(); err != nil {
