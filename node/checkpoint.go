@@ -31,9 +31,10 @@ type CheckpointRequest struct {
 	// Ref is the name of the image, for one container. Empty:
 	// localhost/CONTAINER:TIME.
 	Ref string
-	// Format is that of the image; empty: FormatRunnable.
+	// Format is FormatRunnable, FormatIndex, FormatPodman or FormatArchive; empty:
+	// FormatArchive if there is an Archive, else FormatRunnable.
 	Format string
-	// Archive is for FormatArchive, of one container.
+	// Archive is where that goes, of one container.
 	Archive Output
 	// Compression is that of layers or of the archive: "zstd", which is what "" means,
 	// "gzip" or "none".
