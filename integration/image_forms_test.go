@@ -41,7 +41,7 @@ func readImage(ctx context.Context, t *testing.T, s *stack.Stack, name string, f
 func saveImage(ctx context.Context, t *testing.T, s *stack.Stack, name string, form image.Form, base string, c *capture.Capture, comp compression.Compression) client.Image {
 	t.Helper()
 	cl := s.Client()
-	ctx, done, err := image.WithLease(ctx, cl.LeasesService())
+	ctx, done, err := image.WithLease(ctx, cl.LeasesService(), "")
 	if err != nil {
 		t.Fatal(err)
 	}

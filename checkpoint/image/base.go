@@ -19,8 +19,8 @@ import (
 	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
-// base is the image that a container was made from, for its platform.
-type base struct {
+// Base is the image that a container was made from, for its platform.
+type Base struct {
 	layers []ocispec.Descriptor
 	// config has all keys, known or not; diffIDs and history are those of it.
 	config  map[string]json.RawMessage
@@ -28,29 +28,30 @@ type base struct {
 	history []ocispec.History
 }
 
-// readBase reads an image, of a multi-platform one the manifest for the
-// architecture. All its blobs have to be in the store, and are added to the
+// ReadBase reads the image that a checkpoint builds on, of a multi-platform one the
+// manifest for the architecture of the container. desc is what the image's record
+// points at. All its blobs have to be in the store, and are added to the
 // lease in ctx: else they could go with the image before the checkpoint is saved.
-func readBase(ctx context.Context, store content.Store, desc ocispec.Descriptor, arch string) (base, error) {
-	m, err := images.Manifest(ctx, store, desc, platforms.Only(ocispec.Platform{OS: "linux", Architecture: arch}))
+func ReadBase(ctx context.Context, store content.Store, desc ocispec.Descriptor, info capture.Info) (*Base, error) {
+	m, err := images.Manifest(ctx, store, desc, platforms.Only(ocispec.Platform{OS: "linux", Architecture: architecture(info)}))
 	if err != nil {
-		return base{}, fmt.Errorf("base image %s: %w", desc.Digest, err)
+		return nil, fmt.Errorf("base image %s: %w", desc.Digest, err)
 	}
 	for _, blob := range append([]ocispec.Descriptor{m.Config}, m.Layers...) {
 		if err := retain(ctx, store, blob); err != nil {
-			return base{}, fmt.Errorf("base image %s: %w", desc.Digest, err)
+			return nil, fmt.Errorf("base image %s: %w", desc.Digest, err)
 		}
 	}
 	data, err := readBlob(ctx, store, m.Config, maxDocument)
 	if err != nil {
-		return base{}, fmt.Errorf("config of base image %s: %w", desc.Digest, err)
+		return nil, fmt.Errorf("config of base image %s: %w", desc.Digest, err)
 	}
 	b, err := decodeConfig(data)
 	if err != nil {
-		return base{}, fmt.Errorf("config of base image %s: %w", desc.Digest, err)
+		return nil, fmt.Errorf("config of base image %s: %w", desc.Digest, err)
 	}
 	if len(b.diffIDs) != len(m.Layers) {
-		return base{}, fault.Invalid("base image %s has %d layers, and %d in its config", desc.Digest, len(m.Layers), len(b.diffIDs))
+		return nil, fault.Invalid("base image %s has %d layers, and %d in its config", desc.Digest, len(m.Layers), len(b.diffIDs))
 	}
 	for _, l := range m.Layers {
 		// The same blobs by OCI's names: some tools refuse an image with both.
@@ -69,29 +70,29 @@ func readBase(ctx context.Context, store content.Store, desc ocispec.Descriptor,
 }
 
 // decodeConfig reads an image's config, without the layers.
-func decodeConfig(data []byte) (base, error) {
-	var b base
+func decodeConfig(data []byte) (*Base, error) {
+	var b Base
 	if err := capture.CheckJSON(data); err != nil {
-		return base{}, err
+		return nil, err
 	}
 	if err := json.Unmarshal(data, &b.config); err != nil {
-		return base{}, fault.Invalid("no valid JSON: %v", err)
+		return nil, fault.Invalid("no valid JSON: %v", err)
 	}
 	var known struct {
 		RootFS  ocispec.RootFS    `json:"rootfs"`
 		History []ocispec.History `json:"history"`
 	}
 	if err := json.Unmarshal(data, &known); err != nil {
-		return base{}, fault.Invalid("no valid image config: %v", err)
+		return nil, fault.Invalid("no valid image config: %v", err)
 	}
 	b.diffIDs, b.history = known.RootFS.DiffIDs, known.History
-	return b, nil
+	return &b, nil
 }
 
 // dropCheckpoint takes away the layer with /.stasis that an image has whose
 // container was restored from it, since a layer on top does not remove files of
 // one below.
-func (b *base) dropCheckpoint(checkpoint string) {
+func (b *Base) dropCheckpoint(checkpoint string) {
 	last := len(b.layers) - 1
 	if last < 0 || b.layers[last].Digest.String() != checkpoint {
 		return
@@ -107,7 +108,7 @@ func (b *base) dropCheckpoint(checkpoint string) {
 
 // with returns the config of the image with more layers. created is not set if
 // it is zero.
-func (b *base) with(created time.Time, diffIDs []digest.Digest, history []ocispec.History) ([]byte, error) {
+func (b *Base) with(created time.Time, diffIDs []digest.Digest, history []ocispec.History) ([]byte, error) {
 	config := maps.Clone(b.config)
 	set := func(key string, value any) error {
 		data, err := json.Marshal(value)

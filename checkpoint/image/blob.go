@@ -27,10 +27,6 @@ type Options struct {
 	// "checkpoint") are done, before compression. total is 0 if nobody knows.
 	// Stages may run at the same time and call it from different goroutines.
 	Progress func(stage string, done, total int64)
-	// Begun, if not nil, waits for the layer with the processes that was begun,
-	// which may be nil, and for all of the capture's folder of images. The form
-	// Runnable takes it if it fits. Whoever has begun it discards it in the end.
-	Begun func() (*Begun, error)
 }
 
 // compressed returns o with another compression.
@@ -47,18 +43,18 @@ func (o Options) progress(stage string, total int64) func(done int64) {
 	return func(done int64) { o.Progress(stage, done, total) }
 }
 
-// layer is a tar in the store.
-type layer struct {
+// Layer is a tar in the store.
+type Layer struct {
 	ocispec.Descriptor
-	diffID digest.Digest // of the uncompressed tar
+	DiffID digest.Digest // of the uncompressed tar
 }
 
 // writeLayer streams a tar into the store: write makes it.
 func writeLayer(ctx context.Context, store content.Store, o Options,
-	write func(context.Context, io.Writer) error, progress func(int64)) (layer, error) {
+	write func(context.Context, io.Writer) error, progress func(int64)) (Layer, error) {
 	l, err := newLayerWriter(ctx, store, o, progress)
 	if err != nil {
-		return layer{}, err
+		return Layer{}, err
 	}
 	return l.finish(ctx, write(ctx, l.tar))
 }
@@ -102,20 +98,20 @@ func newLayerWriter(ctx context.Context, store content.Store, o Options, progres
 
 // finish commits the layer, unless err, which is what came of writing the tar, is
 // an error: then nothing stays of it.
-func (l *layerWriter) finish(ctx context.Context, err error) (layer, error) {
+func (l *layerWriter) finish(ctx context.Context, err error) (Layer, error) {
 	defer l.in.close(ctx)
 	err = firstError(err, l.tar.Close())
 	if l.z != nil {
 		err = firstError(err, l.z.Close(), l.sink.Close())
 	}
 	if err = firstError(err, context.Cause(ctx)); err != nil {
-		return layer{}, err
+		return Layer{}, err
 	}
 	l.count.told(l.count.n)
-	done := layer{diffID: l.plain.Digest()}
+	done := Layer{DiffID: l.plain.Digest()}
 	done.MediaType, done.Size, done.Digest = layerTypes[l.compression], l.in.n, l.sent.Digest()
 	done.Annotations = map[string]string{AnnotationUncompressed: strconv.FormatInt(l.count.n, 10)}
-	return done, l.in.commit(ctx, done.Digest, map[string]string{labels.LabelUncompressed: done.diffID.String()})
+	return done, l.in.commit(ctx, done.Digest, map[string]string{labels.LabelUncompressed: done.DiffID.String()})
 }
 
 // writeBlob writes a small blob. The labels are set on one that is there

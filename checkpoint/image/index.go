@@ -62,7 +62,7 @@ func writeIndex(ctx context.Context, store content.Store, base ocispec.Descripto
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	var writable, checkpoint layer
+	var writable, checkpoint Layer
 	group, gctx := errgroup.WithContext(ctx)
 	if c.Layer != nil {
 		group.Go(func() (err error) {
@@ -118,7 +118,7 @@ func writeIndex(ctx context.Context, store content.Store, base ocispec.Descripto
 	if c.Layer != nil {
 		add(writable.Descriptor, ocispec.MediaTypeImageLayerGzip)
 		last := &index.Manifests[len(index.Manifests)-1]
-		last.Annotations = map[string]string{labels.LabelUncompressed: writable.diffID.String()}
+		last.Annotations = map[string]string{labels.LabelUncompressed: writable.DiffID.String()}
 	}
 	add(checkpoint.Descriptor, images.MediaTypeContainerd1Checkpoint)
 	add(specDesc, images.MediaTypeContainerd1CheckpointConfig)

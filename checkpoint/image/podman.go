@@ -44,12 +44,12 @@ func writePodman(ctx context.Context, store content.Store, c *capture.Capture, o
 		return ocispec.Descriptor{}, err
 	}
 	arch := architecture(c.Info)
-	empty := base{config: map[string]json.RawMessage{"os": json.RawMessage(`"linux"`), "config": json.RawMessage(`{}`)}}
+	empty := Base{config: map[string]json.RawMessage{"os": json.RawMessage(`"linux"`), "config": json.RawMessage(`{}`)}}
 	if empty.config["architecture"], err = json.Marshal(arch); err != nil {
 		return ocispec.Descriptor{}, err
 	}
 	history := ocispec.History{CreatedBy: "stasis checkpoint", Comment: "container " + c.Info.ContainerName}
-	config, err := empty.with(c.Info.Checkpointed, []digest.Digest{l.diffID}, []ocispec.History{history})
+	config, err := empty.with(c.Info.Checkpointed, []digest.Digest{l.DiffID}, []ocispec.History{history})
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}

@@ -43,38 +43,57 @@ func WriteRunnable(ctx context.Context, store content.Store, base ocispec.Descri
 }
 
 func writeRunnable(ctx context.Context, store content.Store, baseDesc ocispec.Descriptor, c *capture.Capture, o Options) (ocispec.Descriptor, error) {
-	arch := architecture(c.Info)
-	b, err := readBase(ctx, store, baseDesc, arch)
+	base, err := ReadBase(ctx, store, baseDesc, c.Info)
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	var writable, checkpoint layer
+	var layers RunnableLayers
 	group, gctx := errgroup.WithContext(ctx)
-	if c.Layer != nil {
-		group.Go(func() (err error) {
-			writable, err = writeLayer(gctx, store, o, c.Layer.WriteLayer, o.progress("layer", layerSize(c.Info)))
-			return err
-		})
-	}
 	group.Go(func() (err error) {
-		checkpoint, err = writeProcesses(gctx, store, c, o)
+		layers.Writable, err = WriteWritableLayer(gctx, store, c, o)
+		return err
+	})
+	group.Go(func() (err error) {
+		layers.Checkpoint, err = NewCheckpointLayer(store, o).Finish(gctx, c)
 		return err
 	})
 	if err := group.Wait(); err != nil {
 		return ocispec.Descriptor{}, err
 	}
+	return WriteRunnableManifest(ctx, store, base, c, layers)
+}
 
+// RunnableLayers are the layers of a runnable image on top of its base.
+type RunnableLayers struct {
+	Writable   *Layer // nil: the checkpoint does not tell what it was
+	Checkpoint Layer
+}
+
+// WriteWritableLayer writes the writable layer of a capture, and returns nil if that
+// does not have one.
+func WriteWritableLayer(ctx context.Context, store content.Store, c *capture.Capture, o Options) (*Layer, error) {
+	if c.Layer == nil {
+		return nil, nil
+	}
+	l, err := writeLayer(ctx, store, o, c.Layer.WriteLayer, o.progress("layer", layerSize(c.Info)))
+	return &l, err
+}
+
+// WriteRunnableManifest writes what WriteRunnable does for one whose layers are
+// written already: its config and manifest.
+func WriteRunnableManifest(ctx context.Context, store content.Store, b *Base, c *capture.Capture, layers RunnableLayers) (ocispec.Descriptor, error) {
+	arch := architecture(c.Info)
 	annotations := toAnnotations(c.Info)
 	signedBy(annotations, c.Images)
 	annotations[AnnotationCheckpoint] = string(Runnable)
 	annotations[AnnotationVersion] = strconv.Itoa(formatVersion)
-	annotations[AnnotationCheckpointLayer] = checkpoint.Digest.String()
-	maps.Copy(checkpoint.Annotations, criuAnnotations(c.Info))
-	added := []layer{checkpoint}
+	annotations[AnnotationCheckpointLayer] = layers.Checkpoint.Digest.String()
+	maps.Copy(layers.Checkpoint.Annotations, criuAnnotations(c.Info))
+	added := []Layer{layers.Checkpoint}
 	history := []ocispec.History{{CreatedBy: "stasis checkpoint", Comment: "/" + stasisDir + ": the processes of container " + c.Info.ContainerName}}
-	if c.Layer != nil {
-		annotations[AnnotationWritableLayer] = writable.Digest.String()
-		added = slices.Insert(added, 0, writable)
+	if layers.Writable != nil {
+		annotations[AnnotationWritableLayer] = layers.Writable.Digest.String()
+		added = slices.Insert(added, 0, *layers.Writable)
 		history = slices.Insert(history, 0, ocispec.History{CreatedBy: "stasis checkpoint", Comment: "what container " + c.Info.ContainerName + " wrote"})
 	}
 	if at := c.Info.Checkpointed.UTC(); !at.IsZero() {
@@ -82,16 +101,17 @@ func writeRunnable(ctx context.Context, store content.Store, baseDesc ocispec.De
 			history[i].Created = &at
 		}
 	}
+	all := slices.Clone(b.layers)
 	var diffIDs []digest.Digest
 	for _, l := range added {
-		b.layers = append(b.layers, l.Descriptor)
-		diffIDs = append(diffIDs, l.diffID)
+		all = append(all, l.Descriptor)
+		diffIDs = append(diffIDs, l.DiffID)
 	}
 	config, err := b.with(c.Info.Checkpointed, diffIDs, history)
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	return writeManifest(ctx, store, config, b.layers, annotations, arch)
+	return writeManifest(ctx, store, config, all, annotations, arch)
 }
 
 // writeManifest writes an image's config and manifest.

@@ -66,11 +66,15 @@ func newStore(t *testing.T, opts ...metadata.DBOpt) *store {
 
 func (s *store) leased() (context.Context, func()) {
 	s.t.Helper()
-	ctx, done, err := WithLease(s.ctx, s.leases)
+	ctx, done, err := WithLease(s.ctx, s.leases, "")
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	return ctx, done
+	return ctx, func() {
+		if err := done(); err != nil {
+			s.t.Error(err)
+		}
+	}
 }
 
 // collect runs containerd's garbage collector.

@@ -2,6 +2,7 @@ package inspect
 
 import (
 	"fmt"
+	"strings"
 
 	"github.com/stasis-run/stasis/checkpoint"
 )
@@ -194,4 +195,20 @@ type Needs struct {
 	// Mounts and Sockets are those from outside the container.
 	Mounts  []string `json:"mounts,omitempty"`
 	Sockets []string `json:"sockets,omitempty"`
+}
+
+// Command is how a process was started, else its name.
+func (p Process) Command() string {
+	if len(p.Args) == 0 {
+		return "[" + p.Comm + "]"
+	}
+	return strings.Join(p.Args, " ")
+}
+
+// What says what a mapping is for.
+func (m Mapping) What() string {
+	if m.File != "" {
+		return m.File
+	}
+	return m.Kind
 }

@@ -147,6 +147,14 @@ type Signer struct {
 	File string `json:"file,omitempty"`
 }
 
+// Whose says what the key is to this node.
+func (s Signer) Whose() string {
+	if s.Own {
+		return "this node's"
+	}
+	return "trusted"
+}
+
 // Verdict is what is found of an envelope.
 type Verdict struct {
 	// Signers are those that are trusted and have signed; the node's own is first.

@@ -12,7 +12,7 @@ const module = "github.com/stasis-run/stasis/"
 // layers are our packages from the top down. A package may import those below
 // it, and no other.
 var layers = []string{
-	"cmd/containerd-shim-stasis-v1", "cmd/stasis", "shim", "task",
+	"cmd/containerd-shim-stasis-v1", "cmd/stasis", "node", "shim", "task",
 	"checkpoint/image", "checkpoint/archive", "checkpoint/inspect", "checkpoint/trust", "checkpoint/policy/allow", "checkpoint",
 	"checkpoint/rootfs", "checkpoint/sign", "checkpoint/sum", "checkpoint/tarcheck", "checkpoint/capture", "checkpoint/fault", "checkpoint/api", "process",
 }
@@ -51,11 +51,34 @@ func TestImportsPointDown(t *testing.T) {
 	}
 }
 
-func TestTheShimIsLight(t *testing.T) {
-	for _, dep := range list(t, "-deps", ".") {
-		for prefix, why := range heavy {
+func TestTheShimIsLight(t *testing.T) { refuse(t, module+"cmd/containerd-shim-stasis-v1", heavy) }
+
+// TestNodeIsALibrary: a daemon, a controller or a test may use package node.
+func TestNodeIsALibrary(t *testing.T) {
+	refuse(t, module+"node", map[string]string{
+		"github.com/spf13/cobra":    "command lines belong to cmd",
+		"github.com/vbauerster/mpb": "progress is a callback",
+		"golang.org/x/term":         "terminals belong to cmd",
+		module + "shim":             "node speaks to a shim by its API",
+		module + "task":             "node speaks to a shim by its API",
+	})
+	// containerd's client has these itself.
+	imports := list(t, "-f", "{{join .Imports \"\\n\"}}", module+"node")
+	for _, pkg := range []string{"os/signal", "github.com/containerd/console"} {
+		if slices.Contains(imports, pkg) {
+			t.Errorf("node imports %s, which belongs to cmd", pkg)
+		}
+	}
+}
+
+// refuse checks that a package does not depend on what has one of these prefixes, for the
+// reason that comes with each.
+func refuse(t *testing.T, pkg string, prefixes map[string]string) {
+	t.Helper()
+	for _, dep := range list(t, "-deps", pkg) {
+		for prefix, why := range prefixes {
 			if dep == prefix || strings.HasPrefix(dep, prefix+"/") {
-				t.Errorf("the shim imports %s: %s", dep, why)
+				t.Errorf("%s imports %s: %s", pkg, dep, why)
 			}
 		}
 	}

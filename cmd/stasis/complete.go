@@ -22,7 +22,7 @@ func (a *app) proposing(words func(ctx context.Context, c *client.Client) ([]str
 		}
 		ctx, cancel := context.WithTimeout(namespaces.WithNamespace(parent, a.namespace), 2*time.Second)
 		defer cancel()
-		c, err := a.connect(ctx)
+		c, err := a.node().Client(ctx)
 		if err != nil {
 			return nil, cobra.ShellCompDirectiveNoFileComp
 		}

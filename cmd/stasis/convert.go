@@ -1,24 +1,20 @@
 package main
 
 import (
-	"context"
-	"errors"
 	"fmt"
 
-	"github.com/containerd/containerd/v2/client"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
-	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/node"
 )
 
-// formFlags are those of commands that write a checkpoint in some form.
-type formFlags struct {
+// formatFlags are those of commands that write a checkpoint in some format.
+type formatFlags struct {
 	format   choice
 	compress choice
 }
 
-func addFormFlags(cmd *cobra.Command, f *formFlags, formats ...string) {
+func addFormatFlags(cmd *cobra.Command, f *formatFlags, formats ...string) {
 	f.format = choice{formats[0], formats}
 	f.compress = choice{"zstd", []string{"zstd", "gzip", "none"}}
 	cmd.Flags().Var(&f.format, "format", "form of the checkpoint")
@@ -28,7 +24,7 @@ func addFormFlags(cmd *cobra.Command, f *formFlags, formats ...string) {
 }
 
 func newConvertCommand(a *app) *cobra.Command {
-	var f formFlags
+	var f formatFlags
 	cmd := &cobra.Command{
 		Use:   "convert SOURCE DESTINATION",
 		Short: "Make a checkpoint of another form",
@@ -44,68 +40,32 @@ made from, which is pulled if it is not here.`,
 		Args:              cobra.ExactArgs(2),
 		ValidArgsFunction: firstArgs(1, a.completeCheckpoints()),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			ctx := cmd.Context()
-			ref := args[1]
-			if f.format.value != "archive" {
-				var err error
-				if ref, err = fullName(ref); err != nil {
+			if f.format.value == node.FormatArchive {
+				r := node.ExportRequest{Checkpoint: args[0], Output: a.outputTo(args[1]), Compression: f.compress.value,
+					MaxSize: int64(a.maxSize), Progress: a.progress()}
+				if err := a.node().Export(cmd.Context(), r); err != nil {
 					return err
 				}
+				return a.wroteFile(args[1])
 			}
-			got, cleanup, err := a.openCapture(ctx, args[0])
-			defer cleanup()
+			img, err := a.node().Convert(cmd.Context(), node.ConvertRequest{Checkpoint: args[0], Ref: args[1], Format: f.format.value,
+				Compression: f.compress.value, MaxSize: int64(a.maxSize), Progress: a.progress()})
 			if err != nil {
 				return err
 			}
-			if f.format.value == "archive" {
-				return a.writeArchiveTo(ctx, ref, got, f)
-			}
-			return a.storeAs(ctx, ref, a.typed, got, f)
+			return a.printImage(*img)
 		},
 	}
-	addFormFlags(cmd, &f, "runnable", "index", "archive", "podman")
+	addFormatFlags(cmd, &f, "runnable", "index", "archive", "podman")
 	a.addMaxSize(cmd)
 	return cmd
 }
 
-// storeAs makes an image of a checkpoint and says its name.
-func (a *app) storeAs(ctx context.Context, ref string, name naming, got *capture.Capture, f formFlags) (err error) {
-	ctx, c, done, err := a.leased(ctx)
-	if err != nil {
-		return err
-	}
-	defer done()
-	bar := a.progress(ref)
-	defer bar.Done()
-	desc, err := a.storeWithBase(ctx, c, got, f, bar)
-	if err != nil {
-		return err
-	}
-	img, err := name(ctx, c, ref, desc)
-	if err != nil {
-		return err
-	}
-	return a.printStored(stored{img.Name, desc.Digest.String()})
-}
-
-func (a *app) printStored(s stored) error {
+// printImage says what image a command made.
+func (a *app) printImage(img node.Image) error {
 	if a.json() {
-		return printJSON(a.out, s)
+		return printJSON(a.out, img)
 	}
-	_, err := fmt.Fprintln(a.out, s.Ref)
+	_, err := fmt.Fprintln(a.out, img.Ref)
 	return err
-}
-
-func (a *app) storeWithBase(ctx context.Context, c *client.Client, got *capture.Capture, f formFlags, bar *progress) (ocispec.Descriptor, error) {
-	if got.Info.Version == 0 {
-		return ocispec.Descriptor{}, errors.New("a folder of CRIU's images does not tell the container's spec and its changed files, so it cannot become an image")
-	}
-	var base ocispec.Descriptor
-	if f.format.value != "podman" {
-		var err error
-		if base, err = a.findBase(ctx, c, got.Info.Base, false, bar); err != nil {
-			return ocispec.Descriptor{}, err
-		}
-	}
-	return storeContent(ctx, c, got, base, f.format.value, a.storeOptions(ctx, c, compressions[f.compress.value], bar))
 }

@@ -1,20 +1,15 @@
 package main
 
 import (
-	"context"
 	"fmt"
-	"io"
 
-	ctrarchive "github.com/containerd/containerd/v2/core/images/archive"
-	"github.com/containerd/platforms"
 	"github.com/spf13/cobra"
 
-	"github.com/stasis-run/stasis/checkpoint/archive"
-	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/node"
 )
 
 func newExportCommand(a *app) *cobra.Command {
-	var f formFlags
+	var f formatFlags
 	cmd := &cobra.Command{
 		Use:   "export REF FILE",
 		Short: "Write a checkpoint to a file",
@@ -29,34 +24,17 @@ written.`,
 		Args:              cobra.ExactArgs(2),
 		ValidArgsFunction: firstArgs(1, a.completeCheckpoints()),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if f.format.value == "oci" {
-				return a.exportOCI(cmd.Context(), args[0], args[1])
-			}
-			got, cleanup, err := a.openCapture(cmd.Context(), args[0])
-			defer cleanup()
-			if err != nil {
+			r := node.ExportRequest{Checkpoint: args[0], Output: a.outputTo(args[1]), Format: f.format.value, Compression: f.compress.value,
+				MaxSize: int64(a.maxSize), Progress: a.progress()}
+			if err := a.node().Export(cmd.Context(), r); err != nil {
 				return err
 			}
-			return a.writeArchiveTo(cmd.Context(), args[1], got, f)
+			return a.wroteFile(args[1])
 		},
 	}
-	addFormFlags(cmd, &f, "archive", "oci")
+	addFormatFlags(cmd, &f, "archive", "oci")
 	a.addMaxSize(cmd)
 	return cmd
-}
-
-// writeArchiveTo writes an archive and says where it is.
-func (a *app) writeArchiveTo(ctx context.Context, path string, c *capture.Capture, f formFlags) error {
-	bar := a.progress(path)
-	defer bar.Done()
-	bar.Stage("write")
-	err := a.writeTo(ctx, path, func(w io.Writer) error {
-		return archive.Write(ctx, &counting{w: w, bar: bar}, c, compressions[f.compress.value])
-	})
-	if err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
-	}
-	return a.wroteFile(path)
 }
 
 // wroteFile says what file was written, unless that is stdout.
@@ -69,40 +47,4 @@ func (a *app) wroteFile(path string) error {
 	}
 	_, err := fmt.Fprintln(a.out, path)
 	return err
-}
-
-func (a *app) exportOCI(ctx context.Context, ref, path string) error {
-	c, err := a.connect(ctx)
-	if err != nil {
-		return err
-	}
-	img, err := findCheckpoint(ctx, c, ref)
-	if err != nil {
-		return err
-	}
-	bar := a.progress(path)
-	defer bar.Done()
-	bar.Stage("write")
-	err = a.writeTo(ctx, path, func(w io.Writer) error {
-		return c.Export(ctx, &counting{w: w, bar: bar}, ctrarchive.WithPlatform(platforms.All), ctrarchive.WithSkipDockerManifest(),
-			ctrarchive.WithImage(c.ImageService(), img.Name))
-	})
-	if err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
-	}
-	return a.wroteFile(path)
-}
-
-// counting moves a bar with what passes through it.
-type counting struct {
-	w    io.Writer
-	bar  *progress
-	done int64
-}
-
-func (c *counting) Write(p []byte) (int, error) {
-	n, err := c.w.Write(p)
-	c.done += int64(n)
-	c.bar.Set(c.done, 0)
-	return n, err
 }

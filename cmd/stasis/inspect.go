@@ -3,32 +3,14 @@ package main
 import (
 	"fmt"
 	"io"
-	"slices"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 
-	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/inspect"
 	"github.com/stasis-run/stasis/checkpoint/policy/allow"
-	"github.com/stasis-run/stasis/checkpoint/sign"
+	"github.com/stasis-run/stasis/node"
 )
-
-// inspection is what `stasis inspect -o json` prints.
-type inspection struct {
-	// Info says where the checkpoint came from; nil for a folder of images.
-	Info *capture.Info `json:"info,omitempty"`
-	// Signers are those that have signed it and are trusted here; the files are not
-	// compared with what they have signed, which `stasis verify` does.
-	Signers []sign.Signer `json:"signers"`
-	*inspect.Report
-	// AsksFor is what its spec asks for beyond an ordinary container, and what
-	// becomes of it in `stasis restore` without flags; nil if there is no spec.
-	AsksFor []allow.Ask `json:"asks_for,omitzero"`
-
-	signature string // for people
-}
 
 func newInspectCommand(a *app) *cobra.Command {
 	var secrets bool
@@ -48,29 +30,12 @@ Arguments and environment are read out of the memory of the processes.`,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: firstArgs(1, a.completeCheckpoints()),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			c, cleanup, err := a.openCapture(cmd.Context(), args[0])
-			defer cleanup()
+			in, err := a.node().Inspect(cmd.Context(), node.InspectRequest{Checkpoint: args[0], Secrets: secrets, MaxSize: int64(a.maxSize)})
 			if err != nil {
 				return err
-			}
-			r, err := inspect.Inspect(cmd.Context(), c.Images, inspect.Options{Environment: secrets})
-			if err != nil {
-				return err
-			}
-			in := inspection{Report: r}
-			if c.Info.Version != 0 {
-				in.Info = &c.Info
-			}
-			signers, signature, err := signersOf(c.Images)
-			if err != nil {
-				return err
-			}
-			in.Signers, in.signature = append([]sign.Signer{}, signers...), signature
-			if c.Spec != nil {
-				in.AsksFor = a.asksFor(c)
 			}
 			if html != "" {
-				if err := a.writeTo(cmd.Context(), html, func(w io.Writer) error { return writeHTML(w, args[0], in) }); err != nil {
+				if err := a.outputTo(html).Write(cmd.Context(), func(w io.Writer) error { return in.WritePage(w, args[0]) }); err != nil {
 					return fmt.Errorf("write the page: %w", err)
 				}
 				if !a.json() {
@@ -90,84 +55,16 @@ Arguments and environment are read out of the memory of the processes.`,
 	return cmd
 }
 
-// fact is one line about a checkpoint.
-type fact struct{ Name, Value string }
-
-// facts are what there is to say about a checkpoint as a whole.
-func facts(in inspection) (list []fact) {
-	add := func(name, format string, args ...any) { list = append(list, fact{name, fmt.Sprintf(format, args...)}) }
-	known := func(name, value string) {
-		if strings.TrimSpace(value) != "" {
-			add(name, "%s", strings.TrimSpace(value))
-		}
-	}
-	if i := in.Info; i != nil {
-		known("Container", i.ContainerName)
-		known("ID", i.ContainerID)
-		known("Namespace", i.Namespace)
-		if i.Pod != nil {
-			known("Pod", i.Pod.Namespace+"/"+i.Pod.Name)
-		}
-		known("Image", i.Base.Name)
-		known("Engine", i.Engine.Name+" "+i.Engine.Version)
-		known("Runtime", i.OCIRuntime.Name+" "+i.OCIRuntime.Version)
-		known("CRIU", i.CRIU)
-		known("Kernel", i.Host.Kernel)
-		if !i.Checkpointed.IsZero() {
-			add("Checkpointed", "%s", i.Checkpointed.Format(time.RFC3339))
-		}
-	}
-	if m := in.Manifest; m != nil && in.Info == nil {
-		known("ID", m.Container.ID)
-		known("Namespace", m.Container.Namespace)
-		known("Runtime", m.Runtime.Name+" "+m.Runtime.Version)
-		known("CRIU", m.CRIU)
-		known("Kernel", m.Kernel)
-		add("Checkpointed", "%s", m.Created.Format(time.RFC3339))
-	}
-	known("Signed by", in.signature)
-	known("Architecture", in.Architecture)
-	known("Hostname", in.Hostname)
-	known("Security module", in.LSM)
-	add("Size", "%s in %d files, %s of it memory", size(in.Sizes.Total), in.Sizes.Files, size(in.Sizes.Memory))
-	if s := in.Stats; s != nil {
-		add("Frozen", "%v, of which memory %v", us(s.FrozenUS), us(s.MemoryDumpUS))
-		add("Pages", "%d scanned, %d written", s.PagesScanned, s.PagesWritten)
-	}
-	return list
-}
-
-func us(n uint32) time.Duration { return time.Duration(n) * time.Microsecond }
-
-// needs are what a host must have, as facts.
-func needs(n inspect.Needs) (list []fact) {
-	for _, f := range []struct {
-		name   string
-		values []string
-	}{
-		{"Kernel options", n.KernelOptions}, {"Addresses for TCP", n.Addresses}, {"Mounts from outside", n.Mounts},
-		{"Sockets outside", n.Sockets}, {"Files, unchanged", n.Files},
-	} {
-		if len(f.values) > 0 {
-			list = append(list, fact{f.name, strings.Join(f.values, ", ")})
-		}
-	}
-	if len(n.CPUFeatures) > 0 {
-		list = append(list, fact{"CPU features", fmt.Sprintf("%d, of %s", len(n.CPUFeatures), n.Architecture)})
-	}
-	return list
-}
-
 // printInspection prints a report for people.
-func printInspection(out io.Writer, name string, in inspection) error {
-	fmt.Fprintln(out, printable(name))
-	printFacts(out, facts(in))
+func printInspection(out io.Writer, name string, in *node.Inspection) error {
+	fmt.Fprintln(out, node.Printable(name))
+	printFacts(out, in.Facts())
 
 	heading(out, "PROCESSES")
 	t := newTable(out, "PID", "USER", "THREADS", "MEMORY", "STATE", "COMMAND")
 	for _, p := range in.Processes {
 		t.row(fmt.Sprint(p.PID), fmt.Sprintf("%d:%d", p.Credentials.UID, p.Credentials.GID), fmt.Sprint(len(p.Threads)),
-			size(p.Memory.Dumped), p.State, strings.Repeat("  ", p.Depth)+command(p))
+			size(p.Memory.Dumped), p.State, strings.Repeat("  ", p.Depth)+p.Command())
 	}
 	t.end()
 	for _, p := range in.Processes {
@@ -190,7 +87,7 @@ func printInspection(out io.Writer, name string, in inspection) error {
 		t.end()
 	}
 	heading(out, "A HOST MUST HAVE")
-	printFacts(out, needs(in.Needs))
+	printFacts(out, node.NeedsFacts(in.Needs))
 	if len(in.AsksFor) > 0 {
 		heading(out, "ASKS FOR")
 		t := newTable(out, "FIELD", "WHAT", "RESTORE")
@@ -206,24 +103,11 @@ func printInspection(out io.Writer, name string, in inspection) error {
 	return nil
 }
 
-// asksFor lists what the spec of a checkpoint asks for.
-func (a *app) asksFor(c *capture.Capture) []allow.Ask {
-	asked, unknown, err := allow.Parse(c.Spec)
-	if err != nil {
-		return []allow.Ask{{Field: "spec", What: err.Error(), Verdict: allow.Never}}
-	}
-	// The error says the same as the list.
-	_, asks, _ := allow.New(asked, unknown, allow.Options{
-		Namespace: a.namespace, OldNamespace: c.Info.Namespace, Systemd: exists("/run/systemd/system"), Host: allow.ThisHost(),
-	})
-	return slices.Concat([]allow.Ask{}, asks) // not nil
-}
-
 func printProcess(out io.Writer, p inspect.Process) {
 	if len(p.Memory.Mappings) == 0 {
 		return
 	}
-	heading(out, fmt.Sprintf("MEMORY OF %d (%s)", p.PID, printable(p.Comm)))
+	heading(out, fmt.Sprintf("MEMORY OF %d (%s)", p.PID, node.Printable(p.Comm)))
 	t := newTable(out, "ADDRESS", "", "MAPPED", "SAVED", "WHAT")
 	none := 0
 	for _, m := range p.Memory.Mappings {
@@ -231,14 +115,14 @@ func printProcess(out io.Writer, p inspect.Process) {
 			none++
 			continue
 		}
-		t.row(m.Start.String(), m.Protection, size(m.Size), size(m.Dumped), what(m))
+		t.row(m.Start.String(), m.Protection, size(m.Size), size(m.Dumped), m.What())
 	}
 	t.end()
 	if none > 0 {
 		fmt.Fprintf(out, "and %d mappings with nothing saved, as it is in a file or unused\n", none)
 	}
 	if len(p.Descriptors) > 0 {
-		heading(out, fmt.Sprintf("OPEN IN %d (%s)", p.PID, printable(p.Comm)))
+		heading(out, fmt.Sprintf("OPEN IN %d (%s)", p.PID, node.Printable(p.Comm)))
 		t := newTable(out, "FD", "KIND", "OFFSET", "FLAGS", "WHAT")
 		for _, d := range p.Descriptors {
 			t.row(fmt.Sprint(d.FD), d.Kind, fmt.Sprint(d.Offset), d.Flags, d.Path+outside(d.External)+deleted(d.Deleted))
@@ -246,37 +130,21 @@ func printProcess(out io.Writer, p inspect.Process) {
 		t.end()
 	}
 	if len(p.Environment) > 0 {
-		heading(out, fmt.Sprintf("ENVIRONMENT OF %d (%s)", p.PID, printable(p.Comm)))
+		heading(out, fmt.Sprintf("ENVIRONMENT OF %d (%s)", p.PID, node.Printable(p.Comm)))
 		for _, v := range p.Environment {
-			fmt.Fprintln(out, printable(v))
+			fmt.Fprintln(out, node.Printable(v))
 		}
 	}
 }
 
 func heading(out io.Writer, text string) { fmt.Fprintf(out, "\n%s\n", text) }
 
-func printFacts(out io.Writer, list []fact) {
+func printFacts(out io.Writer, list []node.Fact) {
 	t := newTable(out)
 	for _, f := range list {
 		t.row(f.Name, f.Value)
 	}
 	t.end()
-}
-
-// command is how a process was started, else its name.
-func command(p inspect.Process) string {
-	if len(p.Args) == 0 {
-		return "[" + p.Comm + "]"
-	}
-	return strings.Join(p.Args, " ")
-}
-
-// what says what a mapping is for.
-func what(m inspect.Mapping) string {
-	if m.File != "" {
-		return m.File
-	}
-	return m.Kind
 }
 
 func outside(is bool) string {

@@ -11,6 +11,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint/inspect"
 	"github.com/stasis-run/stasis/checkpoint/policy/allow"
+	"github.com/stasis-run/stasis/node"
 )
 
 func TestInspectCommand(t *testing.T) {
@@ -69,12 +70,12 @@ func TestHostileNames(t *testing.T) {
 		Mounts:  []inspect.Mount{{Mountpoint: evil, Options: evil, External: evil}},
 	}
 	var page, text bytes.Buffer
-	must0(t, writeHTML(&page, evil, inspection{Report: r}))
+	must0(t, (&node.Inspection{Report: r}).WritePage(&page, evil))
 	if bytes.Contains(page.Bytes(), []byte("<script")) {
 		t.Errorf("a script in\n%s", page.String())
 	}
 	asks := []allow.Ask{{Field: evil, What: evil, Verdict: allow.NeedsFlag, Flag: evil}}
-	must0(t, printInspection(&text, evil, inspection{Report: r, AsksFor: asks}))
+	must0(t, printInspection(&text, evil, &node.Inspection{Report: r, AsksFor: asks}))
 	if strings.ContainsRune(text.String(), '\x1b') {
 		t.Errorf("%q", text.String())
 	}

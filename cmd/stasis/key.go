@@ -174,7 +174,7 @@ func newKeyListCommand(a *app) *cobra.Command {
 			}
 			t := newTable(a.out, "KEY", "WHOSE", "FILE")
 			for _, k := range keys {
-				t.row(k.KeyID, whose(k), k.File)
+				t.row(k.KeyID, k.Whose(), k.File)
 			}
 			return t.end()
 		},
@@ -217,12 +217,4 @@ func (a *app) printSigner(s sign.Signer) error {
 	}
 	_, err := fmt.Fprintln(a.out, s.KeyID)
 	return err
-}
-
-// whose says what a key is to this node.
-func whose(s sign.Signer) string {
-	if s.Own {
-		return "this node's"
-	}
-	return "trusted"
 }

@@ -11,6 +11,8 @@ import (
 	"os/signal"
 	"runtime"
 	"syscall"
+
+	"github.com/stasis-run/stasis/node"
 )
 
 // Set by the build, with -ldflags "-X main.version=...".
@@ -84,7 +86,7 @@ func run(ctx context.Context, args []string, in io.Reader, out, errs io.Writer) 
 		return exitInterrupted
 	}
 	fmt.Fprintf(errs, "stasis: %v\n", err)
-	if !a.started || errors.As(err, &wrongUsage{}) {
+	if !a.started || errors.As(err, &wrongUsage{}) || errors.Is(err, node.ErrRequest) {
 		fmt.Fprintf(errs, "See 'stasis --help'.\n")
 		return exitUsage
 	}

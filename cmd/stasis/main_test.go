@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -79,25 +78,6 @@ func TestInterrupted(t *testing.T) {
 	}
 }
 
-// That containerd is not there is said in a way that helps.
-func TestConnectErrors(t *testing.T) {
-	refused := filepath.Join(t.TempDir(), "refused.sock")
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: refused})
-	must0(t, err)
-	l.SetUnlinkOnClose(false)
-	must0(t, l.Close())
-	for address, part := range map[string]string{
-		filepath.Join(t.TempDir(), "x"): "start it, or name its socket with --address",
-		refused:                         "is it running?",
-		"unix://" + refused:             "is it running?",
-	} {
-		a := &app{address: address}
-		if _, err := a.connect(t.Context()); err == nil || !strings.Contains(err.Error(), part) {
-			t.Errorf("%s: %v", address, err)
-		}
-	}
-}
-
 func TestVersion(t *testing.T) {
 	_, out, _ := stasis(t, "version", "-o", "json")
 	var v versions
@@ -161,19 +141,5 @@ func TestManualIsCurrent(t *testing.T) {
 	must0(t, err)
 	if !bytes.Equal(have, manual(newRootCommand(&app{}))) {
 		t.Error("docs/cli.md is not what the commands say: run `go run ./cmd/stasis docs docs`")
-	}
-}
-
-func TestStateFolder(t *testing.T) {
-	a := &app{state: filepath.Join(t.TempDir(), "state")}
-	w, err := a.newWork()
-	must0(t, err)
-	if info, err := os.Stat(a.state); err != nil || info.Mode().Perm() != 0o700 {
-		t.Errorf("%v, %v", info, err)
-	}
-	must0(t, w.remove())
-	must0(t, os.Chmod(a.state, 0o755))
-	if _, err := a.newWork(); err == nil || !strings.Contains(err.Error(), "chmod 700") {
-		t.Errorf("a folder that others can read: %v", err)
 	}
 }

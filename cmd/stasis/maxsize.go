@@ -1,12 +1,9 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"os"
 
-	"github.com/containerd/containerd/v2/client"
 	"github.com/docker/go-units"
 	"github.com/spf13/cobra"
 
@@ -38,18 +35,6 @@ const maxSizeFlag = "max-size"
 // addMaxSize adds the flag --max-size to a command that unpacks checkpoints.
 func (a *app) addMaxSize(cmd *cobra.Command) {
 	cmd.Flags().Var(&a.maxSize, maxSizeFlag, "largest checkpoint that is unpacked, such as 20G; default: half of what is free on the disk")
-}
-
-// storeLimit is how much may be put into containerd's content store from a file. A
-// store on another host has the limit of our state folder.
-func (a *app) storeLimit(ctx context.Context, c *client.Client) (int64, error) {
-	dir := storeRoot(ctx, c)
-	if _, err := os.Stat(dir); err != nil {
-		if dir, err = a.stateDir("work"); err != nil {
-			return 0, err
-		}
-	}
-	return capture.Limit(dir, int64(a.maxSize))
 }
 
 // explainSize says of an error of capture.ErrTooLarge what a user can do.

@@ -4,9 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"sync"
 
 	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+
+	"github.com/stasis-run/stasis/node"
 )
 
 // output is our stdout. It keeps the first error, so that no command can take what it
@@ -61,4 +65,32 @@ func (e *outputError) Unwrap() error { return e.err }
 func hungUp(err error) bool {
 	var o *outputError
 	return errors.As(err, &o) && errors.Is(err, unix.EPIPE)
+}
+
+// isStdout tells whether a path that a user gave means our stdout.
+func isStdout(path string) bool {
+	switch path {
+	case "-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1":
+		return true
+	}
+	return false
+}
+
+// outputTo is where a command writes the file that a user named. A terminal is refused.
+func (a *app) outputTo(path string) node.Output {
+	o := node.Output{Path: path}
+	if isStdout(path) {
+		o.Writer = a.out
+		if f, ok := a.out.w.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
+			o.Writer = noTerminal{}
+		}
+	}
+	return o
+}
+
+// noTerminal is a terminal that is not written to.
+type noTerminal struct{}
+
+func (noTerminal) Write([]byte) (int, error) {
+	return 0, errors.New("this would write an archive to the terminal: redirect it, or name a file")
 }

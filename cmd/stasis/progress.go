@@ -9,62 +9,72 @@ import (
 	"github.com/vbauerster/mpb/v8"
 	"github.com/vbauerster/mpb/v8/decor"
 	"golang.org/x/term"
+
+	"github.com/stasis-run/stasis/node"
 )
 
-// bars is the part of the terminal where the bars of one command are drawn.
-type bars struct{ p *mpb.Progress }
-
-func (b *bars) stop() { b.p.Shutdown() }
-
-// progress shows how one thing comes along. All its methods may be called on
-// one that shows nothing, and from any goroutine.
+// progress shows how the work of one command comes along, a bar at a time.
 type progress struct {
-	bars *bars // nil: show nothing
-	name string
+	a *app
+	w *os.File
 
-	mu    sync.Mutex
-	stage string
-	bar   *mpb.Bar
+	mu   sync.Mutex
+	of   string
+	what string // the stage
+	bar  *mpb.Bar
 }
 
-// progress begins to show how the work on name comes along, if a person is
-// looking: stderr is a terminal, and they did not say --quiet.
-func (a *app) progress(name string) *progress {
+// progress returns what shows how work comes along, if a person is looking: stderr is
+// a terminal, and they did not say --quiet. Else it is nil.
+func (a *app) progress() node.Progress {
 	f, ok := a.err.(*os.File)
 	if a.quiet || !ok || !term.IsTerminal(int(f.Fd())) {
-		return &progress{}
+		return nil
 	}
+	return (&progress{a: a, w: f}).show
+}
+
+// newBar adds a bar to those of the command; nil: they are ended.
+func (a *app) newBar(w io.Writer, options ...mpb.BarOption) *mpb.Bar {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if a.barsEnded {
+		return nil
+	}
 	if a.bars == nil {
-		a.bars = newBars(f)
+		a.bars = mpb.New(mpb.WithOutput(w), mpb.WithWidth(40), mpb.WithRefreshRate(150*time.Millisecond), mpb.WithAutoRefresh())
 	}
-	return &progress{bars: a.bars, name: name}
+	return a.bars.New(0, mpb.BarStyle(), options...)
 }
 
-func newBars(w io.Writer) *bars {
-	return &bars{mpb.New(mpb.WithOutput(w), mpb.WithWidth(40), mpb.WithRefreshRate(150*time.Millisecond), mpb.WithAutoRefresh())}
-}
-
-// silent tells that nobody is looking.
-func (p *progress) silent() bool { return p.bars == nil }
-
-// Stage begins the next stage; the one before has ended. The same name again
-// changes nothing.
-func (p *progress) Stage(name string) {
-	if p.silent() {
-		return
-	}
+// show shows an update. Each stage has a bar, which takes the place of the one before.
+func (p *progress) show(u node.Update) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.bar != nil && p.stage == name {
+	if p.bar != nil && (p.of != u.Of || p.what != u.Stage) {
+		p.bar.Abort(true)
+		p.bar = nil
+	}
+	if u.Stage == "" {
 		return
 	}
-	p.end()
-	p.stage = name
+	if p.bar == nil {
+		p.of, p.what = u.Of, u.Stage
+		p.begin()
+	}
+	if p.bar == nil {
+		return
+	}
+	// A bar that has all its total ends, and nobody knows yet.
+	p.bar.SetTotal(max(u.Total, u.Done+1), false)
+	p.bar.SetCurrent(u.Done)
+}
+
+// begin begins the bar of a stage.
+func (p *progress) begin() {
 	left := decor.AverageETA(decor.ET_STYLE_GO)
-	p.bar = p.bars.p.New(0, mpb.BarStyle(), mpb.BarRemoveOnComplete(),
-		mpb.PrependDecorators(decor.Name(printable(p.name)+"  "+printable(name)+"  ", decor.WCSyncSpaceR)),
+	p.bar = p.a.newBar(p.w, mpb.BarRemoveOnComplete(),
+		mpb.PrependDecorators(decor.Name(node.Printable(p.of)+"  "+node.Printable(p.what)+"  ", decor.WCSyncSpaceR)),
 		mpb.AppendDecorators(
 			decor.Any(func(s decor.Statistics) string {
 				if !known(s) {
@@ -83,31 +93,5 @@ func (p *progress) Stage(name string) {
 		))
 }
 
-// known tells whether a bar has a total; see Set.
+// known tells whether a bar has a total; see show.
 func known(s decor.Statistics) bool { return s.Total > s.Current+1 }
-
-// Set says how many bytes of how many are done; a total of 0 is unknown.
-func (p *progress) Set(done, total int64) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.bar == nil {
-		return
-	}
-	// A bar that has all its total ends, and nobody knows yet.
-	p.bar.SetTotal(max(total, done+1), false)
-	p.bar.SetCurrent(done)
-}
-
-// Done ends the last stage.
-func (p *progress) Done() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.end()
-}
-
-func (p *progress) end() {
-	if p.bar != nil {
-		p.bar.Abort(true)
-		p.bar = nil
-	}
-}

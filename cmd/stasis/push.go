@@ -1,15 +1,15 @@
 package main
 
 import (
-	"fmt"
-
 	"github.com/spf13/cobra"
+
+	"github.com/stasis-run/stasis/node"
 )
 
 const registryHelp = `
 
 Credentials are those of "docker login" and "podman login"; what containerd knows
-of the registry in ` + hostsDir + ` applies. A registry on localhost may be without
+of the registry in ` + node.HostsDir + ` applies. A registry on localhost may be without
 TLS, others with --plain-http.`
 
 func newPushCommand(a *app) *cobra.Command {
@@ -24,41 +24,19 @@ registry lacks is sent.` + registryHelp,
 		Args:              cobra.RangeArgs(1, 2),
 		ValidArgsFunction: firstArgs(1, a.completeCheckpoints()),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			ctx := cmd.Context()
-			c, err := a.connect(ctx)
-			if err != nil {
-				return err
-			}
-			img, err := findCheckpoint(ctx, c, args[0])
-			if err != nil {
-				return err
-			}
-			target := img.Name
+			r := node.PushRequest{Ref: args[0], PlainHTTP: plainHTTP, Progress: a.progress()}
 			if len(args) > 1 {
-				if target, err = fullName(args[1]); err != nil {
-					return err
-				}
+				r.Target = args[1]
 			}
-			bar := a.progress(target)
-			defer bar.Done()
-			if err := a.push(ctx, c, img.Name, target, plainHTTP, bar); err != nil {
+			img, err := a.node().Push(cmd.Context(), r)
+			if err != nil {
 				return err
 			}
-			if a.json() {
-				return printJSON(a.out, stored{target, img.Target.Digest.String()})
-			}
-			fmt.Fprintln(a.out, target)
-			return nil
+			return a.printImage(*img)
 		},
 	}
 	cmd.Flags().BoolVar(&plainHTTP, "plain-http", false, "without TLS")
 	return cmd
-}
-
-// stored is an image that a command made, or sent.
-type stored struct {
-	Ref    string `json:"ref"`
-	Digest string `json:"digest"`
 }
 
 func newPullCommand(a *app) *cobra.Command {
@@ -72,26 +50,11 @@ the one that a container was made from.` + registryHelp,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			ctx := cmd.Context()
-			ref, err := fullName(args[0])
+			img, err := a.node().Pull(cmd.Context(), node.PullRequest{Ref: args[0], PlainHTTP: plainHTTP, Progress: a.progress()})
 			if err != nil {
 				return err
 			}
-			c, err := a.connect(ctx)
-			if err != nil {
-				return err
-			}
-			bar := a.progress(ref)
-			defer bar.Done()
-			img, err := a.pull(ctx, c, ref, plainHTTP, bar)
-			if err != nil {
-				return err
-			}
-			if a.json() {
-				return printJSON(a.out, stored{img.Name, img.Target.Digest.String()})
-			}
-			fmt.Fprintln(a.out, img.Name)
-			return nil
+			return a.printImage(*img)
 		},
 	}
 	cmd.Flags().BoolVar(&plainHTTP, "plain-http", false, "without TLS")

@@ -9,7 +9,7 @@ import (
 // grantFlags adds the flags by which a caller grants what a checkpoint's spec asks
 // for. Package allow names them in its errors.
 func grantFlags(cmd *cobra.Command, f *restoreFlags) {
-	flags, g := cmd.Flags(), &f.grants
+	flags, g := cmd.Flags(), &f.request.Grants
 	for _, l := range []struct {
 		to                 *[]string
 		name, usage, words string

@@ -2,30 +2,24 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
-	"io/fs"
-	"net"
+	"log/slog"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
-	"time"
 
-	"github.com/containerd/containerd/v2/client"
-	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/pkg/identifiers"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
+	"github.com/vbauerster/mpb/v8"
 
-	"github.com/stasis-run/stasis/checkpoint/image"
+	"github.com/stasis-run/stasis/node"
 )
 
 // app is what the commands share: the global flags, the standard streams and
-// the connection to containerd.
+// the node.
 type app struct {
 	address, namespace string
 	state              string
@@ -37,16 +31,14 @@ type app struct {
 	out *output
 	err io.Writer
 
-	// added are images that were made under names that nobody typed, or pulled for
-	// them. A restore that fails removes them again.
-	added []images.Image
-
 	// started: the command line was good, and a command is at work.
 	started bool
 
-	mu     sync.Mutex
-	client *client.Client
-	bars   *bars
+	mu sync.Mutex
+	n  *node.Node // see node
+	// bars are drawn on the terminal; nil: none has begun. barsEnded: none will.
+	bars      *mpb.Progress
+	barsEnded bool
 }
 
 const (
@@ -139,60 +131,41 @@ func (c *choice) complete(*cobra.Command, []string, string) ([]string, cobra.She
 // json tells whether a program reads our results.
 func (a *app) json() bool { return a.output.value == "json" }
 
-// connect returns the client of containerd, which is made at the first call.
-// Its calls need a context with a namespace; those of commands have one.
-func (a *app) connect(ctx context.Context) (*client.Client, error) {
+// node returns what does the work, which is made at the first call.
+func (a *app) node() *node.Node {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.client != nil {
-		return a.client, nil
+	if a.n == nil {
+		a.n = node.Dial(a.address, node.Options{State: a.state, Version: version, Logger: slog.New(&notes{a}), IdleCPUs: idleCPUs})
 	}
-	address := strings.TrimPrefix(a.address, "unix://")
-	// The client would connect in the background, and every call report a
-	// socket that is not there in its own way.
-	conn, err := (&net.Dialer{Timeout: 10 * time.Second}).DialContext(ctx, "unix", address)
-	if err != nil {
-		return nil, connectError(address, err)
-	}
-	conn.Close()
-	c, err := client.New(address, client.WithTimeout(10*time.Second))
-	if err != nil {
-		return nil, connectError(address, err)
-	}
-	a.client = c
-	return c, nil
+	return a.n
 }
 
-// leased is connect with a context that keeps what is stored with it from
-// containerd's garbage collector, until done is called.
-func (a *app) leased(ctx context.Context) (_ context.Context, _ *client.Client, done func(), _ error) {
-	c, err := a.connect(ctx)
-	if err != nil {
-		return ctx, nil, nil, err
-	}
-	ctx, done, err = image.WithLease(ctx, c.LeasesService())
-	return ctx, c, done, err
+// notes prints what the node has to tell as commands do: as a line on stderr.
+type notes struct{ a *app }
+
+// Enabled implements slog.Handler. With --quiet, only what went wrong is told.
+func (n *notes) Enabled(_ context.Context, level slog.Level) bool {
+	return level >= slog.LevelWarn || level >= slog.LevelInfo && !n.a.quiet
 }
 
-func connectError(address string, err error) error {
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("no containerd at %s: start it, or name its socket with --address: %w", address, err)
-	case errors.Is(err, unix.ECONNREFUSED):
-		return fmt.Errorf("containerd does not answer at %s: is it running? %w", address, err)
-	case errors.Is(err, fs.ErrPermission):
-		return fmt.Errorf("no permission to talk to containerd at %s: run as root: %w", address, err)
-	}
-	return fmt.Errorf("connect to containerd at %s: %w", address, err)
+// Handle implements slog.Handler.
+func (n *notes) Handle(_ context.Context, r slog.Record) error {
+	_, err := fmt.Fprintf(n.a.err, "stasis: %s\n", r.Message)
+	return err
 }
+
+// WithAttrs and WithGroup implement slog.Handler; the node's messages say all.
+func (n *notes) WithAttrs([]slog.Attr) slog.Handler { return n }
+func (n *notes) WithGroup(string) slog.Handler      { return n }
 
 // close ends what the commands share.
 func (a *app) close() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.stopBars()
-	if a.client != nil {
-		a.client.Close()
+	if a.n != nil {
+		a.n.Close()
 	}
 }
 
@@ -205,29 +178,9 @@ func (a *app) endProgress() {
 
 // stopBars is endProgress with mu held.
 func (a *app) stopBars() {
+	a.barsEnded = true
 	if a.bars != nil {
-		a.bars.stop()
+		a.bars.Shutdown()
 		a.bars = nil
 	}
-}
-
-// stateDir returns the folder of that name in the state folder, which it makes
-// if need be. Checkpoints hold memory, so nobody else may look into it.
-func (a *app) stateDir(name string) (string, error) {
-	if err := os.MkdirAll(a.state, 0o700); err != nil {
-		return "", fmt.Errorf("make the state folder: %w", err)
-	}
-	info, err := os.Stat(a.state)
-	if err != nil {
-		return "", fmt.Errorf("look at the state folder: %w", err)
-	}
-	if info.Mode().Perm()&0o077 != 0 {
-		return "", fmt.Errorf("state folder %s has mode %o, so others may read checkpoints in it: chmod 700 it, or give another with --state",
-			a.state, info.Mode().Perm())
-	}
-	dir := filepath.Join(a.state, name)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return "", fmt.Errorf("make a folder for the work: %w", err)
-	}
-	return dir, nil
 }

@@ -7,9 +7,10 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
-	"unicode"
 
 	"github.com/docker/go-units"
+
+	"github.com/stasis-run/stasis/node"
 )
 
 // table prints rows in columns for people.
@@ -32,24 +33,13 @@ func (t *table) row(cells ...string) {
 		if c == "" {
 			c = "-"
 		}
-		cells[i] = printable(c)
+		cells[i] = node.Printable(c)
 	}
 	fmt.Fprintln(t.w, strings.Join(cells, "\t"))
 }
 
 // end prints what was added.
 func (t *table) end() error { return t.w.Flush() }
-
-// printable replaces what would move the cursor or change the terminal: names
-// in a checkpoint are whatever its maker wanted.
-func printable(s string) string {
-	return strings.Map(func(r rune) rune {
-		if unicode.IsPrint(r) {
-			return r
-		}
-		return unicode.ReplacementChar
-	}, s)
-}
 
 // printJSON prints a value for programs: one document, indented.
 func printJSON(out io.Writer, v any) error {
@@ -60,7 +50,7 @@ func printJSON(out io.Writer, v any) error {
 }
 
 // size is a number of bytes for people.
-func size(n int64) string { return units.BytesSize(float64(n)) }
+func size(n int64) string { return node.Size(n) }
 
 // ago is a time for people.
 func ago(t, now time.Time) string {

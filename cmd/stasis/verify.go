@@ -1,34 +1,13 @@
 package main
 
 import (
-	"context"
 	"fmt"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
-	"github.com/stasis-run/stasis/checkpoint"
-	"github.com/stasis-run/stasis/checkpoint/capture"
-	"github.com/stasis-run/stasis/checkpoint/image"
-	"github.com/stasis-run/stasis/checkpoint/sign"
+	"github.com/stasis-run/stasis/node"
 )
-
-// verification is what `stasis verify -o json` prints.
-type verification struct {
-	Checkpoint string `json:"checkpoint"`
-	// Trusted: a key that is trusted here has signed it.
-	Trusted bool          `json:"trusted"`
-	Signers []sign.Signer `json:"signers"`
-	// Unknown are keys that are not trusted, by which it says it is signed.
-	Unknown []string `json:"unknown_keys,omitempty"`
-	// Container, Host and Created are what was signed.
-	Container *checkpoint.Container `json:"container,omitempty"`
-	Host      string                `json:"host,omitempty"`
-	Created   time.Time             `json:"created,omitzero"`
-	// SpecSigned: the spec that comes with it is the one that was signed.
-	SpecSigned bool `json:"spec_signed"`
-}
 
 func newVerifyCommand(a *app) *cobra.Command {
 	return &cobra.Command{
@@ -48,21 +27,15 @@ of its image, are not.`,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: firstArgs(1, a.completeCheckpoints()),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			c, cleanup, err := a.openCapture(cmd.Context(), args[0])
-			defer cleanup()
-			if err != nil {
-				return err
-			}
-			v, why := verify(cmd.Context(), c)
+			v, why := a.node().Verify(cmd.Context(), args[0])
 			if v == nil {
 				return why
 			}
-			v.Checkpoint = args[0]
 			if a.json() {
 				if err := printJSON(a.out, v); err != nil {
 					return err
 				}
-			} else if err := v.print(a); err != nil {
+			} else if err := printVerification(a, v); err != nil {
 				return err
 			}
 			return why
@@ -70,31 +43,10 @@ of its image, are not.`,
 	}
 }
 
-// verify returns what is found, and an error unless it is good: nil and an error if
-// something was altered.
-func verify(ctx context.Context, c *capture.Capture) (*verification, error) {
-	trust, err := sign.DefaultDir().Trust()
-	if err != nil {
-		return nil, err
-	}
-	o := checkpoint.OpenOptions{Trust: trust, Reread: true, AnyHost: true}
-	img, err := checkpoint.OpenWith(ctx, c.Images, o)
-	if err != nil {
-		return nil, err
-	}
-	v := &verification{Signers: append([]sign.Signer{}, img.Verdict().Signers...), Unknown: img.Verdict().Unknown}
-	_, v.Trusted = img.Signer()
-	if m := img.Manifest(); m != nil && v.Trusted {
-		v.Container, v.Host, v.Created = &m.Container, m.Host, m.Created
-		v.SpecSigned = img.RanWith(c.Spec)
-	}
-	return v, img.CheckSigned(trust)
-}
-
-func (v *verification) print(a *app) error {
+func printVerification(a *app, v *node.Verification) error {
 	t := newTable(a.out)
 	for _, s := range v.Signers {
-		t.row("Signed by", s.KeyID+" ("+whose(s)+")")
+		t.row("Signed by", s.KeyID+" ("+s.Whose()+")")
 	}
 	for _, id := range v.Unknown {
 		t.row("Signed by", id+" (not trusted here, and not verified)")
@@ -118,30 +70,6 @@ func (v *verification) print(a *app) error {
 	return t.end()
 }
 
-// signersOf says for people who has signed the checkpoint in a folder, by its manifest
-// alone; the files are not read.
-func signersOf(dir string) (signers []sign.Signer, says string, err error) {
-	trust, err := sign.DefaultDir().Trust()
-	if err != nil {
-		return nil, "", err
-	}
-	v, err := checkpoint.SignedBy(dir, trust)
-	if err != nil {
-		return nil, "not valid: " + err.Error(), nil
-	}
-	var list []string
-	for _, s := range v.Signers {
-		list = append(list, sign.Short(s.KeyID)+" ("+whose(s)+")")
-	}
-	for _, id := range v.Unknown {
-		list = append(list, sign.Short(id)+" (not trusted here)")
-	}
-	if list == nil {
-		list = []string{"nobody"}
-	}
-	return v.Signers, strings.Join(list, ", "), nil
-}
-
 // newSignCommand signs what another has made, or what was made before there were
 // signatures.
 func newSignCommand(a *app) *cobra.Command {
@@ -161,70 +89,15 @@ old image stay with the old one.`,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: firstArgs(1, a.completeCheckpoints()),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.sign(cmd.Context(), args[0])
+			r := node.SignRequest{Ref: args[0], Progress: a.progress()}
+			signed, err := a.node().Sign(cmd.Context(), r)
+			if err != nil {
+				return err
+			}
+			if signed.Already {
+				fmt.Fprintf(a.err, "stasis: %s has a signature of this node already\n", signed.Ref)
+			}
+			return a.printImage(signed.Image)
 		},
 	}
-}
-
-func (a *app) sign(ctx context.Context, ref string) error {
-	c, err := a.connect(ctx)
-	if err != nil {
-		return err
-	}
-	record, err := findCheckpoint(ctx, c, ref)
-	if err != nil {
-		return err
-	}
-	form, err := image.Detect(ctx, c.ContentStore(), record.Target)
-	if err != nil {
-		return err
-	}
-	dir := sign.DefaultDir()
-	key, err := dir.Key()
-	if err != nil {
-		return err
-	}
-	got, cleanup, err := a.unpacked(func(dir string) (*capture.Capture, error) {
-		return image.Read(ctx, c.ContentStore(), record.Target, dir)
-	})
-	defer cleanup()
-	if err != nil {
-		return err
-	}
-	signers, _, err := signersOf(got.Images)
-	if err != nil {
-		return err
-	}
-	for _, s := range signers {
-		if s.Own {
-			fmt.Fprintf(a.err, "stasis: %s has a signature of this node already\n", record.Name)
-			return a.printStored(stored{record.Name, record.Target.Digest.String()})
-		}
-	}
-	if err := checkpoint.Sign(ctx, got.Images, key, manifestOf(got)); err != nil {
-		return err
-	}
-	var f formFlags
-	f.format.value, f.compress.value = string(form), "zstd"
-	return a.storeAs(ctx, record.Name, a.typed, got, f)
-}
-
-// manifestOf is what a checkpoint without a manifest says of itself.
-func manifestOf(c *capture.Capture) checkpoint.Manifest {
-	i := c.Info
-	m := checkpoint.Manifest{
-		Created: i.Checkpointed,
-		Container: checkpoint.Container{
-			ID: i.ContainerID, Namespace: i.Namespace, Name: i.ContainerName, BaseConfig: i.Base.Config,
-		},
-		CRIU:         i.CRIU,
-		Runtime:      checkpoint.Runtime{Name: i.OCIRuntime.Name, Version: i.OCIRuntime.Version},
-		Kernel:       i.Host.Kernel,
-		Architecture: i.Host.Architecture,
-	}
-	if i.Pod != nil {
-		m.Container.Pod = &checkpoint.Pod{Name: i.Pod.Name, Namespace: i.Pod.Namespace, UID: i.Pod.UID}
-	}
-	m.Container.SpecDigest, _ = checkpoint.SpecDigest(c.Spec)
-	return m
 }

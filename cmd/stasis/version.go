@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"runtime"
 
 	"github.com/containerd/containerd/v2/client"
@@ -36,11 +35,11 @@ is no failure: its line says why.`,
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			v := versions{Version: version, Commit: commit, Date: date, Go: runtime.Version()}
-			c, err := a.connect(cmd.Context())
+			c, err := a.node().Client(cmd.Context())
 			if err == nil {
-				var sv serverVersion
-				if sv, err = containerdVersion(cmd.Context(), c); err == nil {
-					v.Containerd = &sv
+				var server client.Version
+				if server, err = c.Version(cmd.Context()); err == nil {
+					v.Containerd = &serverVersion{server.Version, server.Revision}
 				}
 			}
 			if err != nil {
@@ -59,9 +58,4 @@ is no failure: its line says why.`,
 			return t.end()
 		},
 	}
-}
-
-func containerdVersion(ctx context.Context, c *client.Client) (serverVersion, error) {
-	v, err := c.Version(ctx)
-	return serverVersion{Version: v.Version, Revision: v.Revision}, err
 }

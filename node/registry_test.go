@@ -1,0 +1,79 @@
+package node
+
+import (
+	"archive/tar"
+	"bufio"
+	"bytes"
+	"compress/gzip"
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+func TestCredentials(t *testing.T) {
+	home, podman := t.TempDir(), filepath.Join(t.TempDir(), "auth.json")
+	t.Setenv("HOME", home)
+	t.Setenv("DOCKER_CONFIG", "")
+	t.Setenv("XDG_RUNTIME_DIR", "")
+	t.Setenv("XDG_CONFIG_HOME", "")
+	t.Setenv("REGISTRY_AUTH_FILE", podman)
+	must0(t, os.Mkdir(filepath.Join(home, ".docker"), 0o700))
+	// ZG9jazplcg== is "dock:er".
+	must0(t, os.WriteFile(filepath.Join(home, ".docker", "config.json"), []byte(`{"auths":{
+		"localhost:5000": {"auth": "ZG9jazplcg=="},
+		"https://index.docker.io/v1/": {"auth": "ZG9jazplcg=="},
+		"token.example": {"auth": "ZG9jazplcg==", "identitytoken": "abc"}}}`), 0o600))
+	must0(t, os.WriteFile(podman, []byte(`{"auths":{"podman.example": {"auth": "cG9kOm1hbg=="}}}`), 0o600))
+	for host, want := range map[string][2]string{
+		"localhost:5000":       {"dock", "er"},
+		"registry-1.docker.io": {"dock", "er"},
+		"token.example":        {"", "abc"},
+		"podman.example":       {"pod", "man"},
+		"other.example":        {"", ""},
+	} {
+		user, secret, err := credentials(host)
+		if err != nil || [2]string{user, secret} != want {
+			t.Errorf("%s: %q %q, %v", host, user, secret, err)
+		}
+	}
+	must0(t, os.WriteFile(podman, []byte(`{`), 0o600))
+	if _, _, err := credentials("localhost:5000"); err == nil {
+		t.Error("a broken file is no error")
+	}
+}
+
+func TestIsOCI(t *testing.T) {
+	archive := func(name string) []byte {
+		var b bytes.Buffer
+		w := tar.NewWriter(&b)
+		must0(t, w.WriteHeader(&tar.Header{Name: name, Mode: 0o600}))
+		must0(t, w.Close())
+		return b.Bytes()
+	}
+	zipped := func(data []byte) []byte {
+		var b bytes.Buffer
+		w := gzip.NewWriter(&b)
+		w.Write(data)
+		must0(t, w.Close())
+		return b.Bytes()
+	}
+	for _, tc := range []struct {
+		name string
+		data []byte
+		want bool
+	}{
+		{"index", archive("index.json"), true},
+		{"layout", archive("oci-layout"), true},
+		{"blobs", archive("blobs/"), true},
+		{"compressed", zipped(archive("blobs/sha256/x")), true},
+		{"podman", archive("config.dump"), false},
+		{"compressed podman", zipped(archive("checkpoint/")), false},
+		{"nothing", nil, false},
+		{"garbage", []byte("garbage"), false},
+		{"half", zipped(archive("blobs/"))[:10], false},
+	} {
+		if got := isOCI(bufio.NewReaderSize(bytes.NewReader(tc.data), 64<<10)); got != tc.want {
+			t.Errorf("%s: %v", tc.name, got)
+		}
+	}
+}

@@ -1,0 +1,138 @@
+package node
+
+import (
+	"context"
+	"fmt"
+	"os"
+
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/pkg/archive/compression"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/image"
+)
+
+// Formats of a checkpoint: of an image, or FormatArchive.
+const (
+	FormatRunnable = string(image.Runnable)
+	FormatIndex    = string(image.Index)
+	FormatPodman   = string(image.Podman)
+	FormatArchive  = "archive"
+	FormatOCI      = "oci" // an image as it is, in a tar
+)
+
+// compressionOf is the compression that a request names: "zstd", which is what "" means,
+// "gzip" or "none".
+func compressionOf(name string) (compression.Compression, error) {
+	switch name {
+	case "", "zstd":
+		return compression.Zstd, nil
+	case "gzip":
+		return compression.Gzip, nil
+	case "none":
+		return compression.Uncompressed, nil
+	}
+	return 0, requestError("%s is no compression: it is zstd, gzip or none", name)
+}
+
+// storeOptions are those of making an image in containerd's store.
+func storeOptions(ctx context.Context, c *client.Client, compress string, bar *stages) (image.Options, error) {
+	comp, err := compressionOf(compress)
+	return image.Options{Compression: comp, Root: storeRoot(ctx, c), Progress: func(stage string, done, total int64) {
+		// Two stages run at once; there is one bar, for the larger.
+		if stage == "checkpoint" {
+			bar.begin("store")
+			bar.set(done, total)
+		}
+	}}, err
+}
+
+// store makes an image of a capture, in one of the formats, and names it; ctx has a
+// lease. It returns the image's digest.
+func store(ctx context.Context, c *client.Client, ref string, got *capture.Capture, base ocispec.Descriptor, format string, o image.Options) (string, error) {
+	desc, err := storeContent(ctx, c, got, base, format, o)
+	if err != nil {
+		return "", err
+	}
+	return nameNew(ctx, c, ref, desc)
+}
+
+// storeEarly is store for a runnable image whose layer was started early.
+func (d *dumper) storeEarly(ctx context.Context, ref string, got *capture.Capture, retain bool, o image.Options) (string, error) {
+	failed := func(err error) (string, error) {
+		return "", fmt.Errorf("make a runnable image of container %s: %w", got.Info.ContainerName, err)
+	}
+	store := d.client.ContentStore()
+	base, err := image.ReadBase(ctx, store, d.base, got.Info)
+	if err != nil {
+		return failed(err)
+	}
+	var layers image.RunnableLayers
+	group, gctx := errgroup.WithContext(ctx)
+	group.Go(func() (err error) {
+		layers.Writable, err = image.WriteWritableLayer(gctx, store, got, o)
+		return err
+	})
+	group.Go(func() (err error) {
+		layers.Checkpoint, err = d.early.finish(gctx, got, retain, d.key)
+		return err
+	})
+	if err := group.Wait(); err != nil {
+		return failed(err)
+	}
+	desc, err := image.WriteRunnableManifest(ctx, store, base, got, layers)
+	if err != nil {
+		return failed(err)
+	}
+	return nameNew(ctx, d.client, ref, desc)
+}
+
+// nameNew names an image that was made here. It returns the digest.
+func nameNew(ctx context.Context, c *client.Client, ref string, desc ocispec.Descriptor) (string, error) {
+	if _, err := image.Save(ctx, c.ContentStore(), c.ImageService(), ref, desc, image.MadeHere(desc)); err != nil {
+		return "", err
+	}
+	return desc.Digest.String(), nil
+}
+
+// storeContent is store without the name.
+func storeContent(ctx context.Context, c *client.Client, got *capture.Capture, base ocispec.Descriptor, format string, o image.Options) (ocispec.Descriptor, error) {
+	switch format {
+	case FormatRunnable:
+		return image.WriteRunnable(ctx, c.ContentStore(), base, got, o)
+	case FormatIndex:
+		return image.WriteIndex(ctx, c.ContentStore(), base, got, o)
+	case FormatPodman:
+		return image.WritePodman(ctx, c.ContentStore(), got, o)
+	}
+	return ocispec.Descriptor{}, requestError("%s is no format of an image", format)
+}
+
+// storeRoot is the folder of containerd's content store, if there is one on this
+// host, or "".
+func storeRoot(ctx context.Context, c *client.Client) string {
+	plugins, err := c.IntrospectionService().Plugins(ctx, "type==io.containerd.content.v1")
+	if err != nil {
+		return ""
+	}
+	for _, p := range plugins.Plugins {
+		if root := p.Exports["root"]; root != "" {
+			return root
+		}
+	}
+	return ""
+}
+
+// storeLimit is how much may be put into containerd's content store from a file. A
+// store on another host has the limit of our state folder.
+func (n *Node) storeLimit(ctx context.Context, c *client.Client, asked int64) (int64, error) {
+	dir := storeRoot(ctx, c)
+	if _, err := os.Stat(dir); err != nil {
+		if dir, err = n.stateDir(workFolder); err != nil {
+			return 0, err
+		}
+	}
+	return capture.Limit(dir, asked)
+}
