@@ -13,8 +13,8 @@ import (
 	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
-// work is a folder for one operation at work. It is locked until
-// that ends, or its process does, so that prune can tell what a crash has left.
+// work is a folder for one operation at work. It is locked until that ends, or its
+// process does, so that Prune can tell what a crash has left.
 type work struct {
 	dir  string
 	lock *os.File // the folder itself
@@ -34,19 +34,21 @@ func (n *Node) newLocked(in string) (*work, error) {
 	if err != nil {
 		return nil, err
 	}
-	for {
-		dir := filepath.Join(parent, rand.Text())
-		if err := os.Mkdir(dir, 0o700); err != nil {
-			return nil, fmt.Errorf("make a folder for the work: %w", err)
-		}
-		w, err := lockWork(dir, 0)
-		if err == nil {
-			return w, nil
-		}
-		if !errors.Is(err, fs.ErrNotExist) { // else prune was quicker
-			return nil, errors.Join(fmt.Errorf("lock %s: %w", dir, err), os.Remove(dir))
-		}
+	// Until the new folder is locked, it looks like one that a crash has left.
+	all, err := lockWork(parent, 0)
+	if err != nil {
+		return nil, fmt.Errorf("lock %s: %w", parent, err)
 	}
+	defer all.release()
+	dir := filepath.Join(parent, rand.Text())
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("make a folder for the work: %w", err)
+	}
+	w, err := lockWork(dir, 0)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("lock %s: %w", dir, err), os.Remove(dir))
+	}
+	return w, nil
 }
 
 // lockWork locks a folder; with unix.LOCK_NB it does not wait. One that is gone
@@ -87,16 +89,30 @@ func (w *work) remove() error {
 	return nil
 }
 
-// leftovers calls fn with the folder in workFolder or another, locked, of each operation that did not come
-// to its end. What else lies there is not ours.
+// leftovers calls fn with the folder, locked, of each operation that did not come to its
+// end. in is workFolder or another. What else lies there is not ours.
 func (n *Node) leftovers(in string, fn func(w *work) error) error {
-	parent := filepath.Join(n.o.State, in)
-	entries, err := os.ReadDir(parent)
+	left, err := lockLeft(filepath.Join(n.o.State, in))
+	failed := []error{err}
+	for _, w := range left {
+		failed = append(failed, fn(w))
+	}
+	return errors.Join(failed...)
+}
+
+// lockLeft locks the folders in parent that nobody has locked.
+func lockLeft(parent string) (left []*work, err error) {
+	all, err := lockWork(parent, 0) // as newLocked does
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return nil, nil
 	}
 	if err != nil {
-		return fmt.Errorf("look for leftovers: %w", err)
+		return nil, fmt.Errorf("look for leftovers: %w", err)
+	}
+	defer all.release()
+	entries, err := os.ReadDir(parent)
+	if err != nil {
+		return nil, fmt.Errorf("look for leftovers: %w", err)
 	}
 	var failed []error
 	for _, e := range entries {
@@ -107,10 +123,10 @@ func (n *Node) leftovers(in string, fn func(w *work) error) error {
 		case err != nil:
 			failed = append(failed, fmt.Errorf("look for leftovers: %w", err))
 		default:
-			failed = append(failed, fn(w))
+			left = append(left, w)
 		}
 	}
-	return errors.Join(failed...)
+	return left, errors.Join(failed...)
 }
 
 // stateDir returns the folder of that name in the state folder, which it makes
