@@ -129,7 +129,7 @@ func (b bundle) removeTemporary(ctx context.Context) {
 // traces init, opens the network, which others may share, and thaws the container
 // so that it can die. logPath is where CRIU's log is, unless the caller of the
 // checkpoint wanted it elsewhere.
-func freeFromCRIU(ctx context.Context, rt *process.Runtime, init int, cgroup, logPath string) {
+func freeFromCRIU(ctx context.Context, rt process.Runtime, init int, cgroup, logPath string) {
 	tracer := process.TracerOf(init)
 	if tracer > 1 {
 		pid := tracer

@@ -34,7 +34,7 @@ type container struct {
 	specDigest string
 	nodeConfig string // path of the node's configuration, or "" for the default
 	wish       wish
-	runtime    *process.Runtime
+	runtime    process.Runtime
 	launcher   launcher
 	init       *proc
 	rootfs     []mount.Mount // as containerd wants it mounted

@@ -149,7 +149,7 @@ func (s *Service) newContainer(r *taskapi.CreateTaskRequest) (*container, error)
 	return c, nil
 }
 
-func newRuntime(namespace string, b bundle, id string, opts *options.Options) *process.Runtime {
+func newRuntime(namespace string, b bundle, id string, opts *options.Options) process.Runtime {
 	return process.NewRuntime(process.RuntimeConfig{
 		Binary:        opts.BinaryName,
 		Root:          opts.Root,
