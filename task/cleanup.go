@@ -31,7 +31,7 @@ func Cleanup(ctx context.Context, namespace, bundlePath, id string) (*taskapi.De
 	if err != nil {
 		logger.WithError(err).Warn("read the runtime's options; using the defaults")
 	}
-	rt := newRuntime(namespace, b, id, opts)
+	rt := process.NewRuntime(runtimeConfig(opts), namespace, bundlePath, id)
 	cgroup := ""
 	if config, _, err := b.config(); err != nil {
 		logger.WithError(err).Warn("find the container's cgroup")
@@ -57,10 +57,7 @@ func Cleanup(ctx context.Context, namespace, bundlePath, id string) (*taskapi.De
 	if err := process.RemoveCgroup(cgroup); err != nil {
 		logger.WithError(err).Warn("remove the container's cgroup")
 	}
-	restoreDir := b.workDir()
-	if opts != nil && opts.CriuWorkPath != "" {
-		restoreDir = opts.CriuWorkPath
-	}
+	restoreDir := b.restoreDir(opts)
 	if log := filepath.Join(restoreDir, "restore.log"); checkpoint.Interrupted(log) {
 		spec, err := b.spec()
 		if err == nil {
