@@ -61,15 +61,19 @@ var _ taskapi.TTRPCTaskService = (*Service)(nil)
 // NewService returns a service without containers. It collects all children of
 // this process from now on, those of go-runc included.
 func NewService(cfg Config) *Service {
-	s := &Service{
+	s := newService(cfg, process.NewReaper())
+	runc.Monitor = s.reaper
+	return s
+}
+
+func newService(cfg Config, reaper *process.Reaper) *Service {
+	return &Service{
 		cfg:        cfg,
-		reaper:     process.NewReaper(),
+		reaper:     reaper,
 		newRuntime: process.NewRuntime,
 		policy:     trustPolicy{},
 		containers: map[string]*container{},
 	}
-	runc.Monitor = s.reaper
-	return s
 }
 
 // Register adds the service to server, under the names of both versions of it:
