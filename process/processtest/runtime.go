@@ -116,6 +116,18 @@ func (r *Runtime) End(execID string) {
 	c.input.Close()
 }
 
+// Write gives a process input, which it writes to its output.
+func (r *Runtime) Write(execID, text string) {
+	r.t.Helper()
+	c := r.child(execID)
+	if c == nil {
+		r.t.Fatalf("there is no process %q", execID)
+	}
+	if _, err := c.input.WriteString(text); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
 // Pid is that of a process, 0 if it was never started.
 func (r *Runtime) Pid(execID string) int {
 	if c := r.child(execID); c != nil {
