@@ -71,9 +71,9 @@ func TestRuntimeFails(t *testing.T) {
 func TestCreateFails(t *testing.T) {
 	for name, tc := range map[string]struct {
 		breakIt func(*fixture, *taskapi.CreateTaskRequest)
-		mend   func(*fixture, *taskapi.CreateTaskRequest)
-		says   string
-		class  func(error) bool
+		mend    func(*fixture, *taskapi.CreateTaskRequest)
+		says    string
+		class   func(error) bool
 	}{
 		"runtime": {
 			func(f *fixture, r *taskapi.CreateTaskRequest) { f.rt.Before(processtest.Create, fails) },
