@@ -128,12 +128,19 @@ func TestRestoreFails(t *testing.T) {
 			if got := slices.Contains(f.rt.Calls(), "delete"); got != tc.called {
 				t.Errorf("removed from the runtime: %t", got)
 			}
+			record := recordFolder(filepath.Join(f.bundle, "rootfs"))
+			if state, err := record.get(); err != nil || state != restoreNone {
+				t.Errorf("it is recorded as %q, %v", state, err)
+			}
 			f.background()
 			if _, err := os.Lstat(annotation.copied(f)); err != nil {
 				t.Errorf("the copy of the checkpoint, for another try: %v", err)
 			}
 			tc.mend(f)
 			f.start("")
+			if state, err := record.get(); err != nil || state != restoreDone {
+				t.Errorf("it is recorded as %q, %v", state, err)
+			}
 			f.wantStatus("", tasktypes.Status_RUNNING)
 			f.wantEvents("create", "start")
 		})

@@ -86,7 +86,8 @@ func (r *Runtime) For(_ process.RuntimeConfig, _, bundle, id string) process.Run
 }
 
 // Before has fn called in each call of op, before that has any effect. If fn fails, the
-// call fails with its error. nil: nothing.
+// call fails with its error. nil: nothing. fn runs where the code under test does, so it
+// must not call FailNow.
 func (r *Runtime) Before(op Op, fn func(context.Context) error) { r.hook(r.before, op, fn) }
 
 // After is Before for when the call has had its effect.
@@ -111,7 +112,8 @@ func (r *Runtime) End(execID string) {
 	r.t.Helper()
 	c := r.child(execID)
 	if c == nil {
-		r.t.Fatalf("there is no process %q", execID)
+		r.t.Errorf("there is no process %q", execID)
+		return
 	}
 	c.input.Close()
 }
@@ -121,10 +123,11 @@ func (r *Runtime) Write(execID, text string) {
 	r.t.Helper()
 	c := r.child(execID)
 	if c == nil {
-		r.t.Fatalf("there is no process %q", execID)
+		r.t.Errorf("there is no process %q", execID)
+		return
 	}
 	if _, err := c.input.WriteString(text); err != nil {
-		r.t.Fatal(err)
+		r.t.Error(err)
 	}
 }
 
