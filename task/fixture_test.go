@@ -7,6 +7,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -214,6 +215,8 @@ type eventLog struct {
 	mu    sync.Mutex
 	lines []string
 	more  chan struct{} // closed with the next line
+	// before, if not nil, is called before a line is added, where it is published.
+	before func(line string)
 }
 
 func (l *eventLog) publish(topic string, event any) {
@@ -230,6 +233,9 @@ func (l *eventLog) publish(topic string, event any) {
 }
 
 func (l *eventLog) add(line string) {
+	if l.before != nil {
+		l.before(line)
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.lines = append(l.lines, line)
@@ -242,6 +248,32 @@ func (l *eventLog) all() []string {
 	defer l.mu.Unlock()
 	return slices.Clone(l.lines)
 }
+
+// isHeldBack waits until a goroutine of proc.live waits in the given way, which is the
+// runtime's name for it; or the line is published, which it should not be yet.
+func (f *fixture) isHeldBack(line, way string) {
+	buf := make([]byte, 1<<20)
+	for f.Context().Err() == nil {
+		stacks := string(buf[:runtime.Stack(buf, true)])
+		for stack := range strings.SplitSeq(stacks, "\n\n") {
+			head, _, _ := strings.Cut(stack, "\n")
+			if strings.Contains(head, "["+way) && strings.Contains(stack, "task.(*proc).live(") {
+				return
+			}
+		}
+		if slices.Contains(f.log.all(), line) {
+			f.Errorf("%q was published too early", line)
+			return
+		}
+		runtime.Gosched()
+	}
+}
+
+// Ways to wait.
+const (
+	forALock   = "sync.Mutex.Lock"
+	forAnother = "sync.WaitGroup.Wait"
+)
 
 // await waits for a line.
 func (f *fixture) await(line string) {

@@ -255,7 +255,7 @@ func TestKillDuringRestore(t *testing.T) {
 			f.nothingLeft()
 		})
 	}
-	t.Run("too late", func(t *testing.T) {
+	t.Run("when the runtime has restored it", func(t *testing.T) {
 		f := newFixture(t)
 		f.createRestore(restoreSources[0])
 		f.rt.After(processtest.Restore, func(context.Context) error { return f.kill(uint32(unix.SIGKILL)) })

@@ -34,47 +34,57 @@ func (f *fixture) stopBefore(op processtest.Op) *processtest.Point {
 	return p
 }
 
-// TestExitAfterStart: a process that ends before its start has returned is heard of
-// after it was started.
+// TestExitAfterStart: a process that ends while it is started, or created, is heard of
+// after that.
 func TestExitAfterStart(t *testing.T) {
-	t.Run("create", func(t *testing.T) {
-		f := newFixture(t)
-		f.rt.After(processtest.Create, func(context.Context) error { f.rt.End(""); return nil })
-		f.create()
-		f.await("exit c 1") // of sh, whose read has failed
-		f.wantEvents("create", "exit c 1")
-		if _, err := f.s.Start(t.Context(), &taskapi.StartRequest{ID: "c"}); outcome(err, Stopped) != isRefused {
-			t.Errorf("start: %v", err)
-		}
-	})
-	t.Run("init", func(t *testing.T) {
-		f := newFixture(t)
-		f.create()
-		point := f.stopAfter(processtest.Start)
-		started := f.asyncStart("")
-		point.Wait()
-		f.rt.End("")
-		f.reaped("")
-		point.Release(nil)
-		must(t, <-started)
-		f.await("exit c 0")
-		f.wantEvents("create", "start", "exit c 0")
-	})
-	t.Run("exec", func(t *testing.T) {
-		f := newFixture(t)
-		f.run()
-		must(t, f.addExec("e"))
-		f.rt.After(processtest.Exec, func(context.Context) error { f.rt.End("e"); return nil })
-		f.start("e")
-		f.await("exit e 0")
-		f.wantEvents("create", "start", "exec-added e", "exec-started e", "exit e 0")
-	})
+	for _, tc := range []struct {
+		event, execID, exit string
+		arrange             func(*fixture)
+		want                []string
+	}{
+		{"create", "", "exit c 1", (*fixture).create, []string{"create", "exit c 1"}}, // of sh, whose read has failed
+		{"start", "", "exit c 0", (*fixture).run, []string{"create", "start", "exit c 0"}},
+		{"exec-started e", "e", "exit e 0", func(f *fixture) { f.run(); f.exec("e") },
+			[]string{"create", "start", "exec-added e", "exec-started e", "exit e 0"}},
+	} {
+		t.Run(tc.event, func(t *testing.T) {
+			f := newFixture(t)
+			f.log.before = func(line string) {
+				if line == tc.event {
+					f.rt.End(tc.execID)
+					f.isHeldBack(tc.exit, forALock)
+				}
+			}
+			tc.arrange(f)
+			f.await(tc.exit)
+			f.wantEvents(tc.want...)
+		})
+	}
+}
+
+// TestStartOfTheDead: init that has died before Start is not started.
+func TestStartOfTheDead(t *testing.T) {
+	f := newFixture(t)
+	f.create()
+	f.rt.End("")
+	f.await("exit c 1")
+	if _, err := f.s.Start(t.Context(), &taskapi.StartRequest{ID: "c"}); outcome(err, Stopped) != isRefused {
+		t.Errorf("start: %v", err)
+	}
+	if slices.Contains(f.rt.Calls(), "start") {
+		t.Errorf("calls %q", f.rt.Calls())
+	}
 }
 
 // TestInitExitsLast: what init leaves is ended, and heard of before init. No exec starts
 // meanwhile.
 func TestInitExitsLast(t *testing.T) {
 	f := newFixture(t)
+	f.log.before = func(line string) {
+		if line == "exit a 137" {
+			f.isHeldBack("exit c 0", forAnother)
+		}
+	}
 	f.run()
 	f.exec("a")
 	must(t, f.addExec("late"))
