@@ -249,30 +249,39 @@ func (l *eventLog) all() []string {
 	return slices.Clone(l.lines)
 }
 
-// isHeldBack waits until a goroutine of proc.live waits in the given way, which is the
-// runtime's name for it; or the line is published, which it should not be yet.
+// isHeldBack waits until the goroutine that would publish an exit waits in the given
+// way; or the line is published, which it should not be yet.
 func (f *fixture) isHeldBack(line, way string) {
+	if !f.waits("task.(*proc).live(", way, func() bool { return slices.Contains(f.log.all(), line) }) {
+		f.Errorf("%q was published too early", line)
+	}
+}
+
+// waits returns when a goroutine waits in the function fn in the given way, which is the
+// runtime's name for it. It returns false if something happens first.
+func (f *fixture) waits(fn, way string, happens func() bool) bool {
 	buf := make([]byte, 1<<20)
 	for f.Context().Err() == nil {
 		stacks := string(buf[:runtime.Stack(buf, true)])
 		for stack := range strings.SplitSeq(stacks, "\n\n") {
 			head, _, _ := strings.Cut(stack, "\n")
-			if strings.Contains(head, "["+way) && strings.Contains(stack, "task.(*proc).live(") {
-				return
+			if strings.Contains(head, "["+way) && strings.Contains(stack, fn) {
+				return true
 			}
 		}
-		if slices.Contains(f.log.all(), line) {
-			f.Errorf("%q was published too early", line)
-			return
+		if happens() {
+			return false
 		}
 		runtime.Gosched()
 	}
+	return false
 }
 
 // Ways to wait.
 const (
 	forALock   = "sync.Mutex.Lock"
 	forAnother = "sync.WaitGroup.Wait"
+	inASelect  = "select"
 )
 
 // await waits for a line.

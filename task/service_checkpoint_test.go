@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	taskapi "github.com/containerd/containerd/api/runtime/task/v2"
@@ -95,12 +96,19 @@ func (f *fixture) thaw() {
 func TestCheckpointExit(t *testing.T) {
 	for _, paused := range []bool{false, true} {
 		f := newFixture(t)
+		var returned atomic.Bool
+		f.log.before = func(line string) {
+			if line == "exit c 137" && !f.waits("task.(*container).checkpoint(", inASelect, returned.Load) {
+				t.Error("it has returned before the container has ended")
+			}
+		}
 		f.run()
 		if paused {
 			must(t, pauseOf(t.Context(), f))
 		}
 		dir := filepath.Join(t.TempDir(), "checkpoint")
 		must(t, f.dump(dir, &options.CheckpointOptions{Exit: true}))
+		returned.Store(true)
 		f.wantStatus("", tasktypes.Status_STOPPED)
 		if got := f.log.all(); !slices.Contains(got, "exit c 137") || !slices.Contains(got, "checkpointed") {
 			t.Errorf("events %q", got)
