@@ -14,21 +14,22 @@ import (
 const ActionLoopback = "loopback"
 
 // amendSpec changes the bundle's config.json for a restore: a network namespace
-// of the container's own needs a hook that brings its loopback device up. Done
-// once, it serves further tries of the same restore.
+// of the container's own needs a hook that brings its loopback device up. Done again,
+// for a further try of the same restore, it changes nothing. r.Spec stays as it is.
 func (r *RestoreRequest) amendSpec() error {
 	if _, own := networkNamespace(r.Spec); !own || r.hasLoopbackHook() {
 		return nil
 	}
-	if r.Spec.Hooks == nil {
-		r.Spec.Hooks = &specs.Hooks{}
+	hooks := specs.Hooks{}
+	if r.Spec.Hooks != nil {
+		hooks = *r.Spec.Hooks
 	}
 	// The first, as others may want to use the network.
-	r.Spec.Hooks.CreateRuntime = append([]specs.Hook{{
+	hooks.CreateRuntime = append([]specs.Hook{{
 		Path: r.Self,
 		Args: []string{filepath.Base(r.Self), ActionLoopback},
-	}}, r.Spec.Hooks.CreateRuntime...)
-	return rewriteSpec(filepath.Join(r.Bundle, "config.json"), map[string]any{"hooks": r.Spec.Hooks})
+	}}, hooks.CreateRuntime...)
+	return rewriteSpec(filepath.Join(r.Bundle, "config.json"), map[string]any{"hooks": hooks})
 }
 
 func (r *RestoreRequest) hasLoopbackHook() bool {

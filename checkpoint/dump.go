@@ -21,7 +21,7 @@ import (
 
 // DumpRequest is what Dump needs to know.
 type DumpRequest struct {
-	Runtime *process.Runtime
+	Runtime process.Runtime
 	Cgroup  *process.Cgroup // the container's; nil if it could not be loaded
 	InitPid int
 
@@ -163,10 +163,8 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 		r.thaw(ctx)
 	}
 	result := &DumpResult{Frozen: time.Since(started), PreDumps: preDumps, Stats: ReadDumpStats(filepath.Join(r.WorkDir, "stats-dump")),
-		CRIU: LogVersion(r.logPath()), Runtime: Runtime{Name: filepath.Base(r.Runtime.Name())}}
-	if name, v := version(); name != "" {
-		result.Runtime = Runtime{Name: name, Version: v}
-	}
+		CRIU: LogVersion(r.logPath())}
+	result.Runtime.Name, result.Runtime.Version = version()
 	// Where this host's configuration has CRIU lock the network all the same, it
 	// leaves a namespace locked that outlives the container. Without connections
 	// to keep, that would only harm who shares the namespace.

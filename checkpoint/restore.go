@@ -16,7 +16,7 @@ import (
 
 // RestoreRequest is what Restore needs to know.
 type RestoreRequest struct {
-	Runtime *process.Runtime
+	Runtime process.Runtime
 	ID      string
 	Image   *Image
 	Bundle  string      // holds config.json and the mounted rootfs

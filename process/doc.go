@@ -1,5 +1,6 @@
 // Package process is Stasis's view of the operating system: child processes
-// and their exits (Reaper), the OCI runtime (Runtime), stdio and consoles
+// and their exits (Reaper), the OCI runtime (Runtime, an
+// interface; package processtest has a fake), stdio and consoles
 // (IO), and control groups with their OOM events (Cgroup).
 //
 // Nothing in it knows about tasks, containerd or checkpoints.

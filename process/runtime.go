@@ -1,24 +1,65 @@
 package process
 
 import (
-	"bufio"
-	"cmp"
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
-	"io/fs"
-	"os"
-	"path/filepath"
-	"strconv"
-	"strings"
-	"sync/atomic"
 
-	"github.com/containerd/containerd/v2/core/mount"
 	runc "github.com/containerd/go-runc"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
+
+// Runtime is the OCI runtime (runc, crun) for one container. NewRuntime returns the
+// real one, package processtest a fake.
+//
+// A call returns when the runtime's own process has ended, and with it what it has
+// called, such as CRIU; a context that ends kills both. What a call that failed or
+// was cut short has done is not known: Delete removes it, whatever it is. Calls may
+// run side by side; the runtime itself serves one at a time for most of them.
+//
+// If the runtime itself fails, the error is a *RuntimeError. No error has a class of
+// errdefs.
+type Runtime interface {
+	// Create creates the container from its bundle, where config.json and the root
+	// filesystem are, and returns init's pid. init waits for Start. It is a child of
+	// this process, and the caller's to wait for: call Create in Reaper.Launch.
+	//
+	// The streams in opts stay the caller's, who closes them after a failure too. The
+	// runtime sets opts.PidFile. The same holds for Exec and Restore.
+	Create(ctx context.Context, opts *runc.CreateOpts) (pid int, err error)
+	// Start lets the created init run. It returns before init executes the
+	// container's program; see WaitExec.
+	Start(ctx context.Context) error
+	// Exec starts another process in the container and returns its pid. The process
+	// is the caller's to wait for, as init is.
+	Exec(ctx context.Context, execID string, spec *specs.Process, opts *runc.ExecOpts) (pid int, err error)
+	// Kill signals init, or with all every process of the container.
+	Kill(ctx context.Context, sig unix.Signal, all bool) error
+	// Pause freezes the container. After an error it may be frozen all the same.
+	Pause(ctx context.Context) error
+	// Resume thaws the container.
+	Resume(ctx context.Context) error
+	// Update changes the container's resource limits.
+	Update(ctx context.Context, resources *specs.LinuxResources) error
+	// Delete removes the container from the runtime, killing what is left of it. A
+	// container that the runtime does not know is no error: a checkpoint that stops
+	// the container removes it too.
+	Delete(ctx context.Context) error
+	// Checkpoint has CRIU dump the container into the folder opts.ImagePath, which
+	// exists. CRIU's log is in opts.WorkDir, also after an error. Unless the actions
+	// have runc.LeaveRunning or runc.PreDump, the container ends with it.
+	Checkpoint(ctx context.Context, opts *runc.CheckpointOpts, actions ...runc.CheckpointAction) error
+	// Restore has CRIU bring the container back from opts.ImagePath, and returns
+	// init's pid. It runs already. The process is the caller's to wait for.
+	Restore(ctx context.Context, opts *runc.RestoreOpts) (pid int, err error)
+
+	// FreezerGroup is the control group in which the runtime freezes the container,
+	// and has CRIU do so, if that is not the container's own; else "".
+	FreezerGroup() string
+	// Version is the runtime's name and version, such as "runc", "1.5.2". If it
+	// cannot be asked, the name is its program's, and the version empty.
+	Version(ctx context.Context) (name, version string)
+}
 
 // DefaultRuntimeRoot is where the OCI runtime keeps its state, a folder per
 // namespace below it, as for upstream's shim.
@@ -29,40 +70,6 @@ type RuntimeConfig struct {
 	Binary        string // name or path; empty: runc
 	Root          string // empty: DefaultRuntimeRoot
 	SystemdCgroup bool
-}
-
-// Runtime runs the OCI runtime (runc, crun) for one container. Its errors hold
-// the runtime's own last error line.
-type Runtime struct {
-	id     string
-	bundle string
-	runc   runc.Runc
-	calls  atomic.Uint64
-}
-
-// NewRuntime returns the runtime for the container id, whose bundle is given,
-// in a containerd namespace.
-func NewRuntime(cfg RuntimeConfig, namespace, bundle, id string) *Runtime {
-	root := cfg.Root
-	if root == "" {
-		root = DefaultRuntimeRoot
-	}
-	return &Runtime{id: id, bundle: bundle, runc: runc.Runc{
-		Command:   cfg.Binary,
-		LogFormat: runc.JSON,
-		// A runtime must not outlive the shim that would hear of its end.
-		PdeathSignal:  unix.SIGKILL,
-		Root:          filepath.Join(root, namespace),
-		SystemdCgroup: cfg.SystemdCgroup,
-	}}
-}
-
-// Name is the runtime's binary as configured, "runc" by default.
-func (r *Runtime) Name() string {
-	if r.runc.Command == "" {
-		return runc.DefaultCommand
-	}
-	return r.runc.Command
 }
 
 // RuntimeError is a failed call of the OCI runtime.
@@ -82,205 +89,3 @@ func (e *RuntimeError) Error() string {
 }
 
 func (e *RuntimeError) Unwrap() error { return e.Err }
-
-// call runs fn with a go-runc client that logs to a file of its own, so that
-// the error lines of calls that run side by side are not confused.
-func (r *Runtime) call(op string, fn func(*runc.Runc) error) error {
-	c := r.runc
-	c.Log = filepath.Join(r.bundle, "log-"+strconv.FormatUint(r.calls.Add(1), 10)+".json")
-	defer os.Remove(c.Log)
-	err := fn(&c)
-	if err == nil {
-		return nil
-	}
-	return &RuntimeError{Op: op, Msg: lastError(c.Log), Err: err}
-}
-
-// lastError returns the last message of level error in a runtime's JSON log.
-func lastError(path string) string {
-	f, err := os.Open(path)
-	if err != nil {
-		return ""
-	}
-	defer f.Close()
-	msg := ""
-	lines := bufio.NewScanner(f)
-	lines.Buffer(nil, 1<<20)
-	for lines.Scan() {
-		var entry struct{ Level, Msg string }
-		if json.Unmarshal(lines.Bytes(), &entry) == nil && entry.Level == "error" {
-			msg = strings.TrimSpace(entry.Msg)
-		}
-	}
-	return msg
-}
-
-// Create creates the container from its bundle; its init waits for Start. It
-// returns init's pid.
-func (r *Runtime) Create(ctx context.Context, opts *runc.CreateOpts) (int, error) {
-	opts.PidFile = r.InitPidFile()
-	err := r.call("create", func(c *runc.Runc) error { return c.Create(ctx, r.id, r.bundle, opts) })
-	if err != nil {
-		return 0, err
-	}
-	return readPid(opts.PidFile)
-}
-
-// InitPidFile is where the runtime leaves init's pid.
-func (r *Runtime) InitPidFile() string { return filepath.Join(r.bundle, "init.pid") }
-
-// FreezerGroup is the control group in which the runtime freezes the container, and
-// has CRIU do so, as it has noted; "" if it has not. crun does (libcrun/status.c),
-// and under systemd makes a group of its own below the scope. runc takes the one of
-// the spec.
-func (r *Runtime) FreezerGroup() string {
-	data, err := os.ReadFile(filepath.Join(r.runc.Root, r.id, "status"))
-	if err != nil {
-		return ""
-	}
-	var status struct {
-		Group string `json:"cgroup-path"`
-	}
-	if err := json.Unmarshal(data, &status); err != nil {
-		return ""
-	}
-	return status.Group
-}
-
-// Start lets the created init run.
-func (r *Runtime) Start(ctx context.Context) error {
-	return r.call("start", func(c *runc.Runc) error { return c.Start(ctx, r.id) })
-}
-
-// Exec starts another process in the container and returns its pid.
-func (r *Runtime) Exec(ctx context.Context, execID string, spec *specs.Process, opts *runc.ExecOpts) (int, error) {
-	opts.Detach = true
-	opts.PidFile = filepath.Join(r.bundle, execID+".pid")
-	defer os.Remove(opts.PidFile)
-	err := r.call("exec", func(c *runc.Runc) error { return c.Exec(ctx, r.id, *spec, opts) })
-	if err != nil {
-		return 0, err
-	}
-	return readPid(opts.PidFile)
-}
-
-// Kill signals init, or with all every process of the container.
-func (r *Runtime) Kill(ctx context.Context, sig unix.Signal, all bool) error {
-	return r.call("kill", func(c *runc.Runc) error {
-		return c.Kill(ctx, r.id, int(sig), &runc.KillOpts{All: all})
-	})
-}
-
-// Pause freezes the container.
-func (r *Runtime) Pause(ctx context.Context) error {
-	return r.call("pause", func(c *runc.Runc) error { return c.Pause(ctx, r.id) })
-}
-
-// Resume thaws the container.
-func (r *Runtime) Resume(ctx context.Context) error {
-	return r.call("resume", func(c *runc.Runc) error { return c.Resume(ctx, r.id) })
-}
-
-// Update changes the container's resource limits.
-func (r *Runtime) Update(ctx context.Context, resources *specs.LinuxResources) error {
-	return r.call("update", func(c *runc.Runc) error { return c.Update(ctx, r.id, resources) })
-}
-
-// Delete removes the container from the runtime, killing what is left of it. A
-// container that the runtime does not know is no error: a checkpoint that
-// stops the container removes it too.
-func (r *Runtime) Delete(ctx context.Context) error {
-	err := r.unmountCRIURoot()
-	// Where runc and crun keep its state: they would find nothing to do.
-	if _, serr := os.Lstat(filepath.Join(r.runc.Root, r.id)); errors.Is(serr, fs.ErrNotExist) {
-		return err
-	}
-	// First without force: with it, runc always waits for a tenth of a second.
-	if r.delete(ctx, false) == nil {
-		return err
-	}
-	return errors.Join(err, r.delete(ctx, true))
-}
-
-func (r *Runtime) delete(ctx context.Context, force bool) error {
-	return r.call("delete", func(c *runc.Runc) error {
-		return c.Delete(ctx, r.id, &runc.DeleteOpts{Force: force})
-	})
-}
-
-// unmountCRIURoot undoes what a restore does that was cut short: the rootfs is
-// mounted in the runtime's folder (runc), which can then not be removed, or in
-// the bundle (crun), with which it would be emptied.
-func (r *Runtime) unmountCRIURoot() error {
-	for _, dir := range []string{filepath.Join(r.runc.Root, r.id), r.bundle} {
-		root := filepath.Join(dir, "criu-root")
-		if _, err := os.Lstat(root); err != nil {
-			continue
-		}
-		if err := mount.UnmountRecursive(root, unix.MNT_DETACH); err != nil {
-			return fmt.Errorf("unmount what an unfinished restore has left: %w", err)
-		}
-		if err := os.Remove(root); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// Checkpoint has CRIU dump the container. The runtime leads a process group, so
-// that a cancelled dump ends CRIU too (see Reaper.Command): it would otherwise
-// go on and hold the container frozen.
-func (r *Runtime) Checkpoint(ctx context.Context, opts *runc.CheckpointOpts, actions ...runc.CheckpointAction) error {
-	return r.call("checkpoint", func(c *runc.Runc) error {
-		c.Setpgid = true
-		return c.Checkpoint(ctx, r.id, opts, actions...)
-	})
-}
-
-// Restore has CRIU bring the container back from opts.ImagePath, and returns
-// init's pid. It is cancelled like Checkpoint.
-func (r *Runtime) Restore(ctx context.Context, opts *runc.RestoreOpts) (int, error) {
-	opts.Detach = true
-	opts.PidFile = r.InitPidFile()
-	err := r.call("restore", func(c *runc.Runc) error {
-		c.Setpgid = true
-		_, err := c.Restore(ctx, r.id, r.bundle, opts)
-		return err
-	})
-	if err != nil {
-		return 0, err
-	}
-	return readPid(opts.PidFile)
-}
-
-// Version is the runtime's name and version as it prints them, such as "runc",
-// "1.5.2"; they are empty if it cannot be asked. go-runc knows runc's only.
-func (r *Runtime) Version(ctx context.Context) (name, version string) {
-	out, err := Output(ctx, cmp.Or(r.runc.Command, runc.DefaultCommand), "--version")
-	if err != nil {
-		return "", ""
-	}
-	return parseVersion(string(out))
-}
-
-// parseVersion reads the first line, such as "crun version 1.21".
-func parseVersion(out string) (name, version string) {
-	line, _, _ := strings.Cut(out, "\n")
-	name, version, ok := strings.Cut(line, " version ")
-	if !ok {
-		return "", ""
-	}
-	return name, strings.TrimSpace(version)
-}
-
-func readPid(path string) (int, error) {
-	data, err := os.ReadFile(path)
-	if err != nil {
-		return 0, fmt.Errorf("the runtime left no pid: %w", err)
-	}
-	pid, err := strconv.Atoi(strings.TrimSpace(string(data)))
-	if err != nil || pid <= 0 {
-		return 0, fmt.Errorf("%s: %q is not a pid", path, data)
-	}
-	return pid, nil
-}

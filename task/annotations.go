@@ -25,14 +25,14 @@ const (
 type restartPolicy string
 
 const (
-	// restartFresh is the default: memory of then must not meet the volumes of
-	// later, and what has crashed would crash again.
+	// restartFresh is the default: old memory must not run on newer volumes, and
+	// what has crashed would crash again.
 	restartFresh   restartPolicy = "fresh"
 	restartRestore restartPolicy = "restore"
 )
 
-// wish is what the annotations of a container ask for.
-type wish struct {
+// restoreRequest is what the annotations of a container ask for.
+type restoreRequest struct {
 	// from is a checkpoint: a name in containerd, or the path of an archive. It is
 	// empty if none is asked for.
 	from string
@@ -45,12 +45,12 @@ type wish struct {
 // maxReference bounds the name of a checkpoint, in bytes: a path's bound.
 const maxReference = 4096
 
-// wish reads the annotations. One that does not exist may be a wish misspelt, so
-// it is refused. The sandbox of a pod has them too, and none are meant for it.
-func (c *config) wish() (wish, error) {
-	w := wish{restart: restartFresh}
+// restoreRequest reads the annotations. One that does not exist may be a request
+// misspelt, so it is refused. The sandbox of a pod has them too, and none are meant for it.
+func (c *config) restoreRequest() (restoreRequest, error) {
+	r := restoreRequest{restart: restartFresh}
 	if c.Annotations[criContainerType] == criSandbox {
-		return w, nil
+		return r, nil
 	}
 	// In this order, so that an error is the same each time.
 	keys := make([]string, 0, len(c.Annotations))
@@ -66,31 +66,31 @@ func (c *config) wish() (wish, error) {
 		switch {
 		case key == annotationRestoreFrom || named:
 			if err := checkReference(key, value); err != nil {
-				return w, err
+				return r, err
 			}
 			if named && container == "" {
-				return w, invalid("annotation %s: after the dot stands a container's name", key)
+				return r, invalid("annotation %s: after the dot stands a container's name", key)
 			}
 			if named && container == c.Annotations[criContainerName] {
-				w.from, w.named = value, true
-			} else if !named && !w.named {
-				w.from = value
+				r.from, r.named = value, true
+			} else if !named && !r.named {
+				r.from = value
 			}
 		case key == annotationRestart:
-			w.restart = restartPolicy(value)
-			if w.restart != restartFresh && w.restart != restartRestore {
-				return w, invalid("annotation %s=%q: it is %s or %s", key, value, restartFresh, restartRestore)
+			r.restart = restartPolicy(value)
+			if r.restart != restartFresh && r.restart != restartRestore {
+				return r, invalid("annotation %s=%q: it is %s or %s", key, value, restartFresh, restartRestore)
 			}
 		case key == checkpoint.AnnotationTCP:
 			if err := checkpoint.CheckTCP(value); err != nil {
-				return w, err
+				return r, err
 			}
 		default:
-			return w, invalid("annotation %s: there is none of that name; there are %s, %s.CONTAINER, %s and %s",
+			return r, invalid("annotation %s: there is none of that name; there are %s, %s.CONTAINER, %s and %s",
 				key, annotationRestoreFrom, annotationRestoreFrom, annotationRestart, checkpoint.AnnotationTCP)
 		}
 	}
-	return w, nil
+	return r, nil
 }
 
 func checkReference(key, value string) error {
@@ -99,7 +99,7 @@ func checkReference(key, value string) error {
 		return invalid("annotation %s is empty: it is the name of a checkpoint in containerd, or the path of an archive", key)
 	case len(value) > maxReference:
 		return invalid("annotation %s has more than %d bytes", key, maxReference)
-	case strings.ContainsFunc(value, func(r rune) bool { return r <= ' ' || r == 0x7f }):
+	case strings.ContainsFunc(value, func(c rune) bool { return c <= ' ' || c == 0x7f }):
 		return invalid("annotation %s=%q: neither a name nor a path has spaces or control characters", key, value)
 	case filepath.IsAbs(value) && filepath.Clean(value) != value:
 		return invalid("annotation %s=%q: the path is to be written as %q", key, value, filepath.Clean(value))

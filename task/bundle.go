@@ -1,6 +1,7 @@
 package task
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -49,6 +50,11 @@ func (b bundle) rootOf(spec *specs.Spec) string {
 
 // workDir is where CRIU works unless the caller says where.
 func (b bundle) workDir() string { return b.path("work") }
+
+// restoreDir is where CRIU works in a restore.
+func (b bundle) restoreDir(opts *options.Options) string {
+	return cmp.Or(opts.GetCriuWorkPath(), b.workDir())
+}
 
 // dumpDir is where CRIU works in a dump unless the caller says where.
 func (b bundle) dumpDir() string { return filepath.Join(b.workDir(), "checkpoint") }

@@ -30,23 +30,17 @@ type dump struct {
 }
 
 // dumpOf is what containerd's options ask for.
-func dumpOf(dir string, opts *options.CheckpointOptions) dump {
+func dumpOf(dir string, opts *options.CheckpointOptions) (dump, error) {
+	o, err := checkpointOptions(opts)
 	return dump{
 		dir:     dir,
 		workDir: opts.WorkPath,
-		options: checkpoint.Options{
-			OpenTCP:             opts.OpenTcp,
-			ExternalUnixSockets: opts.ExternalUnixSockets,
-			Terminal:            opts.Terminal,
-			FileLocks:           opts.FileLocks,
-			EmptyNamespaces:     opts.EmptyNamespaces,
-			CgroupsMode:         opts.CgroupsMode,
-		},
-		exit: opts.Exit,
+		options: o,
+		exit:    opts.Exit,
 		// The only copy of a container that is gone, in a folder that is
 		// not containerd's temporary one.
 		durable: opts.Exit && opts.ImagePath != "",
-	}
+	}, err
 }
 
 // checkpoint dumps the container into a folder. It runs on, or stays paused,

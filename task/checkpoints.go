@@ -81,6 +81,10 @@ func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, s
 	if o.LinkRemap && !r.Exit {
 		return nil, invalid("link_remap without exit: CRIU removes the links again when the container runs on, and no restore would find them")
 	}
+	criuOptions, err := checkpointOptions(o)
+	if err != nil {
+		return nil, err
+	}
 	client := ctx
 	ctx, release, err := c.exclusive(ctx)
 	if err != nil {
@@ -98,15 +102,8 @@ func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, s
 		}
 	})()
 	d := dump{
-		dir: r.ImagePath,
-		options: checkpoint.Options{
-			OpenTCP:             o.OpenTcp,
-			ExternalUnixSockets: o.ExternalUnixSockets,
-			Terminal:            o.Terminal,
-			FileLocks:           o.FileLocks,
-			EmptyNamespaces:     o.EmptyNamespaces,
-			CgroupsMode:         o.CgroupsMode,
-		},
+		dir:         r.ImagePath,
+		options:     criuOptions,
 		dumpOptions: checkpoint.DumpOptions{TCPClose: o.TcpClose, LinkRemap: o.LinkRemap, GhostLimit: o.GhostLimit},
 		preDumps:    preDumps,
 		exit:        r.Exit,

@@ -31,7 +31,7 @@ func Cleanup(ctx context.Context, namespace, bundlePath, id string) (*taskapi.De
 	if err != nil {
 		logger.WithError(err).Warn("read the runtime's options; using the defaults")
 	}
-	rt := newRuntime(namespace, b, id, opts)
+	rt := process.NewRuntime(runtimeConfig(opts), namespace, bundlePath, id)
 	cgroup := ""
 	if config, _, err := b.config(); err != nil {
 		logger.WithError(err).Warn("find the container's cgroup")
@@ -57,10 +57,7 @@ func Cleanup(ctx context.Context, namespace, bundlePath, id string) (*taskapi.De
 	if err := process.RemoveCgroup(cgroup); err != nil {
 		logger.WithError(err).Warn("remove the container's cgroup")
 	}
-	restoreDir := b.workDir()
-	if opts != nil && opts.CriuWorkPath != "" {
-		restoreDir = opts.CriuWorkPath
-	}
+	restoreDir := b.restoreDir(opts)
 	if log := filepath.Join(restoreDir, "restore.log"); checkpoint.Interrupted(log) {
 		spec, err := b.spec()
 		if err == nil {
@@ -129,7 +126,7 @@ func (b bundle) removeTemporary(ctx context.Context) {
 // traces init, opens the network, which others may share, and thaws the container
 // so that it can die. logPath is where CRIU's log is, unless the caller of the
 // checkpoint wanted it elsewhere.
-func freeFromCRIU(ctx context.Context, rt *process.Runtime, init int, cgroup, logPath string) {
+func freeFromCRIU(ctx context.Context, rt process.Runtime, init int, cgroup, logPath string) {
 	tracer := process.TracerOf(init)
 	if tracer > 1 {
 		pid := tracer

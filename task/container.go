@@ -33,9 +33,9 @@ type container struct {
 	config     *config
 	specDigest string
 	nodeConfig string // path of the node's configuration, or "" for the default
-	wish       wish
-	runtime    *process.Runtime
-	launcher   launcher
+	request    restoreRequest
+	runtime    process.Runtime
+	plan       *RestorePlan // by which init comes back; nil: it is created, and starts cold
 	init       *proc
 	rootfs     []mount.Mount // as containerd wants it mounted
 
@@ -231,7 +231,12 @@ func (c *container) start(ctx context.Context) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	err = c.oneLine(c.launcher.start(ctx, p))
+	if c.plan == nil {
+		err = c.runtime.Start(ctx)
+	} else {
+		err = c.restore(ctx, c.plan)
+	}
+	err = c.oneLine(err)
 	c.mu.Lock()
 	c.abortStart = nil
 	if err == nil {
@@ -300,7 +305,9 @@ func (c *container) delete(ctx context.Context) (process.Exit, error) {
 	if err := c.bundle.unmount(); err != nil {
 		return process.Exit{}, fmt.Errorf("unmount the rootfs of container %s: %w", c.id, err)
 	}
-	c.launcher.discard()
+	if c.plan != nil {
+		c.plan.Close()
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.deleted = true

@@ -8,7 +8,6 @@ import (
 
 	"github.com/containerd/containerd/api/events"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v2"
-	"github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/pkg/identifiers"
 	"github.com/containerd/errdefs"
@@ -60,33 +59,62 @@ func (s *Service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 			s.ending = false
 		}
 	}()
-	if c.launcher, err = newLauncher(ctx, c, r.Checkpoint); err != nil {
+	found, mounts, err := findEmbedded(c.rootfs)
+	if err != nil {
+		return nil, fmt.Errorf("create container %s: %w", c.id, err)
+	}
+	c.rootfs = mounts
+	src, err := c.resolve(r.Checkpoint, found)
+	if err != nil {
 		return nil, err
 	}
+	// A restore that is refused has changed nothing.
+	mounted := false
+	mountRootfs := func() error {
+		mounted = true
+		if err := c.bundle.writeOptions(c.options); err != nil {
+			return err
+		}
+		return c.mountRootfs()
+	}
 	defer func() {
-		if err != nil {
-			c.launcher.discard()
+		if err != nil && c.plan != nil {
+			c.plan.Close()
+		}
+		if err != nil && mounted {
 			_ = c.bundle.unmount()
 		}
 	}()
-	if err := c.bundle.writeOptions(c.options); err != nil {
-		return nil, err
-	}
-	if err := c.mountRootfs(); err != nil {
-		return nil, err
-	}
-	if found := c.findMounted(); found != nil {
-		restore, err := embeddedOrCold(ctx, c, found)
-		if err != nil {
+	if src == nil && seenWhenMounted(c.rootfs) {
+		if err := mountRootfs(); err != nil {
 			return nil, err
 		}
-		c.launcher = restore
+		if isEmbedded(c.bundle.rootfs()) {
+			if src, err = c.resolve("", inFolder(c.bundle.rootfs())); err != nil {
+				return nil, err
+			}
+		}
+	}
+	if src != nil {
+		if c.plan, err = newRestorePlan(ctx, c, src); err != nil {
+			return nil, err
+		}
+	}
+	if !mounted {
+		if err := mountRootfs(); err != nil {
+			return nil, err
+		}
 	}
 	// Held until the creation is published: an init that dies at once must
 	// not be heard of before.
 	c.init.starting.Lock()
 	defer c.init.starting.Unlock()
-	if err := c.launcher.create(ctx, c.init); err != nil {
+	if c.plan == nil {
+		err = c.createCold(ctx)
+	} else {
+		err = c.plan.applyLayer(ctx)
+	}
+	if err != nil {
 		// The caller's fault has a class of its own. What bundle.config did
 		// not look at is only looked at now.
 		if _, serr := c.bundle.spec(); serr != nil {
@@ -137,22 +165,14 @@ func (s *Service) newContainer(r *taskapi.CreateTaskRequest) (*container, error)
 	if c.config, c.specDigest, err = c.bundle.config(); err != nil {
 		return nil, err
 	}
-	if c.wish, err = c.config.wish(); err != nil {
+	if c.request, err = c.config.restoreRequest(); err != nil {
 		return nil, fmt.Errorf("container %s: %w", c.id, err)
 	}
-	c.runtime = newRuntime(c.namespace, c.bundle, c.id, opts)
+	c.runtime = s.newRuntime(runtimeConfig(opts), c.namespace, string(c.bundle), c.id)
 	c.init = newProc(c, "", process.Stdio{Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, Terminal: r.Terminal})
 	for _, m := range r.Rootfs {
 		c.rootfs = append(c.rootfs, mount.Mount{Type: m.Type, Source: m.Source, Target: m.Target, Options: m.Options})
 	}
 	c.alive, c.died = context.WithCancel(context.Background())
 	return c, nil
-}
-
-func newRuntime(namespace string, b bundle, id string, opts *options.Options) *process.Runtime {
-	return process.NewRuntime(process.RuntimeConfig{
-		Binary:        opts.BinaryName,
-		Root:          opts.Root,
-		SystemdCgroup: opts.SystemdCgroup,
-	}, namespace, string(b), id)
 }

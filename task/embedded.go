@@ -5,6 +5,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -25,16 +26,16 @@ const (
 
 // embedded is a checkpoint in the image that a container is made from.
 type embedded struct {
-	dir  string // with CRIU's images
-	info string // info.json
-	own  mark   // one of this container's only, which it does not see
-	// folder is what the container shall not see, or empty if it cannot.
+	dir  string       // with CRIU's images
+	info string       // info.json
+	own  recordFolder // one of this container's only, which it does not see
+	// folder is what the container must not see, or empty if it cannot.
 	folder string
 }
 
-// readInfo tells what the checkpoint is of.
-func (e *embedded) readInfo() (capture.Info, error) {
-	f, err := capture.OpenPlain(e.info)
+// readEmbeddedInfo tells what the checkpoint is of.
+func readEmbeddedInfo(path string) (capture.Info, error) {
+	f, err := capture.OpenPlain(path)
 	if err != nil {
 		return capture.Info{}, err
 	}
@@ -53,53 +54,45 @@ func (e *embedded) readInfo() (capture.Info, error) {
 	return info, err
 }
 
-// findEmbedded looks for a checkpoint in the container's root filesystem, which is
-// not mounted yet, and returns nil if there is none. The container does not get
-// to see it: its layer is taken out of the mount. Only where the root filesystem
-// is a single folder (the native snapshotter) it has to be there until the
-// processes are, and is removed then.
-func (c *container) findEmbedded() (*embedded, error) {
-	if len(c.rootfs) != 1 {
-		return nil, nil
+// findEmbedded looks for a checkpoint in a root filesystem that is not mounted yet, and
+// returns nil if there is none. rest is what to mount: the container does not get to
+// see the checkpoint, so its layer is left out. Only where the root filesystem is a
+// single folder (the native snapshotter) it has to be there until the processes are,
+// and is removed then.
+func findEmbedded(mounts []mount.Mount) (found *embedded, rest []mount.Mount, err error) {
+	if len(mounts) != 1 {
+		return nil, mounts, nil
 	}
-	switch m := &c.rootfs[0]; m.Type {
+	switch m := mounts[0]; m.Type {
 	case "overlay":
-		return findLayer(m)
-	case "bind":
-		if !isEmbedded(m.Source) {
-			return nil, nil
+		if found, m, err = findLayer(m); err != nil {
+			return nil, nil, err
 		}
-		return inFolder(m.Source), nil
+		return found, []mount.Mount{m}, nil
+	case "bind":
+		if isEmbedded(m.Source) {
+			found = inFolder(m.Source)
+		}
 	}
-	return nil, nil
+	return found, mounts, nil
 }
 
-// findMounted looks for a checkpoint in a root filesystem that is mounted, where
-// findEmbedded could not look: in a snapshotter's that keeps images in file
-// systems of their own.
-func (c *container) findMounted() *embedded {
-	if _, cold := c.launcher.(coldStart); !cold || len(c.rootfs) == 0 {
-		return nil
-	}
-	if m := c.rootfs[0]; len(c.rootfs) == 1 && (m.Type == "overlay" || m.Type == "bind") {
-		return nil // findEmbedded has looked
-	}
-	if !isEmbedded(c.bundle.rootfs()) {
-		return nil
-	}
-	return inFolder(c.bundle.rootfs())
+// seenWhenMounted tells whether findEmbedded cannot look into a root filesystem: in a
+// snapshotter's that keeps images in file systems of their own.
+func seenWhenMounted(mounts []mount.Mount) bool {
+	return len(mounts) > 1 || len(mounts) == 1 && mounts[0].Type != "overlay" && mounts[0].Type != "bind"
 }
 
 // inFolder is the checkpoint in a root filesystem that is a folder of the
 // container's own.
 func inFolder(root string) *embedded {
 	folder := filepath.Join(root, embeddedFolder)
-	return &embedded{dir: filepath.Join(root, embeddedCheckpoint), info: filepath.Join(root, embeddedInfo), own: mark(folder), folder: folder}
+	return &embedded{dir: filepath.Join(root, embeddedCheckpoint), info: filepath.Join(root, embeddedInfo), own: recordFolder(folder), folder: folder}
 }
 
-// findLayer looks for a checkpoint in the layers of an overlay and takes its layer
-// out of the mount.
-func findLayer(m *mount.Mount) (*embedded, error) {
+// findLayer looks for a checkpoint in the layers of an overlay. rest is the mount
+// without its layer.
+func findLayer(m mount.Mount) (found *embedded, rest mount.Mount, err error) {
 	option := -1
 	var layers []string
 	for i, o := range m.Options {
@@ -113,23 +106,22 @@ func findLayer(m *mount.Mount) (*embedded, error) {
 		}
 		entries, err := os.ReadDir(layer)
 		if err != nil {
-			return nil, fmt.Errorf("read the layer of the checkpoint: %w", err)
+			return nil, m, fmt.Errorf("read the layer of the checkpoint: %w", err)
 		}
 		if len(entries) != 1 || len(layers) == 1 {
-			return nil, fmt.Errorf("the image has a checkpoint in a layer with other files (%s), and the container must not see it; make the image again with stasis: %w",
+			return nil, m, fmt.Errorf("the image has a checkpoint in a layer with other files (%s), and the container must not see it; make the image again with stasis: %w",
 				layer, errdefs.ErrFailedPrecondition)
 		}
-		rest := append(append([]string{}, layers[:i]...), layers[i+1:]...)
-		// The options may be shared with the request.
-		m.Options = append([]string{}, m.Options...)
-		m.Options[option] = "lowerdir=" + strings.Join(rest, ":")
+		// The options are shared with the request.
+		m.Options = slices.Clone(m.Options)
+		m.Options[option] = "lowerdir=" + strings.Join(slices.Delete(layers, i, i+1), ":")
 		return &embedded{
 			dir:  filepath.Join(layer, embeddedCheckpoint),
 			info: filepath.Join(layer, embeddedInfo),
-			own:  mark(rootfs.MountOption(*m, "workdir")),
-		}, nil
+			own:  recordFolder(rootfs.MountOption(m, "workdir")),
+		}, m, nil
 	}
-	return nil, nil
+	return nil, m, nil
 }
 
 // isEmbedded tells whether there is a checkpoint in a layer. No link counts.

@@ -10,6 +10,9 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/typeurl/v2"
 	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/process"
 )
 
 // maxConfig bounds the options' TOML, in bytes.
@@ -99,6 +102,15 @@ func decodeTOMLOptions(o *runtimeoptions.Options) (_ *options.Options, nodeConfi
 	}, t.StasisConfig, nil
 }
 
+// runtimeConfig is what of the options is about the OCI runtime. nil are the defaults.
+func runtimeConfig(opts *options.Options) process.RuntimeConfig {
+	return process.RuntimeConfig{
+		Binary:        opts.GetBinaryName(),
+		Root:          opts.GetRoot(),
+		SystemdCgroup: opts.GetSystemdCgroup(),
+	}
+}
+
 func readConfig(path string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -123,22 +135,42 @@ func decodeCheckpointOptions(any *anypb.Any) (*options.CheckpointOptions, error)
 	if !ok {
 		return nil, invalid("options of type %q: want containerd.runc.v1.CheckpointOptions", any.GetTypeUrl())
 	}
-	switch opts.CgroupsMode {
-	case "", "soft", "full", "strict", "ignore":
-	default:
-		return nil, invalid("options: cgroups_mode %q: want soft, full, strict or ignore", opts.CgroupsMode)
-	}
-	for _, ns := range opts.EmptyNamespaces {
-		if ns != "network" {
-			return nil, invalid("options: empty_namespaces %q: CRIU can leave out network only", ns)
-		}
-	}
 	if opts.ParentPath != "" {
 		return nil, fmt.Errorf("options: parent_path: checkpoints on top of another are not supported yet: %w", errdefs.ErrNotImplemented)
 	}
 	return opts, nil
 }
 
-func invalid(format string, args ...any) error {
-	return fmt.Errorf(format+": %w", append(args, errdefs.ErrInvalidArgument)...)
+// criuOptions are the options of CRIU that containerd's Checkpoint
+// (options.CheckpointOptions) and our own (api.CRIUOptions) have in common.
+type criuOptions interface {
+	GetOpenTcp() bool
+	GetExternalUnixSockets() bool
+	GetTerminal() bool
+	GetFileLocks() bool
+	GetEmptyNamespaces() []string
+	GetCgroupsMode() string
+}
+
+// checkpointOptions makes a checkpoint's options of a request's. Errors are
+// errdefs.ErrInvalidArgument.
+func checkpointOptions(o criuOptions) (checkpoint.Options, error) {
+	switch o.GetCgroupsMode() {
+	case "", "soft", "full", "strict", "ignore":
+	default:
+		return checkpoint.Options{}, invalid("options: cgroups_mode %q: want soft, full, strict or ignore", o.GetCgroupsMode())
+	}
+	for _, ns := range o.GetEmptyNamespaces() {
+		if ns != "network" {
+			return checkpoint.Options{}, invalid("options: empty_namespaces %q: CRIU can leave out network only", ns)
+		}
+	}
+	return checkpoint.Options{
+		OpenTCP:             o.GetOpenTcp(),
+		ExternalUnixSockets: o.GetExternalUnixSockets(),
+		Terminal:            o.GetTerminal(),
+		FileLocks:           o.GetFileLocks(),
+		EmptyNamespaces:     o.GetEmptyNamespaces(),
+		CgroupsMode:         o.GetCgroupsMode(),
+	}, nil
 }

@@ -3,6 +3,7 @@ package task
 import (
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -13,6 +14,9 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/api"
 )
 
 func pack(t testing.TB, v any) *anypb.Any {
@@ -107,13 +111,33 @@ func TestDecodeCheckpointOptions(t *testing.T) {
 	}
 	for says, in := range map[string]*anypb.Any{
 		"runc.v1.Options":   pack(t, everyField),
-		"cgroups_mode":      pack(t, &options.CheckpointOptions{CgroupsMode: "hard"}),
-		"empty_namespaces":  pack(t, &options.CheckpointOptions{EmptyNamespaces: []string{"pid"}}),
 		"parent_path":       pack(t, &options.CheckpointOptions{ParentPath: "../x"}),
 		"CheckpointOptions": {TypeUrl: "containerd.runc.v1.CheckpointOptions", Value: []byte{0xff}},
 	} {
 		if _, err := decodeCheckpointOptions(in); err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("error %v, want one that says %q", err, says)
+		}
+	}
+}
+
+// TestCheckpointOptions maps every option that the two services have in common, and
+// refuses what CRIU would.
+func TestCheckpointOptions(t *testing.T) {
+	want := checkpoint.Options{OpenTCP: true, ExternalUnixSockets: true, Terminal: true, FileLocks: true, EmptyNamespaces: []string{"network"}, CgroupsMode: "soft"}
+	for _, o := range []criuOptions{
+		&options.CheckpointOptions{OpenTcp: true, ExternalUnixSockets: true, Terminal: true, FileLocks: true, EmptyNamespaces: []string{"network"}, CgroupsMode: "soft"},
+		&api.CRIUOptions{OpenTcp: true, ExternalUnixSockets: true, Terminal: true, FileLocks: true, EmptyNamespaces: []string{"network"}, CgroupsMode: "soft"},
+	} {
+		if got, err := checkpointOptions(o); err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("%T: %+v, %v; want %+v", o, got, err, want)
+		}
+	}
+	for says, o := range map[string]criuOptions{
+		"cgroups_mode":     &options.CheckpointOptions{CgroupsMode: "hard"},
+		"empty_namespaces": &api.CRIUOptions{EmptyNamespaces: []string{"pid"}},
+	} {
+		if _, err := checkpointOptions(o); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), says) {
+			t.Errorf("%v; want an invalid argument that says %q", err, says)
 		}
 	}
 }

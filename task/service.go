@@ -45,6 +45,9 @@ type Config struct {
 type Service struct {
 	cfg    Config
 	reaper *process.Reaper
+	// newRuntime is process.NewRuntime and policy trustPolicy, but in tests.
+	newRuntime func(cfg process.RuntimeConfig, namespace, bundle, id string) process.Runtime
+	policy     policy
 	// background is what goes on after an answer, and ends before the shim.
 	background sync.WaitGroup
 
@@ -58,9 +61,19 @@ var _ taskapi.TTRPCTaskService = (*Service)(nil)
 // NewService returns a service without containers. It collects all children of
 // this process from now on, those of go-runc included.
 func NewService(cfg Config) *Service {
-	s := &Service{cfg: cfg, reaper: process.NewReaper(), containers: map[string]*container{}}
+	s := newService(cfg, process.NewReaper())
 	runc.Monitor = s.reaper
 	return s
+}
+
+func newService(cfg Config, reaper *process.Reaper) *Service {
+	return &Service{
+		cfg:        cfg,
+		reaper:     reaper,
+		newRuntime: process.NewRuntime,
+		policy:     trustPolicy{},
+		containers: map[string]*container{},
+	}
 }
 
 // Register adds the service to server, under the names of both versions of it:
@@ -368,12 +381,16 @@ func (s *Service) Checkpoint(ctx context.Context, r *taskapi.CheckpointTaskReque
 	if opts.WorkPath != "" && !filepath.IsAbs(opts.WorkPath) {
 		return done(invalid("options: work_path %q is not absolute", opts.WorkPath))
 	}
+	d, err := dumpOf(dir, opts)
+	if err != nil {
+		return done(err)
+	}
 	ctx, release, err := c.exclusive(ctx)
 	if err != nil {
 		return done(err)
 	}
 	defer release()
-	if _, err := c.checkpoint(ctx, dumpOf(dir, opts)); err != nil {
+	if _, err := c.checkpoint(ctx, d); err != nil {
 		return done(err)
 	}
 	if cri := c.criFolder(); cri != "" && opts.WorkPath == "" {

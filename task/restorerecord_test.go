@@ -8,33 +8,33 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// newMarks returns two marks that say nothing yet.
-func newMarks(t *testing.T) (own, pod mark) {
+// newRecord returns two folders in which nothing is recorded yet.
+func newRecord(t *testing.T) (own, pod recordFolder) {
 	t.Helper()
 	rootOnly(t)
-	own, pod = mark(t.TempDir()), mark(t.TempDir())
-	must(t, own.set(fateBegun))
-	must(t, own.set(fateNone))
+	own, pod = recordFolder(t.TempDir()), recordFolder(t.TempDir())
+	must(t, own.set(restoreBegun))
+	must(t, own.set(restoreNone))
 	return own, pod
 }
 
-func TestMarksAgain(t *testing.T) {
-	own, pod := newMarks(t)
+func TestRestoreAgain(t *testing.T) {
+	own, pod := newRecord(t)
 	for _, tc := range []struct {
-		own, pod       fate
+		own, pod       restoreState
 		fresh, restore string // what follows by either policy
 	}{
-		{fateNone, fateNone, "restore", "restore"},
-		{fateNone, fateDone, "cold", "restore"},
-		{fateNone, fateBegun, "refused", "restore"},
-		{fateDone, fateDone, "cold", "refused"},
-		{fateDone, fateNone, "cold", "refused"},
-		{fateBegun, fateNone, "refused", "refused"},
-		{fateBegun, fateBegun, "refused", "refused"},
+		{restoreNone, restoreNone, "restore", "restore"},
+		{restoreNone, restoreDone, "cold", "restore"},
+		{restoreNone, restoreBegun, "refused", "restore"},
+		{restoreDone, restoreDone, "cold", "refused"},
+		{restoreDone, restoreNone, "cold", "refused"},
+		{restoreBegun, restoreNone, "refused", "refused"},
+		{restoreBegun, restoreBegun, "refused", "refused"},
 	} {
 		must(t, own.set(tc.own))
 		must(t, pod.set(tc.pod))
-		m := marks{own: own, pod: pod}
+		m := restoreRecord{own: own, pod: pod}
 		for policy, want := range map[restartPolicy]string{restartFresh: tc.fresh, restartRestore: tc.restore} {
 			again, err := m.again(policy)
 			got := map[bool]string{true: "restore", false: "cold"}[again]
@@ -50,10 +50,10 @@ func TestMarksAgain(t *testing.T) {
 	}
 }
 
-func TestMarksLife(t *testing.T) {
-	own, pod := newMarks(t)
-	m := marks{own: own, pod: pod}
-	is := func(what string, wantOwn, wantPod fate) {
+func TestRestoreRecord(t *testing.T) {
+	own, pod := newRecord(t)
+	m := restoreRecord{own: own, pod: pod}
+	is := func(what string, wantOwn, wantPod restoreState) {
 		t.Helper()
 		o, err := own.get()
 		must(t, err)
@@ -63,30 +63,35 @@ func TestMarksLife(t *testing.T) {
 			t.Errorf("%s: own %q, pod %q; want %q, %q", what, o, p, wantOwn, wantPod)
 		}
 	}
-	must(t, m.begin())
-	is("begun", fateBegun, fateBegun)
-	m.failed("c")
-	is("failed", fateNone, fateNone)
-	must(t, m.begin())
-	m.restored("c")
-	is("restored", fateDone, fateDone)
-	// The next container of the pod, with the policy restore.
-	must(t, own.set(fateNone))
-	must(t, m.begin())
-	m.failed("c")
-	is("failed after a restore", fateNone, fateDone)
-	// Without a place for a note there is none.
-	none := marks{}
-	must(t, none.begin())
-	if again, err := none.again(restartFresh); !again || err != nil {
-		t.Errorf("without marks: %t, %v", again, err)
+	begin := func() restoreAttempt {
+		t.Helper()
+		a, err := m.begin()
+		must(t, err)
+		return a
 	}
-	if err := (&marks{own: mark(filepath.Join(string(own), "gone"))}).begin(); err == nil {
-		t.Error("a restore began without a note")
+	attempt := begin()
+	is("begun", restoreBegun, restoreBegun)
+	attempt.failed("c")
+	is("failed", restoreNone, restoreNone)
+	begin().restored("c")
+	is("restored", restoreDone, restoreDone)
+	// The next container of the pod, with the policy restore.
+	must(t, own.set(restoreNone))
+	begin().failed("c")
+	is("failed after a restore", restoreNone, restoreDone)
+	// Without a folder nothing is recorded.
+	none := restoreRecord{}
+	_, err := none.begin()
+	must(t, err)
+	if again, err := none.again(restartFresh); !again || err != nil {
+		t.Errorf("without folders: %t, %v", again, err)
+	}
+	if _, err := (restoreRecord{own: recordFolder(filepath.Join(string(own), "gone"))}).begin(); err == nil {
+		t.Error("a restore began unrecorded")
 	}
 }
 
-func TestPodMark(t *testing.T) {
+func TestPodRecord(t *testing.T) {
 	dir := t.TempDir()
 	folder := filepath.Join(dir, "pods", "uid-1", "containers", "app")
 	must(t, os.MkdirAll(folder, 0o700))
@@ -107,7 +112,7 @@ func TestPodMark(t *testing.T) {
 		c.Mounts = append(c.Mounts, struct {
 			Source string `json:"source"`
 		}{source})
-		if got := c.podMark(); (got != "") != want || want && got != mark(folder) {
+		if got := c.podRecord(); (got != "") != want || want && got != recordFolder(folder) {
 			t.Errorf("%q: %q", source, got)
 		}
 	}
@@ -115,7 +120,7 @@ func TestPodMark(t *testing.T) {
 	c.Mounts = append(c.Mounts, struct {
 		Source string `json:"source"`
 	}{filepath.Join(dir, "pods/uid-1/containers/link/file")})
-	if got := c.podMark(); got != "" {
+	if got := c.podRecord(); got != "" {
 		t.Errorf("by a link: %q", got)
 	}
 }

@@ -1,0 +1,269 @@
+package task
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	taskapi "github.com/containerd/containerd/api/runtime/task/v2"
+	"github.com/containerd/containerd/api/types/runc/options"
+	tasktypes "github.com/containerd/containerd/api/types/task"
+	"github.com/containerd/errdefs"
+
+	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/api"
+	"github.com/stasis-run/stasis/process/processtest"
+)
+
+// dump asks containerd's way for a checkpoint.
+func (f *fixture) dump(dir string, opts *options.CheckpointOptions) error {
+	_, err := f.s.Checkpoint(f.Context(), &taskapi.CheckpointTaskRequest{ID: "c", Path: dir, Options: pack(f, opts)})
+	return err
+}
+
+// TestCheckpoint freezes the container for the dump, whether it ran or was paused, and
+// then leaves it as it was, whether the dump succeeds or fails.
+func TestCheckpoint(t *testing.T) {
+	for _, paused := range []bool{false, true} {
+		for _, fail := range []string{"", "in CRIU", "in CRIU, which has thawed it"} {
+			name := map[bool]string{false: "running", true: "paused"}[paused]
+			if fail != "" {
+				name += " fails " + fail
+			}
+			t.Run(name, func(t *testing.T) {
+				f := newFixture(t)
+				f.run()
+				status := tasktypes.Status_RUNNING
+				if paused {
+					must(t, pauseOf(t.Context(), f))
+					status = tasktypes.Status_PAUSED
+				}
+				published := f.log.all()
+				dir := filepath.Join(t.TempDir(), "checkpoint")
+				f.rt.Before(processtest.Checkpoint, func(ctx context.Context) error {
+					if !f.frozen() {
+						t.Error("it runs while CRIU dumps it")
+					}
+					f.wantStatus("", status)
+					if fail == "in CRIU, which has thawed it" {
+						f.thaw()
+					}
+					if fail != "" {
+						return errTest
+					}
+					return nil
+				})
+				err := f.dump(dir, &options.CheckpointOptions{})
+				if f.frozen() != paused {
+					t.Errorf("frozen: %t", !paused)
+				}
+				f.wantStatus("", status)
+				if fail != "" {
+					if !errors.Is(err, errTest) {
+						t.Errorf("%v; want the runtime's error", err)
+					}
+					if _, err := os.Lstat(dir); !os.IsNotExist(err) {
+						t.Errorf("the folder of the checkpoint: %v", err)
+					}
+					f.wantEvents(published...)
+					return
+				}
+				must(t, err)
+				f.wantEvents(append(published, "checkpointed")...)
+				img, err := checkpoint.Open(t.Context(), dir)
+				must(t, err)
+				if m := img.Manifest(); m.Container.ID != "c" || m.Container.Namespace != "test" || m.Exit || m.Runtime != (checkpoint.Runtime{Name: "fake", Version: "1.0"}) {
+					t.Errorf("manifest %+v", m)
+				}
+			})
+		}
+	}
+}
+
+func (f *fixture) thaw() {
+	f.Helper()
+	c, err := f.s.find("c")
+	must(f.T, err)
+	must(f.T, c.loadedCgroup().Thaw())
+}
+
+// TestCheckpointExit ends the container, and returns after its exit is published.
+func TestCheckpointExit(t *testing.T) {
+	for _, paused := range []bool{false, true} {
+		f := newFixture(t)
+		var returned atomic.Bool
+		f.log.before = func(line string) {
+			if line == "exit c 137" && !f.waits("task.(*container).checkpoint(", inASelect, returned.Load) {
+				t.Error("it has returned before the container has ended")
+			}
+		}
+		f.run()
+		if paused {
+			must(t, pauseOf(t.Context(), f))
+		}
+		dir := filepath.Join(t.TempDir(), "checkpoint")
+		must(t, f.dump(dir, &options.CheckpointOptions{Exit: true}))
+		returned.Store(true)
+		f.wantStatus("", tasktypes.Status_STOPPED)
+		if got := f.log.all(); !slices.Contains(got, "exit c 137") || !slices.Contains(got, "checkpointed") {
+			t.Errorf("events %q", got)
+		}
+		img, err := checkpoint.Open(t.Context(), dir)
+		must(t, err)
+		if !img.Manifest().Exit {
+			t.Error("the manifest does not say that the container has ended")
+		}
+		if _, err := f.delete(""); err != nil {
+			t.Error(err)
+		}
+		f.nothingLeft()
+	}
+}
+
+// TestCheckpointExitFails: the container runs on.
+func TestCheckpointExitFails(t *testing.T) {
+	f := newFixture(t)
+	f.run()
+	f.rt.Before(processtest.Checkpoint, fails)
+	if err := f.dump(filepath.Join(t.TempDir(), "checkpoint"), &options.CheckpointOptions{Exit: true}); !errors.Is(err, errTest) {
+		t.Errorf("%v", err)
+	}
+	if f.frozen() || len(f.rt.Living()) != 1 {
+		t.Errorf("frozen: %t, processes %d", f.frozen(), f.rt.Living())
+	}
+	f.wantStatus("", tasktypes.Status_RUNNING)
+	f.wantEvents("create", "start")
+}
+
+// TestCheckpointRefused: what is asked for cannot be; the container is not touched.
+func TestCheckpointRefused(t *testing.T) {
+	f := newFixture(t)
+	f.run()
+	calls := f.rt.Calls()
+	file := filepath.Join(t.TempDir(), "other")
+	must(t, os.WriteFile(file, nil, 0o600))
+	for name, tc := range map[string]struct {
+		dir   string
+		opts  *options.CheckpointOptions
+		class func(error) bool
+	}{
+		"relative":   {"checkpoint", &options.CheckpointOptions{}, errdefs.IsInvalidArgument},
+		"work path":  {t.TempDir(), &options.CheckpointOptions{WorkPath: "work"}, errdefs.IsInvalidArgument},
+		"mode":       {t.TempDir(), &options.CheckpointOptions{CgroupsMode: "hard"}, errdefs.IsInvalidArgument},
+		"namespaces": {t.TempDir(), &options.CheckpointOptions{EmptyNamespaces: []string{"pid"}}, errdefs.IsInvalidArgument},
+		"occupied":   {filepath.Dir(file), &options.CheckpointOptions{}, errdefs.IsAlreadyExists},
+	} {
+		if err := f.dump(tc.dir, tc.opts); !tc.class(err) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for name, r := range map[string]*api.CheckpointRequest{
+		"relative":         {ImagePath: "x"},
+		"rootfs":           {ImagePath: "/x", RootfsPath: "x"},
+		"rootfs and exit":  {ImagePath: "/x", RootfsPath: "/y", Exit: true},
+		"sum and exit":     {ImagePath: "/x", LeaveSum: true, Exit: true},
+		"base":             {ImagePath: "/x", BaseConfig: "x"},
+		"pre-dumps":        {ImagePath: "/x", PreDumps: maxPreDumps + 1},
+		"links, no exit":   {ImagePath: "/x", Options: &api.CRIUOptions{LinkRemap: true}},
+		"mode":             {ImagePath: "/x", Options: &api.CRIUOptions{CgroupsMode: "hard"}},
+		"empty namespaces": {ImagePath: "/x", Options: &api.CRIUOptions{EmptyNamespaces: []string{"pid"}}},
+	} {
+		r.Id = "c"
+		if _, err := (checkpoints{f.s}).checkpoint(t.Context(), r, nil); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	f.wantEvents("create", "start")
+	if !slices.Equal(f.rt.Calls(), calls) || f.frozen() {
+		t.Errorf("calls %q, frozen: %t", f.rt.Calls(), f.frozen())
+	}
+}
+
+// TestOwnCheckpoint copies the writable layer beside CRIU, while the container stands
+// still.
+func TestOwnCheckpoint(t *testing.T) {
+	f := newFixture(t)
+	must(t, os.WriteFile(filepath.Join(f.bundle, "rootfs", "file"), []byte("x"), 0o600))
+	f.run()
+	dir := t.TempDir()
+	r := &api.CheckpointRequest{Id: "c", ImagePath: filepath.Join(dir, "checkpoint"), RootfsPath: filepath.Join(dir, "rootfs")}
+	f.rt.Before(processtest.Checkpoint, func(context.Context) error {
+		if !f.frozen() {
+			t.Error("it is not frozen")
+		}
+		return nil
+	})
+	result, err := (checkpoints{f.s}).checkpoint(t.Context(), r, func(*api.Progress) error { return nil })
+	must(t, err)
+	if data, err := os.ReadFile(filepath.Join(dir, "rootfs", "file")); err != nil || string(data) != "x" {
+		t.Errorf("the copy: %q, %v", data, err)
+	}
+	if result.RootfsBytes != 1 || result.RootfsIsUpper || result.RuntimeName != "fake" || result.FrozenNs == 0 || result.Unsigned != "" {
+		t.Errorf("result %v", result)
+	}
+	if data, err := os.ReadFile(filepath.Join(r.ImagePath, "dump.log")); err != nil || !strings.Contains(string(data), "finished") {
+		t.Errorf("CRIU's log: %q, %v", data, err)
+	}
+	if f.frozen() {
+		t.Error("it is frozen")
+	}
+	// What fails of the two, the other is removed.
+	dir = t.TempDir()
+	r.ImagePath, r.RootfsPath = filepath.Join(dir, "checkpoint"), filepath.Join(dir, "rootfs")
+	f.rt.Before(processtest.Checkpoint, fails)
+	if _, err := (checkpoints{f.s}).checkpoint(t.Context(), r, func(*api.Progress) error { return nil }); !errors.Is(err, errTest) {
+		t.Errorf("%v", err)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+}
+
+// TestClientGoesAway: nobody waits for its checkpoint, which ends, and the container runs
+// on.
+func TestClientGoesAway(t *testing.T) {
+	f := newFixture(t)
+	f.run()
+	point := f.stopBefore(processtest.Checkpoint)
+	ctx, goAway := context.WithCancel(t.Context())
+	dir := filepath.Join(t.TempDir(), "checkpoint")
+	dumped := async(func() error {
+		_, err := (checkpoints{f.s}).checkpoint(ctx, &api.CheckpointRequest{Id: "c", ImagePath: dir}, func(*api.Progress) error { return nil })
+		return err
+	})
+	point.Wait()
+	goAway()
+	if err := <-dumped; err == nil || !strings.Contains(err.Error(), "the client went away") {
+		t.Errorf("%v", err)
+	}
+	if f.frozen() {
+		t.Error("it is frozen")
+	}
+	if _, err := os.Lstat(dir); !os.IsNotExist(err) {
+		t.Errorf("the folder of the checkpoint: %v", err)
+	}
+	f.wantEvents("create", "start")
+	f.wantStatus("", tasktypes.Status_RUNNING)
+}
+
+// TestCheckpointOfAPod is signed, and says whose it is.
+func TestCheckpointOfAPod(t *testing.T) {
+	f := newFixture(t)
+	f.inPod("default", "app")
+	f.run()
+	dir := filepath.Join(t.TempDir(), "checkpoint")
+	must(t, f.dump(dir, &options.CheckpointOptions{}))
+	img, err := checkpoint.OpenWith(t.Context(), dir, checkpoint.OpenOptions{Trust: f.trust()})
+	must(t, err)
+	if _, signed := img.Signer(); !signed {
+		t.Error("it is not signed")
+	}
+	if c := img.Manifest().Container; c.Name != "app" || c.Pod == nil || c.Pod.Namespace != "default" {
+		t.Errorf("container %+v", c)
+	}
+}
