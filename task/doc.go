@@ -11,4 +11,8 @@
 //     once, also in the middle of a dump. Calls that change a container queue
 //     (container.go).
 //   - What is legal in which state is one table (state.go).
+//   - Whether and how a container is restored is decided once, in Create; Start
+//     executes that plan (plan.go).
+//
+// The OCI runtime is process.Runtime, of which the tests have a fake.
 package task
