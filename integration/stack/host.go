@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -15,6 +16,14 @@ import (
 // hidesUnified tells whether crun is kept from seeing the v2 half of hybrid
 // cgroups.
 func (o Options) hidesUnified() bool { return o.Crun && cgroups.Mode() == cgroups.Hybrid }
+
+// heedHangup has SIGHUP end the programs that tests start, as in a shell. Tests that
+// were started by nohup ignore it, and their children would, too.
+var heedHangup = sync.OnceFunc(func() {
+	if signal.Ignored(unix.SIGHUP) {
+		signal.Notify(make(chan os.Signal, 1), unix.SIGHUP)
+	}
+})
 
 // describe says what a stack runs on, for a test's log: what it has shown holds
 // for that.

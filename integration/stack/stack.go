@@ -102,6 +102,7 @@ func Start(tb TB, opts Options) *Stack {
 	if os.Geteuid() != 0 {
 		tb.Fatalf("stack: must run as root")
 	}
+	heedHangup()
 	if opts.Version == "" {
 		opts.Version = cmp.Or(os.Getenv("STASIS_TEST_CONTAINERD"), "2.4")
 	}
