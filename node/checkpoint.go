@@ -14,6 +14,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/distribution/reference"
 
+	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/api"
 	"github.com/stasis-run/stasis/checkpoint/archive"
 	"github.com/stasis-run/stasis/checkpoint/capture"
@@ -44,7 +45,7 @@ type CheckpointRequest struct {
 	Exit    bool
 	Options DumpOptions
 	// PreDumps is how many times the memory is written before, while the container
-	// runs; checkpoint.PreDumpAuto: until that gets no less.
+	// runs, up to 127; checkpoint.PreDumpAuto: until that gets no less.
 	PreDumps int
 	// From is a folder that an earlier call with Exit has left when it could not store
 	// what is in it. That is stored, and nothing dumped.
@@ -144,6 +145,9 @@ func (n *Node) Checkpoint(ctx context.Context, r CheckpointRequest) ([]Checkpoin
 	return results, errors.Join(failed...)
 }
 
+// maxPreDumps is far beyond any use. The shim is asked in 32 bits.
+const maxPreDumps = 127
+
 // complete checks a request, and fills in what is left empty.
 func (r *CheckpointRequest) complete() error {
 	if r.Format == "" {
@@ -175,6 +179,8 @@ func (r *CheckpointRequest) complete() error {
 		return requestError("--from takes one container")
 	case r.From != "" && (r.Exit || r.PreDumps != 0 || r.Options != DumpOptions{}):
 		return requestError("--from is of a container that was dumped: it takes no options of a dump")
+	case r.PreDumps < checkpoint.PreDumpAuto || r.PreDumps > maxPreDumps:
+		return requestError("--pre-dump %d: it is auto, or a number from 1 to %d", r.PreDumps, maxPreDumps)
 	case r.Push && r.Archive.isSet():
 		return requestError("either --push or --output")
 	case r.Push && r.Ref == "":

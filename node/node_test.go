@@ -114,6 +114,8 @@ func TestRequests(t *testing.T) {
 		"either --tcp-established":      {Containers: []string{"c"}, Options: DumpOptions{OpenTCP: true, TCPClose: true}},
 		"--from takes one container":    {Pod: "p", From: "/x"},
 		"it takes no options of a dump": {Containers: []string{"c"}, From: "/x", Exit: true},
+		"--pre-dump 4294967297":         {Containers: []string{"c"}, PreDumps: 1<<32 + 1},
+		"--pre-dump -2":                 {Containers: []string{"c"}, PreDumps: -2},
 		"either --push or --output":     {Containers: []string{"c"}, Push: true, Archive: archive},
 		"--push needs a REF":            {Containers: []string{"c"}, Push: true},
 	} {
