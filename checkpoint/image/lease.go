@@ -11,8 +11,8 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// leaseTime is how long what is written stays if its writer dies and nobody calls
-// EndLeases.
+// leaseTime is when containerd ends a lease by itself. The lease's owner, or EndLeases
+// after the owner has died, ends it long before.
 const leaseTime = 24 * time.Hour
 
 // labelOwner, on a lease, is the name of its owner.

@@ -26,7 +26,8 @@ type attachment struct {
 // attachTo has a restore connect its container to this terminal. wait then waits for the
 // container's end; reset has to be called in the end.
 func (a *app) attachTo(r *node.RestoreRequest) *attachment {
-	// What the container prints: if nobody reads it, that does not undo the restore.
+	// A container whose output nobody reads runs on: a broken pipe does not cancel the
+	// restore.
 	at := &attachment{a: a, out: newOutput(a.out.w, func(error) {})}
 	terminal := false
 	r.IO = func(has bool) cio.Creator {

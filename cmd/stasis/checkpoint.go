@@ -15,8 +15,8 @@ import (
 	"github.com/stasis-run/stasis/node"
 )
 
-// checkpointFlags are those of `stasis checkpoint`; those that need nothing done to them
-// are in request.
+// checkpointFlags holds the flags of `stasis checkpoint`. Flags that are used as they are
+// typed set request; complete adds the others.
 type checkpointFlags struct {
 	request    node.CheckpointRequest
 	ghostLimit string

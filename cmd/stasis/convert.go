@@ -8,7 +8,7 @@ import (
 	"github.com/stasis-run/stasis/node"
 )
 
-// formatFlags are those of commands that write a checkpoint in some format.
+// formatFlags holds --format and --compress.
 type formatFlags struct {
 	format   choice
 	compress choice

@@ -47,7 +47,7 @@ which it says it is signed, which "stasis verify" proves: with ? it is not trust
 		},
 	}
 	cmd.Flags().StringVar(&container, "container", "", "only those of this container: name, ID, or NAMESPACE/POD/NAME")
-	cmd.Flags().Var(&format, "format", "only those of this form")
+	cmd.Flags().Var(&format, "format", "only checkpoints of this format")
 	must(cmd.RegisterFlagCompletionFunc("container", a.completeContainers()))
 	must(cmd.RegisterFlagCompletionFunc("format", format.complete))
 	return cmd

@@ -34,7 +34,7 @@ func (a *app) progress() node.Progress {
 	return (&progress{a: a, w: f}).show
 }
 
-// newBar adds a bar to those of the command; nil: they are ended.
+// newBar adds a bar. It returns nil after endProgress, which ends all bars for good.
 func (a *app) newBar(w io.Writer, options ...mpb.BarOption) *mpb.Bar {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -12,8 +12,8 @@ import (
 	"github.com/stasis-run/stasis/node"
 )
 
-// restoreFlags are those of `stasis restore`; those that need nothing done to them are
-// in request.
+// restoreFlags holds the flags of `stasis restore`. Flags that are used as they are typed
+// set request; restore adds the others.
 type restoreFlags struct {
 	request node.RestoreRequest
 	attach  bool
