@@ -53,8 +53,8 @@ type Runtime interface {
 	// init's pid. It runs already. The process is the caller's to wait for.
 	Restore(ctx context.Context, opts *runc.RestoreOpts) (pid int, err error)
 
-	// FreezerGroup is the control group in which the runtime freezes the container,
-	// and has CRIU do so, if that is not the container's own; else "".
+	// FreezerGroup is the control group in which the runtime freezes the container, and
+	// has CRIU do so, as the runtime has noted it; "" if it notes none.
 	FreezerGroup() string
 	// Version is the runtime's name and version, such as "runc", "1.5.2". If it
 	// cannot be asked, the name is its program's, and the version empty.

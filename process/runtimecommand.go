@@ -180,8 +180,7 @@ func (r *runtimeCommand) unmountCRIURoot() error {
 }
 
 // Checkpoint has the runtime lead a process group, so that a cancelled dump ends CRIU
-// too (see Reaper.Command): it would otherwise
-// go on and hold the container frozen.
+// too (see Reaper.Command). CRIU would otherwise go on and hold the container frozen.
 func (r *runtimeCommand) Checkpoint(ctx context.Context, opts *runc.CheckpointOpts, actions ...runc.CheckpointAction) error {
 	return r.call("checkpoint", func(c *runc.Runc) error {
 		c.Setpgid = true

@@ -24,8 +24,8 @@ type authority struct {
 	inPod     bool
 }
 
-// authorize reads the node's keys and configuration, and opens the archive that src
-// names, if it does.
+// authorize reads the node's keys and configuration, once, and opens the archive that src
+// names, if it does. A key that is withdrawn while the checkpoint is fetched still counts.
 func (c *container) authorize(src *source) (*authority, error) {
 	a := &authority{}
 	a.namespace, a.inPod = c.config.podNamespace()
@@ -53,7 +53,7 @@ func (a *authority) close() {
 
 // openOptions are those to open the checkpoint with.
 func (a *authority) openOptions(src *source, found located) checkpoint.OpenOptions {
-	// A copy's files do not lie where they were written, nor do an image's.
+	// Files that were fetched, or are in an image, do not lie where they were written.
 	o := checkpoint.OpenOptions{Trust: a.keys, Reread: src.kind != fromFolder}
 	if a.inPod {
 		o.Require = a.node.Restore.Unsigned == unsignedRefuse

@@ -68,7 +68,8 @@ func (s *Service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	if err != nil {
 		return nil, err
 	}
-	// A restore that is refused has changed nothing.
+	// A restore that is refused leaves the root filesystem as it was: it is mounted after
+	// the plan is made, or only to look for a checkpoint, and unmounted again.
 	mounted := false
 	mountRootfs := func() error {
 		mounted = true

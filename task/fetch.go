@@ -29,8 +29,9 @@ func (b bundle) fetchedDir() string { return filepath.Join(b.workDir(), "fetched
 // maxFetched bounds what the command prints, in bytes.
 const maxFetched = capture.MaxInfo + 1<<20
 
-// fetch copies the checkpoint into the folder dir, which is made.
-func (c *container) fetch(ctx context.Context, dir string, archive *os.File) (*capture.Fetched, error) {
+// fetch copies the checkpoint into the folder dir, which is made: from archive, or if that
+// is nil, from the image called name.
+func (c *container) fetch(ctx context.Context, dir, name string, archive *os.File) (*capture.Fetched, error) {
 	program, err := stasisProgram()
 	if err != nil {
 		return nil, err
@@ -41,7 +42,7 @@ func (c *container) fetch(ctx context.Context, dir string, archive *os.File) (*c
 		args = append(args, "--archive", "--", dir)
 		cmd.ExtraFiles = []*os.File{capture.FetchedArchive - 3: archive}
 	} else {
-		args = append(args, "--", dir, c.request.from)
+		args = append(args, "--", dir, name)
 	}
 	cmd.Args = append(cmd.Args, args...)
 	stdout, stderr := &head{max: maxFetched}, &head{max: 64 << 10}

@@ -312,6 +312,7 @@ func (f *fixture) wantEvents(want ...string) {
 
 // fakePolicy allows everything, but for what a test has put in.
 type fakePolicy struct {
+	rootfs    string // that CheckMounts was asked about last
 	check     func() error
 	mounts    func() error
 	processes func(ctx context.Context, pids []int) error
@@ -324,7 +325,8 @@ func (p *fakePolicy) Check(context.Context, *checkpoint.Image, *specs.Spec) erro
 	return p.check()
 }
 
-func (p *fakePolicy) CheckMounts(context.Context, *checkpoint.Image, *specs.Spec, string) error {
+func (p *fakePolicy) CheckMounts(_ context.Context, _ *checkpoint.Image, _ *specs.Spec, rootfs string) error {
+	p.rootfs = rootfs
 	if p.mounts == nil {
 		return nil
 	}

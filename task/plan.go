@@ -19,21 +19,23 @@ import (
 )
 
 // RestorePlan is how a container's init comes back from a checkpoint: all that was
-// decided and found out about it. It is made once, in Create, by newRestorePlan:
+// decided and found out about it. It is made once, in Create. Service.create resolves
+// where the checkpoint is, if there is one (container.resolve); then newRestorePlan does
+// the rest:
 //
-//	resolve    where the checkpoint is, if there is one (container.resolve)
 //	authorize  whose checkpoints this container may have, by the node's keys and
 //	           configuration, which are read once (container.authorize)
 //	open       the checkpoint, copied here first if an annotation names it
 //	verify     that it is as it was made, and asks for nothing that the spec does
 //	           not grant
 //
-// and executed in Start, by container.restore. A plan that cannot be made leaves
-// nothing behind. Nothing is discovered later. Only what the plan cannot know is looked
-// at in Start: the mounts, when containerd has applied the checkpoint's changes to the
-// root filesystem, and the restored processes.
+// container.restore executes it in Start. A plan that cannot be made leaves nothing
+// behind. What it cannot know is looked at when it is there: the record of a root
+// filesystem that is mounted after it, the mounts when containerd has applied the
+// checkpoint's changes, and the restored processes.
 //
-// A plan does not change once it is made, so a start that failed can be tried again.
+// A plan does not change once it is made, so a start that failed before a process ran can
+// be tried again.
 //
 // The container owns its plan. It closes it when there will be no other start: after a
 // restore that succeeded, after a Create that failed, and in Delete.
@@ -80,11 +82,19 @@ func newRestorePlan(ctx context.Context, c *container, src *source) (_ *RestoreP
 		return nil, err
 	}
 	if src.copy != "" {
+		note := c.bundle.path(restoreFrom)
 		defer func() {
 			if err != nil {
 				err = errors.Join(err, os.RemoveAll(src.copy))
+				_ = os.Remove(note)
 			}
 		}()
+		if src.kind == fromFolder {
+			// For Cleanup, should this shim not live to close the plan.
+			if err := os.WriteFile(note, []byte(src.copy), 0o600); err != nil {
+				return nil, err
+			}
+		}
 	}
 	auth, err := c.authorize(src)
 	if err != nil {
@@ -113,12 +123,6 @@ func newRestorePlan(ctx context.Context, c *container, src *source) (_ *RestoreP
 		// Another pod has another address, and the peers have given up.
 		spec.Annotations[checkpoint.AnnotationTCP] = "close"
 	}
-	if src.kind == fromFolder && src.copy != "" {
-		// For Cleanup, should this shim not live to close the plan.
-		if err := os.WriteFile(c.bundle.path(restoreFrom), []byte(src.copy), 0o600); err != nil {
-			return nil, err
-		}
-	}
 	return &RestorePlan{
 		id:         c.id,
 		bundle:     c.bundle,
@@ -136,8 +140,8 @@ func newRestorePlan(ctx context.Context, c *container, src *source) (_ *RestoreP
 	}, nil
 }
 
-// check refuses a checkpoint, open by now, that its source gives no right to this
-// container.
+// check refuses, of a checkpoint that is open by now, what depends on its source: another
+// container's, one on another base image, or one for a pod with a user namespace.
 func (src *source) check(c *container, img *checkpoint.Image, spec *specs.Spec, found located) error {
 	if src.kind == fromAnnotation {
 		name, was := c.config.Annotations[criContainerName], found.info.ContainerName
@@ -226,7 +230,7 @@ func (src *source) locate(ctx context.Context, c *container, archive *os.File) (
 		info, err := readEmbeddedInfo(src.info)
 		return located{dir: src.path, info: info}, err
 	case fromAnnotation:
-		got, err := c.fetch(ctx, src.copy, archive)
+		got, err := c.fetch(ctx, src.copy, src.path, archive)
 		if err != nil {
 			return located{}, err
 		}

@@ -2,6 +2,7 @@ package task
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"maps"
 	"os"
@@ -18,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/capture"
 )
 
@@ -34,10 +36,10 @@ func TestPlanRefused(t *testing.T) {
 		"missing": {func(f *fixture, dir string) { must(f.T, os.RemoveAll(dir)) }, "", nil},
 		"by the spec": {func(f *fixture, dir string) { f.policy.check = func() error { return denied } }, denied.Error(),
 			func(err error) bool { return errors.Is(err, denied) }},
-		"in a pod, not signed": {func(f *fixture, dir string) { f.joinPod("ns"); f.unsign(dir) }, "would do without", errdefs.IsPermissionDenied},
-		"in a pod, of another namespace": {func(f *fixture, dir string) { f.joinPod("other") }, `is of namespace "ns"`,
+		"not signed in a pod": {func(f *fixture, dir string) { f.joinPod("ns"); f.unsign(dir) }, "would do without", errdefs.IsPermissionDenied},
+		"of another namespace": {func(f *fixture, dir string) { f.joinPod("other") }, `is of namespace "ns"`,
 			errdefs.IsPermissionDenied},
-		"in a pod, configuration": {func(f *fixture, dir string) { f.joinPod("ns"); f.nodeConfig("[restore]\nunsigned = 'allow'") },
+		"wrong configuration": {func(f *fixture, dir string) { f.joinPod("ns"); f.nodeConfig("[restore]\nunsigned = 'allow'") },
 			"node's configuration", errdefs.IsFailedPrecondition},
 		"keys that cannot be read": {func(f *fixture, dir string) { must(f.T, os.WriteFile(filepath.Join(f.keys, "trusted"), nil, 0o644)) },
 			"read the trusted keys", nil},
@@ -78,13 +80,13 @@ func TestPlanRefused(t *testing.T) {
 				dir := src.arrange(f, r, "ns")
 				tc.arrange(f, dir)
 				f.createRequest()
-				wanted, before := proto.Clone(r), listing(t, f.bundle)
+				wanted, before := proto.Clone(r), listing(t, f.touched(r)...)
 				_, err := f.s.Create(t.Context(), r)
 				if err == nil || !strings.Contains(err.Error(), tc.says) || !strings.Contains(err.Error(), src.says) || tc.class != nil && !tc.class(err) {
 					t.Fatalf("%v; want an error that says %q and %q", err, src.says, tc.says)
 				}
-				if after := listing(t, f.bundle); !slices.Equal(before, after) {
-					t.Errorf("the bundle was changed:\n%q\n%q", before, after)
+				if after := listing(t, f.touched(r)...); !slices.Equal(before, after) {
+					t.Errorf("the bundle or the root filesystem was changed:\n%q\n%q", before, after)
 				}
 				if src.copied != nil && !strings.Contains(src.name, "image") {
 					if _, err := os.Lstat(src.copied(f)); !errors.Is(err, fs.ErrNotExist) {
@@ -111,25 +113,49 @@ func (f *fixture) joinPod(namespace string) {
 	maps.Copy(f.spec.Annotations, others)
 }
 
-// listing is what is in a folder and below: names, sizes, and the file systems they are
-// in.
-func listing(t *testing.T, dir string) (lines []string) {
+// touched are the folders that a Create of r writes to.
+func (f *fixture) touched(r *taskapi.CreateTaskRequest) []string {
+	dirs := []string{f.bundle}
+	for _, m := range r.Rootfs {
+		if m.Type == "bind" {
+			dirs = append(dirs, m.Source)
+		}
+		for _, o := range m.Options {
+			if key, dir, _ := strings.Cut(o, "="); key == "upperdir" || key == "workdir" {
+				dirs = append(dirs, dir)
+			}
+		}
+	}
+	return dirs
+}
+
+// listing is what is in folders and below: names, types, sizes, the file systems they are
+// in, and what is recorded of restores.
+func listing(t *testing.T, dirs ...string) (lines []string) {
 	t.Helper()
-	must(t, filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		var st unix.Stat_t
-		if err := unix.Lstat(path, &st); err != nil {
-			return err
-		}
-		size := st.Size
-		if d.IsDir() {
-			size = 0
-		}
-		lines = append(lines, strings.Join([]string{path, d.Type().String(), string(rune('0' + size%10)), string(rune('0' + st.Dev%64))}, " "))
-		return nil
-	}))
+	for _, dir := range dirs {
+		must(t, filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+			if err != nil {
+				return err
+			}
+			var st unix.Stat_t
+			if err := unix.Lstat(path, &st); err != nil {
+				return err
+			}
+			line := fmt.Sprint(path, " ", d.Type(), " ", st.Dev)
+			if d.IsDir() {
+				state, err := recordFolder(path).get()
+				if err != nil {
+					return err
+				}
+				line += " " + string(state)
+			} else {
+				line += fmt.Sprint(" ", st.Size)
+			}
+			lines = append(lines, line)
+			return nil
+		}))
+	}
 	return lines
 }
 
@@ -266,5 +292,71 @@ func TestSeenWhenMounted(t *testing.T) {
 		if got := seenWhenMounted(c.rootfs); got != tc.want {
 			t.Errorf("%s: %t", name, got)
 		}
+	}
+}
+
+// twice are two mounts of one folder, so that nobody looks into it before it is mounted.
+func (f *fixture) twice(root string) []*types.Mount {
+	m := mount.Mount{Type: "bind", Source: root, Options: []string{"rbind", "rw"}}
+	f.canMount(m)
+	one := &types.Mount{Type: m.Type, Source: m.Source, Options: m.Options}
+	return []*types.Mount{one, one}
+}
+
+// TestFoundWhenMounted: a checkpoint that shows only in the mounted root filesystem is
+// restored, or if it is refused, unmounted.
+func TestFoundWhenMounted(t *testing.T) {
+	f := newFixture(t)
+	root := t.TempDir()
+	f.embed(root, "")
+	r := f.createRequest()
+	r.Rootfs = f.twice(root)
+	before := listing(t, filepath.Join(f.bundle, "rootfs"), root)
+	f.policy.check = func() error { return errTest }
+	if _, err := f.s.Create(t.Context(), r); !errors.Is(err, errTest) || !strings.Contains(err.Error(), "from its image") {
+		t.Fatalf("%v", err)
+	}
+	if after := listing(t, filepath.Join(f.bundle, "rootfs"), root); !slices.Equal(before, after) {
+		t.Errorf("refused, it has left:\n%q\n%q", before, after)
+	}
+	f.policy.check = nil
+	resp, err := f.s.Create(t.Context(), r)
+	must(t, err)
+	plan := f.s.containers["c"].plan
+	if want := filepath.Join(f.bundle, "rootfs", embeddedFolder); resp.Pid != 0 || plan == nil || plan.embedded != want {
+		t.Errorf("pid %d, plan %+v", resp.Pid, plan)
+	}
+}
+
+// TestPlanInPod: in a pod, connections are closed, and the pod's folder has a record.
+func TestPlanInPod(t *testing.T) {
+	for _, src := range restoreSources {
+		t.Run(src.name, func(t *testing.T) {
+			f := newFixture(t)
+			f.inPod("ns", "app")
+			folder := filepath.Join(t.TempDir(), "pods", "uid", "containers", "app")
+			must(t, os.MkdirAll(folder, 0o755))
+			f.spec.Mounts = []specs.Mount{{Destination: "/dev/termination-log", Type: "bind", Source: filepath.Join(folder, "0123"), Options: []string{"rbind"}}}
+			f.nodeConfig("")
+			r := f.createRequest()
+			src.arrange(f, r, "ns")
+			f.createRequest()
+			_, err := f.s.Create(t.Context(), r)
+			must(t, err)
+			plan := f.s.containers["c"].plan
+			if got := plan.spec.Annotations[checkpoint.AnnotationTCP]; got != "close" {
+				t.Errorf("TCP connections: %q", got)
+			}
+			if recorded := plan.record.pod == recordFolder(folder); recorded != src.recorded {
+				t.Errorf("the pod's record is in %q", plan.record.pod)
+			}
+			files, err := os.ReadDir("/proc/self/fd")
+			must(t, err)
+			for _, fd := range files {
+				if name, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil && strings.HasSuffix(name, "checkpoint.tar") {
+					t.Errorf("%s is open", name)
+				}
+			}
+		})
 	}
 }

@@ -15,8 +15,9 @@ import (
 	"github.com/stasis-run/stasis/process"
 )
 
-// restore executes a plan: it brings init back. If it fails, it leaves no process, and
-// can be tried again.
+// restore executes a plan: it brings init back. If it fails, it leaves no process, and can
+// be tried again. But if only the streams failed, the processes have run for a moment, and
+// may have changed files; that the restore has begun stays recorded then.
 func (c *container) restore(ctx context.Context, p *RestorePlan) error {
 	// Only now is the root filesystem what it is going to be.
 	if err := c.service.policy.CheckMounts(ctx, p.image, p.spec, p.bundle.rootOf(p.spec)); err != nil {

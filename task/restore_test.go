@@ -60,12 +60,18 @@ func TestRestore(t *testing.T) {
 					t.Errorf("the copy: %v", err)
 				}
 			}
+			if note, err := os.ReadFile(filepath.Join(f.bundle, restoreFrom)); (err == nil) != (src.name == "containerd's copy") || err == nil && string(note) != src.copied(f) {
+				t.Errorf("the note of containerd's copy: %q, %v", note, err)
+			}
 			looked := 0
 			f.policy.processes = func(ctx context.Context, pids []int) error {
 				looked++
 				return nil
 			}
 			f.start("")
+			if want := filepath.Join(f.bundle, "rootfs"); f.policy.rootfs != want {
+				t.Errorf("the mounts were looked at in %q", f.policy.rootfs)
+			}
 			if looked != 1 {
 				t.Errorf("the processes were looked at %d times", looked)
 			}
@@ -147,6 +153,30 @@ func TestRestoreFails(t *testing.T) {
 	}
 }
 
+// TestRestoreWithoutStreams: when the streams fail after the processes are back, they are
+// ended, and that they have run stays recorded.
+func TestRestoreWithoutStreams(t *testing.T) {
+	processtest.InstallCRIU(t)
+	f := newFixture(t)
+	r := f.createRequest()
+	restoreSources[3].arrange(f, r, "")
+	r.Stdout = filepath.Join(f.bundle, "none")
+	f.createRequest()
+	_, err := f.s.Create(t.Context(), r)
+	must(t, err)
+	if _, err := f.s.Start(t.Context(), &taskapi.StartRequest{ID: "c"}); err == nil || !strings.Contains(err.Error(), "open output") {
+		t.Fatalf("%v", err)
+	}
+	f.wantStatus("", tasktypes.Status_CREATED)
+	f.wantEvents("create")
+	if pids := f.rt.Living(); len(pids) > 0 || f.rt.Known() {
+		t.Errorf("left: processes %d, known: %t", pids, f.rt.Known())
+	}
+	if state, err := recordFolder(filepath.Join(f.bundle, "rootfs")).get(); err != nil || state != restoreBegun {
+		t.Errorf("it is recorded as %q, %v", state, err)
+	}
+}
+
 // TestRestoreIsNotStarted: deleting the container, or the failure of its creation after
 // the plan was made, removes the copy of the checkpoint.
 func TestRestoreIsNotStarted(t *testing.T) {
@@ -196,6 +226,26 @@ func TestRestoreBringsFilesBack(t *testing.T) {
 	if _, err := f.s.Create(t.Context(), r); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "cut short") {
 		t.Errorf("a second one: %v", err)
 	}
+}
+
+// TestRestoreSeesRecordWhenMounted: of a root filesystem that is mounted after the plan is
+// made, the record is looked at then, before any file comes back.
+func TestRestoreSeesRecordWhenMounted(t *testing.T) {
+	f := newFixture(t)
+	root := t.TempDir()
+	must(t, recordFolder(root).set(restoreBegun))
+	r := f.createRequest()
+	restoreSources[3].arrange(f, r, "")
+	f.layer("new")
+	r.Rootfs = f.twice(root)
+	f.createRequest()
+	if _, err := f.s.Create(t.Context(), r); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "cut short") {
+		t.Errorf("%v", err)
+	}
+	wantNoFile(t, filepath.Join(root, "new"))
+	f.background()
+	wantNoFile(t, restoreSources[3].copied(f))
+	f.nothingLeft()
 }
 
 // TestRestoredProcessDies: its exit comes after its start, whenever it dies.

@@ -14,6 +14,7 @@ import (
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/sign"
+	"github.com/stasis-run/stasis/process/processtest"
 )
 
 // inPod makes the fixture's container one of a pod.
@@ -42,8 +43,7 @@ func (f *fixture) checkpoint(dir, namespace string) {
 	f.Helper()
 	folder, err := checkpoint.NewFolder(dir)
 	must(f.T, err)
-	// The smallest image of its kind: the magic number, a length, and img_version 2.
-	must(f.T, os.WriteFile(filepath.Join(folder.Path(), "inventory.img"), []byte{0x16, 0x31, 0x31, 0x58, 2, 0, 0, 0, 0x08, 0x02}, 0o600))
+	must(f.T, os.WriteFile(filepath.Join(folder.Path(), "inventory.img"), processtest.Inventory, 0o600))
 	m := checkpoint.Manifest{Container: checkpoint.Container{ID: "before", Name: "app"}}
 	if namespace != "" {
 		m.Container.Pod = &checkpoint.Pod{Name: "pod", Namespace: namespace, UID: "uid"}
@@ -144,13 +144,14 @@ func (f *fixture) annotate(key, value string) {
 	f.spec.Annotations[key] = value
 }
 
-// canMount skips the test where this host cannot mount m, and unmounts at its end what
-// is mounted in the bundle.
+// canMount fails where this host cannot mount m, and unmounts at the test's end what is
+// mounted in the bundle.
 func (f *fixture) canMount(m mount.Mount) {
 	f.Helper()
+	rootOnly(f.T)
 	at := f.TempDir()
 	if err := mount.All([]mount.Mount{m}, at); err != nil {
-		f.Skip(err)
+		f.Fatalf("%v (an overlay needs a temporary folder on an ordinary file system, in $TMPDIR, and no comma in its name)", err)
 	}
 	must(f.T, mount.UnmountAll(at, 0))
 	f.Cleanup(func() { _ = bundle(f.bundle).unmount() })

@@ -127,7 +127,7 @@ func (r restoreRecord) again(policy restartPolicy) (bool, error) {
 }
 
 // begin records that a restore begins: in both places, or in none. The caller ends
-// the attempt with failed or restored.
+// the attempt with failed, if no process has run, or with restored.
 func (r restoreRecord) begin() (restoreAttempt, error) {
 	before, err := r.pod.get()
 	if err != nil {

@@ -256,7 +256,10 @@ func (r *Runtime) Exec(ctx context.Context, execID string, spec *specs.Process, 
 		r.execs[execID], pid = c, c.process.Pid
 		return nil
 	}))
-	return pid, err
+	if err != nil {
+		return 0, err
+	}
+	return pid, nil
 }
 
 func (r *Runtime) Kill(ctx context.Context, sig unix.Signal, all bool) error {
@@ -341,7 +344,7 @@ func (r *Runtime) Checkpoint(ctx context.Context, opts *runc.CheckpointOpts, act
 			return errors.New("cannot checkpoint a stopped container")
 		}
 		if err := errors.Join(
-			os.WriteFile(filepath.Join(opts.ImagePath, "inventory.img"), inventory, 0o600),
+			os.WriteFile(filepath.Join(opts.ImagePath, "inventory.img"), Inventory, 0o600),
 			os.WriteFile(filepath.Join(opts.WorkDir, "dump.log"), []byte("(00.000001) Dumping finished successfully\n"), 0o600),
 		); err != nil {
 			return err
@@ -359,9 +362,9 @@ func (r *Runtime) Checkpoint(ctx context.Context, opts *runc.CheckpointOpts, act
 	}))
 }
 
-// inventory is the smallest image of that kind: the magic number, a length, and
+// Inventory is the smallest inventory.img: the magic number, a length, and
 // img_version 2.
-var inventory = []byte{0x16, 0x31, 0x31, 0x58, 2, 0, 0, 0, 0x08, 0x02}
+var Inventory = []byte{0x16, 0x31, 0x31, 0x58, 2, 0, 0, 0, 0x08, 0x02}
 
 // Restore runs the commands runc and criu of InstallCRIU.
 func (r *Runtime) Restore(ctx context.Context, opts *runc.RestoreOpts) (pid int, err error) {
@@ -396,7 +399,10 @@ func (r *Runtime) Restore(ctx context.Context, opts *runc.RestoreOpts) (pid int,
 		r.init, r.started = &child{process: p, input: input}, true
 		return nil
 	})
-	return pid, err
+	if err != nil {
+		return 0, err
+	}
+	return pid, nil
 }
 
 func (r *Runtime) FreezerGroup() string { return "" }
