@@ -200,34 +200,15 @@ var dumpStages = []string{
 	"Running network-unlock",  // the network is being unlocked
 }
 
-// killCRIU begins a dump and kills CRIU at a stage. CRIU goes on for a moment
-// until it is stopped; if it has come to where the container would die with it,
-// or to the end, it is left alone and another dump begun.
+// killCRIU begins a dump and kills CRIU at a stage.
 func (p *patient) killCRIU(stage string, exit bool) (dir string, err error) {
 	p.scene.t.Helper()
-	for range 100 {
-		dir := p.dir()
-		dump := p.hold("checkpoint", stack.During(stage), func() error { return p.dump(dir, exit) })
-		log, err := os.ReadFile(filepath.Join(p.c.Bundle(), "work", "checkpoint", "dump.log"))
-		p.must("log", err)
-		after := func(text string) int { return strings.LastIndex(string(log), text) }
-		ended := after("Unfreezing tasks") >= 0
-		if !ended && after("Parasite syscall_ip") <= after("switched to daemon mode") && after(" to trap") <= after("Dumping mm (pid") {
-			p.must("kill", syscall.Kill(p.criu(), syscall.SIGKILL))
-			err := dump.result()
-			p.f.Reset()
-			return dir, err
-		}
-		err = dump.release()
-		p.f.Reset()
-		p.must("checkpoint", err)
-		if exit {
-			p.c.Restore(p.ctx, dir)
-		}
-		p.must("remove", os.RemoveAll(dir))
-	}
-	p.fatalf("CRIU is never there")
-	return "", nil
+	dir = p.dir()
+	dump := p.hold("checkpoint", stack.During(stage), func() error { return p.dump(dir, exit) })
+	p.must("kill", syscall.Kill(p.criu(), syscall.SIGKILL))
+	err = dump.result()
+	p.f.Reset()
+	return dir, err
 }
 
 // criu returns the pid of the CRIU that dumps the patient.
@@ -330,11 +311,11 @@ func TestKillCRIUInRestore(t *testing.T) {
 	p.must("create", p.c.Create(p.ctx, client.WithRestoreImagePath(dir)))
 	for _, stage := range restoreStages {
 		p.at("%s", stage)
-		p.killCRIUInRestore(dir, stage)
+		p.killCRIUInRestore(stage)
 	}
 	for _, when := range []stack.When{stack.Before, stack.During("nr_restored_pages")} {
 		p.at("the runtime, %v", when)
-		p.killRuntime(dir, when)
+		p.killRuntime(when)
 	}
 	p.at("a restore after them")
 	p.must("start", p.start())
@@ -350,9 +331,9 @@ func TestKillCRIULateInRestore(t *testing.T) {
 	p.must("checkpoint", p.dump(dir, true))
 	p.must("create", p.c.Create(p.ctx, client.WithRestoreImagePath(dir)))
 	p.at("pre-resume")
-	p.killCRIUInRestore(dir, "Running pre-resume")
+	p.killCRIUInRestore("Running pre-resume")
 	p.at("the runtime, after")
-	p.killRuntime(dir, stack.After)
+	p.killRuntime(stack.After)
 	p.at("a restore after them")
 	p.must("start", p.start())
 	p.counts()
@@ -379,50 +360,33 @@ func (p *patient) idle() {
 	_, _ = shim.Update(p.ctx, &taskapi.UpdateTaskRequest{ID: "c", Resources: &anypb.Any{Value: []byte(`{}`)}})
 }
 
-// killCRIUInRestore kills CRIU at a stage of a restore from dir.
-func (p *patient) killCRIUInRestore(dir, stage string) {
+// killCRIUInRestore kills CRIU at a stage of a restore.
+func (p *patient) killCRIUInRestore(stage string) {
 	p.scene.t.Helper()
-	p.breakRestore(dir, stack.During(stage), func() error {
-		p.f.KillCRIU("restore", stage)
-		return p.start()
-	})
+	p.f.KillCRIU("restore", stage)
+	p.broken(p.start())
 }
 
-// killRuntime kills the runtime in a restore from dir.
-func (p *patient) killRuntime(dir string, when stack.When) {
+// killRuntime kills the runtime in a restore.
+func (p *patient) killRuntime(when stack.When) {
 	p.scene.t.Helper()
-	p.breakRestore(dir, when, func() error {
-		restore := p.hold("restore", when, p.start)
-		for _, pid := range p.children() {
-			if pid != p.pidInBundle() {
-				p.must("kill", syscall.Kill(pid, syscall.SIGKILL))
-			}
+	restore := p.hold("restore", when, p.start)
+	for _, pid := range p.children() {
+		if pid != p.pidInBundle() {
+			p.must("kill", syscall.Kill(pid, syscall.SIGKILL))
 		}
-		return restore.result()
-	})
+	}
+	p.broken(restore.result())
 }
 
-// breakRestore makes a restore from dir that has to fail. During CRIU's work, CRIU
-// goes on for a moment until it is killed or stopped; if it has come to its end by
-// then, the patient is fine, and is dumped and restored again.
-func (p *patient) breakRestore(dir string, when stack.When, restore func() error) {
+// broken takes the result of a restore that has to have failed.
+func (p *patient) broken(err error) {
 	p.scene.t.Helper()
-	tries := 20
-	if when == stack.Before || when == stack.After {
-		tries = 1
+	p.f.Reset()
+	if err == nil {
+		p.fatalf("the restore succeeded")
 	}
-	for range tries {
-		err := restore()
-		p.f.Reset()
-		if err != nil {
-			p.retryable()
-			return
-		}
-		p.counts()
-		p.must("checkpoint", p.dump(dir, true))
-		p.must("create", p.c.Create(p.ctx, client.WithRestoreImagePath(dir)))
-	}
-	p.fatalf("the restore succeeded")
+	p.retryable()
 }
 
 // pidInBundle is init's as the runtime has left it, 0 if it has not.
@@ -651,13 +615,6 @@ func TestDeadlineInDump(t *testing.T) {
 		cancel()
 		p.idle()
 		p.f.Reset()
-		if p.c.Status(p.ctx) == client.Stopped && stage == "Writing image inventory" {
-			// CRIU had come further, and begun to kill the container.
-			p.c.DeleteTask(p.ctx)
-			p.c.Restore(p.ctx, dir)
-			p.fine()
-			continue
-		}
 		if err == nil {
 			p.fatalf("the dump succeeded")
 		}

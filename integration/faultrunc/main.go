@@ -14,10 +14,12 @@
 //	<command>.<phase>.kill-parent   kill the process that called us: the shim
 //	<command>.during.kill-criu      kill CRIU
 //
-// The phase is before or after the real runtime has run, or during: when CRIU's
-// log contains the file's text. To hold CRIU is to stop it. Once at a
-// hold, faultrunc makes <command>.<phase>.reached. It notes all that it was
-// called for in the file calls. The package stack has an API for this.
+// The phase is before or after the real runtime has run, or during: when CRIU
+// has written a line to its log that contains the file's text, and before it does
+// anything else, which criulog sees to. A request for that has to be there
+// when the command begins. To hold CRIU is to stop it. Once at a hold, faultrunc
+// makes <command>.<phase>.reached. It notes all that it was called for in the
+// file calls. The package stack has an API for this.
 package main
 
 import (
@@ -34,8 +36,6 @@ import (
 	"strings"
 	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // commands are those of runc and crun that shims use.
@@ -182,13 +182,30 @@ func (c *call) run() int {
 	if err != nil {
 		c.die(fmt.Sprintf("faultrunc: %v", err))
 	}
-	logs := c.criuLogs()
+	env := os.Environ()
+	var page *page
+	lines := map[string]*line{}
+	if c.requested("during") {
+		path, library := filepath.Join(c.dir, "page"), filepath.Join(c.dir, "criulog")
+		if _, err = os.Stat(library); err == nil {
+			page, err = newPage(path)
+		}
+		if err != nil {
+			c.die(fmt.Sprintf("faultrunc: %v", err))
+		}
+		for _, action := range []string{"hold", "kill-criu", "kill-parent"} {
+			if text, ok := c.text("during", action); ok {
+				lines[action] = page.ask(text)
+			}
+		}
+		env = append(env, "CRIULOG_PAGE="+path, "LD_PRELOAD="+library)
+	}
 	signals := make(chan os.Signal, 32)
 	signal.Notify(signals)
 	// The death signal is sent when the thread dies that forked.
 	runtime.LockOSThread()
 	pid, err := syscall.ForkExec(real, append([]string{real}, c.args...), &syscall.ProcAttr{
-		Env: os.Environ(),
+		Env: env,
 		// Those above are inherited as they are.
 		Files: []uintptr{0, 1, 2},
 		Sys:   &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL},
@@ -204,8 +221,8 @@ func (c *call) run() int {
 			}
 		}
 	}()
-	if c.requested("during") {
-		go c.watchCRIU(pid, logs)
+	if len(lines) > 0 {
+		go c.watchCRIU(pid, lines)
 	}
 	var status syscall.WaitStatus
 	for {
@@ -221,59 +238,40 @@ func (c *call) run() int {
 	return status.ExitStatus()
 }
 
-// criuLogs returns the files where CRIU may log, with what is in them already.
-func (c *call) criuLogs() map[string]string {
-	dirs := []string{c.flag("--work-path"), c.flag("--image-path")}
-	if root := c.flag("--root"); root != "" {
-		dirs = append(dirs, filepath.Join(root, c.args[len(c.args)-1], "criu.work"))
-	}
-	logs := map[string]string{}
-	for _, dir := range dirs {
-		if dir != "" {
-			path := filepath.Join(dir, map[string]string{"checkpoint": "dump", "restore": "restore"}[c.command]+".log")
-			b, _ := os.ReadFile(path)
-			logs[path] = string(b)
+// watchCRIU does what is to be done at lines of CRIU's log: by action, what
+// criulog is asked for.
+func (c *call) watchCRIU(runtimePid int, lines map[string]*line) {
+	for ; ; time.Sleep(pollInterval) {
+		for action, l := range lines {
+			if l.state.Load() != reached {
+				continue
+			}
+			criu := criuPid(runtimePid)
+			if criu == 0 {
+				c.die("faultrunc: CRIU has written to its log, and is not there")
+			}
+			switch action {
+			case "hold":
+				c.holdCRIU(criu, l)
+			case "kill-criu":
+				syscall.Kill(criu, syscall.SIGKILL)
+			case "kill-parent":
+				syscall.Kill(os.Getppid(), syscall.SIGKILL)
+			}
+			l.state.Store(passed)
 		}
 	}
-	return logs
 }
 
-// watchCRIU does what is to be done when CRIU's log contains a text. A small
-// dump takes a few milliseconds, so it must not be left waiting for a CPU.
-func (c *call) watchCRIU(runtimePid int, logs map[string]string) {
-	runtime.LockOSThread()
-	unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_FIFO, Priority: 1}, 0)
-	criu := 0
-	for ; ; unix.Nanosleep(&unix.Timespec{Nsec: 100_000}, nil) {
-		var log string
-		for path, old := range logs {
-			if b, err := os.ReadFile(path); err == nil && string(b) != old {
-				log += string(b)
-			}
-		}
-		if log == "" {
-			continue
-		}
-		if criu == 0 {
-			criu = criuPid(runtimePid)
-		}
-		seen := func(action string) bool {
-			text, ok := c.text("during", action)
-			return ok && criu != 0 && strings.Contains(log, text)
-		}
-		switch {
-		case seen("hold"):
-			syscall.Kill(criu, syscall.SIGSTOP)
-			c.hold("during")
-			syscall.Kill(criu, syscall.SIGCONT)
-		case seen("kill-criu"):
-			syscall.Kill(criu, syscall.SIGKILL)
-			return
-		case seen("kill-parent"):
-			syscall.Kill(os.Getppid(), syscall.SIGKILL)
-			return
-		}
+// holdCRIU stops CRIU, as it is at a line, until it is released. Where it is a
+// child of CRIU that has written the line, that waits too.
+func (c *call) holdCRIU(criu int, l *line) {
+	syscall.Kill(criu, syscall.SIGSTOP)
+	if int(l.writer.Load()) == criu {
+		l.state.Store(passed) // and is stopped; SIGCONT lets it go on
 	}
+	c.hold("during")
+	syscall.Kill(criu, syscall.SIGCONT)
 }
 
 // criuPid returns the pid of the `criu swrk` that the runtime has started, which

@@ -123,8 +123,17 @@ func repository() (string, error) {
 
 var testProgramMu sync.Mutex
 
-// TestProgram returns the path of one of the test programs, integration/<name>,
-// which it builds if need be.
+// BuildTestProgram is the command, in the root of the checkout, that builds a
+// test program, integration/<name>, or criulog.so, to a path.
+func BuildTestProgram(name, path string) []string {
+	if name == "criulog.so" {
+		return []string{"gcc", "-shared", "-fPIC", "-nostdlib", "-O2", "-Wall", "-Werror", "-o", path, "integration/faultrunc/criulog/criulog.c"}
+	}
+	return []string{"go", "build", "-trimpath", "-ldflags=-s -w", "-o", path, "./integration/" + name}
+}
+
+// TestProgram returns the path of one of the test programs that BuildTestProgram
+// knows, and builds it if need be.
 func TestProgram(name string) (string, error) {
 	if dir := os.Getenv("STASIS_TEST_BIN"); dir != "" {
 		return filepath.Join(dir, name), nil
@@ -145,11 +154,12 @@ func TestProgram(name string) (string, error) {
 		return "", err
 	}
 	defer os.RemoveAll(tmp)
-	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", filepath.Join(tmp, name), "./integration/"+name)
+	args := BuildTestProgram(name, filepath.Join(tmp, name))
+	build := exec.Command(args[0], args[1:]...)
 	build.Dir = root
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("go build ./integration/%s: %w\n%s", name, err, out)
+		return "", fmt.Errorf("%q: %w: run contrib/setup.sh\n%s", args, err, out)
 	}
 	// Left alone if it is the same, for images are cached by their files'
 	// times; and replaced by renaming, for other tests may be running it.

@@ -39,8 +39,8 @@
 //
 //   - STASIS_CACHE: what contrib/setup.sh filled; ~/.cache/stasis if not set.
 //   - STASIS_BIN: the folder of the shim; <repository>/bin if not set.
-//   - STASIS_TEST_BIN: a folder with the test programs probe and faultrunc; if
-//     not set they are built (a machine without Go sets it).
+//   - STASIS_TEST_BIN: a folder with what BuildTestProgram builds; if not set
+//     it is built when needed (a machine without Go sets it).
 //   - STASIS_TEST_CONTAINERD: the release of containerd that a Stack runs whose
 //     Options name none; 2.4 if not set.
 //   - STASIS_TEST_SYSTEMD=1: as Options.SystemdCgroup, for every Stack.

@@ -35,8 +35,9 @@ var (
 	After = When{phase: "after"}
 )
 
-// During is when CRIU has just logged a line that contains text. Only the
-// commands checkpoint and restore have it. CRIU may be some lines further.
+// During is when CRIU has just logged a line that contains text, of the commands
+// checkpoint and restore. Who has logged it, CRIU or one of its children, does not
+// go on; its children, or CRIU itself until it is stopped, may.
 func During(text string) When { return When{phase: "during", line: text} }
 
 // Faults installs faultrunc as the stack's OCI runtime, for all containers that
@@ -50,12 +51,18 @@ func (s *Stack) Faults() *Faults {
 	if err != nil {
 		s.tb.Fatalf("%v", err)
 	}
+	criulog, err := TestProgram("criulog.so")
+	if err != nil {
+		s.tb.Fatalf("%v", err)
+	}
 	// Under the name of the real one, for who looks at names.
 	f := &Faults{s: s, dir: s.path("faults"), binary: s.path("faults", filepath.Base(s.bins.runtime))}
 	if err := os.Mkdir(f.dir, 0o700); err != nil {
 		s.tb.Fatalf("%v", err)
 	}
-	for link, target := range map[string]string{f.binary: program, filepath.Join(f.dir, "real"): s.bins.runtime} {
+	for link, target := range map[string]string{
+		f.binary: program, filepath.Join(f.dir, "real"): s.bins.runtime, filepath.Join(f.dir, "criulog"): criulog,
+	} {
 		if err := os.Symlink(target, link); err != nil {
 			s.tb.Fatalf("%v", err)
 		}

@@ -9,6 +9,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+
+	"github.com/stasis-run/stasis/integration/stack"
 )
 
 // programs are what the machine gets of the setup's cache: files and folders.
@@ -32,7 +34,9 @@ func (m *machine) makePayload(ctx context.Context, run string, slow int) error {
 	fmt.Println("vm: building the tests")
 	for _, args := range [][]string{
 		{"go", "test", "-c", "-trimpath", "-ldflags=-s -w", "-o", filepath.Join(dir, "integration.test"), "./integration"},
-		{"go", "build", "-trimpath", "-ldflags=-s -w", "-o", filepath.Join(dir, "test") + "/", "./integration/probe", "./integration/faultrunc"},
+		stack.BuildTestProgram("probe", filepath.Join(dir, "test/probe")),
+		stack.BuildTestProgram("faultrunc", filepath.Join(dir, "test/faultrunc")),
+		stack.BuildTestProgram("criulog.so", filepath.Join(dir, "test/criulog.so")),
 		{"cp", "-a", shim, filepath.Join(filepath.Dir(shim), "stasis"), filepath.Join(dir, "bin")},
 		{"cp", "-a", "contrib/vm/guest", dir},
 	} {
