@@ -63,10 +63,12 @@ test-unit: ## run the unit tests under the race detector
 	@packages=$$(go list ./...); \
 	go test -race -timeout 30m $(run_flag) $$(grep -v '/integration' <<<"$$packages")
 
+# Two at a time, however many CPUs there are: each test waits for half of its time,
+# and many at once would measure the machine's patience.
 .PHONY: test-integration
 test-integration: setup build ## run the tests on real containerd, runc, crun and CRIU (root)
 	@packages=$$(go list ./integration/... | grep -v /integration/kubernetes); \
-	$(with_env) go test -count=1 -timeout 60m $(run_flag) $$packages
+	$(with_env) go test -count=1 -timeout 60m -parallel 2 $(run_flag) $$packages
 
 .PHONY: test-kubernetes
 test-kubernetes: build ## run the tests on a real Kubernetes, which it builds (root)

@@ -63,6 +63,7 @@ func (l limits) check(t *testing.T, s *stack.Stack, name string) {
 // TestLimitsAfterRestore checks that the limits in force after a restore are those
 // of the container that is restored into, and not what the checkpoint had.
 func TestLimitsAfterRestore(t *testing.T) {
+	t.Parallel()
 	for name, opts := range runtimes {
 		t.Run(name, func(t *testing.T) {
 			s := stack.Start(t, opts)
@@ -113,6 +114,7 @@ cd /; while true; do (echo 0 > /sys/fs/cgroup/service/cgroup.procs; echo up; whi
 // own: they come back with their processes, controllers and limits, below wherever
 // the container's own is now; and what is done to the container is done to all.
 func TestNestedCgroups(t *testing.T) {
+	t.Parallel()
 	onlyV2(t)
 	for name, opts := range runtimes {
 		t.Run(name, func(t *testing.T) {
@@ -212,6 +214,7 @@ func checkNested(t *testing.T, s *stack.Stack, c *stack.Container) {
 // TestAppArmor restores a container into one with another profile, which is then
 // in force; and refuses to lose one.
 func TestAppArmor(t *testing.T) {
+	t.Parallel()
 	if data, err := os.ReadFile("/sys/module/apparmor/parameters/enabled"); err != nil || data[0] != 'Y' {
 		t.Skip("this host has no AppArmor; `make test-vm` runs this test on one that has")
 	}

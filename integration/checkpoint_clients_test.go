@@ -19,6 +19,7 @@ import (
 // TestClients checkpoints and restores by the commands of ctr and the calls of
 // containerd's Go client, whatever Stasis is called.
 func TestClients(t *testing.T) {
+	t.Parallel()
 	for name, opts := range map[string]stack.Options{
 		"stasis":       {},
 		"drop-in":      {DropIn: true},
@@ -140,6 +141,7 @@ func TestClients(t *testing.T) {
 // TestTemporary checks that containerd's copy of a checkpoint, which it forgets,
 // is removed, and nothing else.
 func TestTemporary(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	c := startProbe(ctx, s, "c", stack.ProbeArgs("-items", "none"))

@@ -83,6 +83,7 @@ func checkpointRequest(t *testing.T, id, dir string, opts *options.CheckpointOpt
 // TestCheckpointOptions checks that each option of a checkpoint reaches CRIU,
 // and that a restore repeats what it must without being told.
 func TestCheckpointOptions(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	faults := s.Faults()
@@ -191,6 +192,7 @@ func locksNetwork(t *testing.T, dir string) bool {
 // TestCheckpointCgroups checks which limits a restored container has: those of
 // its spec, or those that it was given later.
 func TestCheckpointCgroups(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	const spec, later = 50, 77
@@ -212,6 +214,7 @@ func TestCheckpointCgroups(t *testing.T) {
 // TestCheckpointState checks that a checkpoint, whether it works or not, leaves
 // a container as it was: running or paused.
 func TestCheckpointState(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	c := locker(ctx, s, "c")
@@ -286,6 +289,7 @@ func freezer(c *stack.Container) string {
 // TestCheckpointExits checks what is told of a container that ends with its
 // checkpoint.
 func TestCheckpointExits(t *testing.T) {
+	t.Parallel()
 	for _, paused := range []bool{false, true} {
 		t.Run(map[bool]string{false: "running", true: "paused"}[paused], func(t *testing.T) {
 			s := stack.Start(t, stack.Options{})
@@ -429,6 +433,7 @@ var logInError = regexp.MustCompile(`log: ([^)]*/dump\.log)\)`)
 // TestCheckpointError checks that the error of a checkpoint has CRIU's words,
 // and says where its log is, which is there.
 func TestCheckpointError(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	c := locker(ctx, s, "c")

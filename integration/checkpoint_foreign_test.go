@@ -26,6 +26,7 @@ const (
 // TestRestoreForeign restores checkpoints that others have made: what options
 // they were made with is found in their images.
 func TestRestoreForeign(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	noManifest := func(t *testing.T, dir string) {
@@ -82,6 +83,7 @@ func TestRestoreForeign(t *testing.T) {
 // TestRestoreByUpstream has containerd's own shim restore a checkpoint of ours.
 // It passes no options on, so the container has nothing that needs one.
 func TestRestoreByUpstream(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	c := startProbe(ctx, s, "c", stack.ProbeArgs("-skip", "tcp,listen,udp,flock,fcntl,ofd"))

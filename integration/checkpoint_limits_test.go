@@ -32,6 +32,7 @@ type limit struct {
 // TestLimits checks each row of the table in docs/limits.md: that CRIU fails with
 // these words, that the container runs on, and that what to do helps.
 func TestLimits(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	network := s.NewNetns()

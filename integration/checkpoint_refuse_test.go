@@ -150,6 +150,7 @@ func otherArchitecture(dir string) error {
 // TestRefuse checks that Create refuses a bad checkpoint before it does
 // anything, and that a restore never becomes a cold start.
 func TestRefuse(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	faults := s.Faults()
@@ -263,6 +264,7 @@ func TestRefuseInPod(t *testing.T) {
 // TestRestoreFails checks that a restore that fails in CRIU leaves nothing, says
 // why, and can be tried again.
 func TestRestoreFails(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	network := s.NewNetns()

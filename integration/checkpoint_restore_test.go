@@ -58,6 +58,7 @@ func startProbe(ctx context.Context, s *stack.Stack, name string, opts ...oci.Sp
 
 // TestRestoreItems restores a container for each kind of state that there is.
 func TestRestoreItems(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	network := s.NewNetns()
@@ -102,6 +103,7 @@ func TestRestoreItems(t *testing.T) {
 // TestRestoreEverywhere restores a container with all kinds of state at once,
 // by each of the ways that a client has, on each thing that Stasis runs on.
 func TestRestoreEverywhere(t *testing.T) {
+	t.Parallel()
 	for name, opts := range map[string]stack.Options{
 		"stasis":       {},
 		"drop-in":      {DropIn: true},
@@ -161,6 +163,7 @@ func TestRestoreEverywhere(t *testing.T) {
 // TestRestoreRounds checkpoints and restores a container time and again. Its
 // counter never goes back, and the processes stay what they are.
 func TestRestoreRounds(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	c := newProbe(ctx, t, s, "c")
@@ -260,6 +263,7 @@ func TestRestoredContainer(t *testing.T) {
 // TestRestoreTerminal restores a container with a terminal: it has the new
 // one, in the size that the client gives it.
 func TestRestoreTerminal(t *testing.T) {
+	t.Parallel()
 	for name, opts := range map[string]stack.Options{"runc": {}, "crun": {Crun: true}} {
 		t.Run(name, func(t *testing.T) {
 			s := stack.Start(t, opts)

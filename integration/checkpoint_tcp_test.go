@@ -19,6 +19,7 @@ import (
 // container: it is kept where the container has its address, and closed where it
 // has not, unless an annotation says otherwise.
 func TestRestoreTCP(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	here, there := s.NewNetns(), s.NewNetns()

@@ -104,6 +104,7 @@ func interrupt(t *testing.T, cmd *exec.Cmd, out *strings.Builder) string {
 // Ctrl-C, which it has time to clean up after, and by SIGKILL, which leaves that
 // to prune. Either way the container runs on.
 func TestCLIAborted(t *testing.T) {
+	t.Parallel()
 	const ref = "stasis.test/cp:1"
 	for name, when := range map[string]stack.When{
 		"before": stack.Before, "in": stack.During("Dumping task"), "after": stack.After,
@@ -255,6 +256,7 @@ func TestCLINotStored(t *testing.T) {
 // TestCLIUpstream checkpoints a container of containerd's own shim, by
 // Task.Checkpoint, and restores it under Stasis.
 func TestCLIUpstream(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	f := s.Faults()

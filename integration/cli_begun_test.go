@@ -59,6 +59,7 @@ func contentStore(s *stack.Stack, path ...string) string {
 // the runtime has not ended yet, and looks at what comes of that: the image is the
 // same as one that was written after, and when the command fails, nothing.
 func TestCLIBegun(t *testing.T) {
+	t.Parallel()
 	const mib = 96
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()

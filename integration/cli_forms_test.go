@@ -87,6 +87,7 @@ func checkTidy(t *testing.T, s *stack.Stack) {
 // TestCLIForms takes one checkpoint through every form, and every command that
 // does not need a registry.
 func TestCLIForms(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sh", "-c", "echo one > /file; rm /etc/group; echo ready; exec sleep 1000"))

@@ -79,6 +79,7 @@ func measured(t *testing.T, s *stack.Stack, args ...string) string {
 // TestCLIBombs reads files that are small and would be large: neither memory nor the
 // disk may be full of them.
 func TestCLIBombs(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	dir := t.TempDir()
 	in := func(name string) string { return filepath.Join(dir, name) }
@@ -157,6 +158,7 @@ func TestCLIBombs(t *testing.T) {
 // TestCLIHostileRegistry pulls from a registry whose manifests would take much memory, or
 // lead to each other in very many ways.
 func TestCLIHostileRegistry(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	manifests := map[string][]byte{} // by digest, or tag
 	add := func(tag string, index ocispec.Index) ocispec.Descriptor {
@@ -308,6 +310,7 @@ func TestCLINames(t *testing.T) {
 // TestCLIRestoreFails restores a file, and fails at several points: no image is left,
 // nor what it consists of.
 func TestCLIRestoreFails(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	f := s.Faults()

@@ -36,6 +36,7 @@ func (r *registry) uploads(of ...ocispec.Descriptor) int {
 // registry has is not sent again, be it the image's layers, which it has in
 // another repository, or those of the checkpoint before.
 func TestCLIMachine(t *testing.T) {
+	t.Parallel()
 	here := stack.Start(t, stack.Options{})
 	r := startRegistry(t, here, registryConfig{})
 	ctx := here.Ctx()

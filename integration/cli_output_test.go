@@ -23,6 +23,7 @@ import (
 // TestCLIBrokenOutput gives every command that prints a stdout that is full, and one
 // that nobody reads: both are told, and nothing is left.
 func TestCLIBrokenOutput(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	registry := startRegistry(t, s, registryConfig{})
@@ -99,6 +100,7 @@ func TestCLIBrokenOutput(t *testing.T) {
 
 // TestCLIOutputFiles exports to what is no regular file: it stays what it is.
 func TestCLIOutputFiles(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	counter(s.Ctx(), s, "c")
 	dir := t.TempDir()
@@ -265,6 +267,7 @@ func TestCLISignals(t *testing.T) {
 // file of a checkpoint is for others, and no secret of its memory is in an argument or
 // a log.
 func TestCLIPrivate(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx, cancel := context.WithCancel(s.Ctx())
 	defer cancel()

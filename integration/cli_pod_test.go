@@ -16,6 +16,7 @@ import (
 // TestCLIPod checkpoints all containers of a pod of Kubernetes, which runs on. Its
 // sandbox is none of them.
 func TestCLIPod(t *testing.T) {
+	t.Parallel()
 	for name, handler := range map[string]string{"stasis": stack.HandlerStasis, "drop-in": stack.HandlerDropIn, "upstream": stack.HandlerRunc} {
 		t.Run(name, func(t *testing.T) {
 			s := stack.Start(t, stack.Options{CRI: true})

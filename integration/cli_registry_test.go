@@ -136,6 +136,7 @@ func tryRegistry(t *testing.T, s *stack.Stack, program string, o registryConfig)
 // TestCLIRegistry sends a checkpoint to another machine: a second containerd,
 // with an empty store.
 func TestCLIRegistry(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	r := startRegistry(t, s, registryConfig{})
@@ -227,6 +228,7 @@ func TestCLICredentials(t *testing.T) {
 // TestCLITLS pushes to a registry with TLS, whose certificate has to be known. Its
 // address is not loopback's, from which any certificate is taken.
 func TestCLITLS(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	dir := t.TempDir()
 	o := registryConfig{address: s.NewNetns().HostAddr, certificate: filepath.Join(dir, "cert.pem"), key: filepath.Join(dir, "key.pem")}
@@ -277,6 +279,7 @@ func selfSigned(t *testing.T, o registryConfig) {
 // TestCLITransferAborted presses Ctrl-C in the middle of a push and of a pull, and
 // does them again.
 func TestCLITransferAborted(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	r := startRegistry(t, s, registryConfig{})

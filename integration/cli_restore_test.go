@@ -41,6 +41,7 @@ func (s *syncBuffer) String() string {
 // TestCLIRestore looks at what `stasis restore` can be asked for, and at what it
 // refuses without leaving anything.
 func TestCLIRestore(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sh", "-c", "trap 'exit 3' INT; i=0; while :; do i=$((i+1)); echo line $i; sleep 0.1; done"))

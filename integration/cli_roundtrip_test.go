@@ -27,6 +27,7 @@ func count(t *testing.T, text string) int {
 // TestRoundTrip takes a container through the main job of the command line: a
 // checkpoint as an image, and a restore under the same and another name.
 func TestRoundTrip(t *testing.T) {
+	t.Parallel()
 	for name, opts := range map[string]stack.Options{
 		"runc": {}, "crun": {Crun: true}, "native": {Snapshotter: "native"}, "erofs": {Snapshotter: "erofs"},
 		"erofs of fixed size": {Snapshotter: "erofs", ExtraConfig: "[plugins.'io.containerd.snapshotter.v1.erofs']\ndefault_size = '128MiB'\n"},

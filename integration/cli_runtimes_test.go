@@ -86,6 +86,7 @@ const server = net.createServer(c => c.pipe(c)).listen(0, "127.0.0.1", async () 
 // TestWorkloadRuntimes checkpoints a JVM and Node.js at work. The original and what
 // is restored of it go on alike.
 func TestWorkloadRuntimes(t *testing.T) {
+	t.Parallel()
 	prepare := []string{"sh", "-c", `mkfifo /ask /answer; printf %s "$1" >"$2"; shift 2; exec "$@"`, "sh"}
 	for name, opts := range runtimes {
 		t.Run(name, func(t *testing.T) {

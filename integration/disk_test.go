@@ -54,6 +54,7 @@ func (p *patient) whole(dir string, err error, exit bool) bool {
 // TestFullImageFolder dumps to file systems on which less and less of the
 // checkpoint has room. A container that ends with its dump must never be lost.
 func TestFullImageFolder(t *testing.T) {
+	t.Parallel()
 	p := newPatient(t)
 	dir := p.dir()
 	p.must("checkpoint", p.dump(dir, false))

@@ -243,6 +243,7 @@ func childrenOf(pid int) []int {
 
 // TestKillCRIUInDump kills CRIU at each stage of a dump.
 func TestKillCRIUInDump(t *testing.T) {
+	t.Parallel()
 	p := newPatient(t)
 	for i, stage := range dumpStages {
 		// With exit the network stays locked, and each stage is like the others.
@@ -305,6 +306,7 @@ var restoreStages = []string{
 // TestKillCRIUInRestore kills CRIU at each stage of a restore, and the runtime
 // before and after.
 func TestKillCRIUInRestore(t *testing.T) {
+	t.Parallel()
 	p := newPatient(t)
 	dir := p.dir()
 	p.must("checkpoint", p.dump(dir, true))
@@ -435,6 +437,7 @@ func (p *patient) retryable() {
 // TestKillShimInDump kills the shim at stages of a dump that is to replace an
 // older checkpoint.
 func TestKillShimInDump(t *testing.T) {
+	t.Parallel()
 	p := newPatient(t)
 	old := p.dir()
 	p.must("checkpoint", p.dump(old, true))
@@ -482,6 +485,7 @@ func (p *patient) count(topic string) (n int) {
 // TestKillShimInRestore kills the shim at stages of a restore from containerd's
 // copy of a checkpoint.
 func TestKillShimInRestore(t *testing.T) {
+	t.Parallel()
 	p := newPatient(t)
 	img := p.c.CheckpointImage(p.ctx, "stasis.test/killed:latest", &options.CheckpointOptions{OpenTcp: true, Exit: true})
 	p.c.Wait(p.ctx)
@@ -564,6 +568,7 @@ func TestKillContainerdInExitDump(t *testing.T) {
 // TestKillContainerdInRestore kills containerd at stages of a restore, which then
 // goes on.
 func TestKillContainerdInRestore(t *testing.T) {
+	t.Parallel()
 	p := newPatient(t)
 	dir := p.dir()
 	p.must("checkpoint", p.dump(dir, true))
@@ -588,6 +593,7 @@ func TestKillContainerdInRestore(t *testing.T) {
 
 // TestDeadlineInDump has the time of a dump run out.
 func TestDeadlineInDump(t *testing.T) {
+	t.Parallel()
 	p := newPatient(t)
 	begin := time.Now()
 	p.must("checkpoint", p.dump(p.dir(), false))
@@ -628,6 +634,7 @@ func TestDeadlineInDump(t *testing.T) {
 
 // TestDeadlineInRestore has the time of a restore run out.
 func TestDeadlineInRestore(t *testing.T) {
+	t.Parallel()
 	p := newPatient(t)
 	dir := p.dir()
 	p.must("checkpoint", p.dump(dir, true))

@@ -784,6 +784,7 @@ func TestRestoredInitDies(t *testing.T) {
 // processes. None may be left, the shim has to say that there is none, and
 // containerd has to start again.
 func TestFailedRestore(t *testing.T) {
+	t.Parallel()
 	for name, when := range map[string]stack.When{"before": stack.Before, "after": stack.After} {
 		t.Run(name, func(t *testing.T) {
 			s := newScene(t, stack.Options{})
