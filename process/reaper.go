@@ -259,9 +259,10 @@ func (r *Reaper) killOrphans(group int) (n int) {
 	return n
 }
 
-// isStuck tells whether the first child of a runtime is dead and not waited for:
-// it is CRIU, which the runtime waits for as soon as it has answered. The command
-// itself may be the runtime or something that has started it.
+// isStuck tells whether the first child of a runtime, which is CRIU, was killed and
+// is not waited for: the runtime waits for CRIU's answer first. If CRIU has exited
+// by itself, it has answered, and the runtime may only be waiting for a CPU. The
+// command itself may be the runtime or something that has started it.
 func isStuck(pid int) bool {
 	var first *procStat
 	for _, child := range childrenOf(pid) {
@@ -273,7 +274,7 @@ func isStuck(pid int) bool {
 	case first == nil:
 		return false
 	case first.state == 'Z':
-		return true
+		return first.killed
 	}
 	return !isCRIU(first.pid) && isStuck(first.pid)
 }

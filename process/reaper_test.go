@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -198,3 +199,37 @@ func TestMonitor(t *testing.T) {
 type fmtBuffer []byte
 
 func (b *fmtBuffer) Write(p []byte) (int, error) { *b = append(*b, p...); return len(p), nil }
+
+// TestStuckRuntime: a runtime whose CRIU was killed waits for its answer forever. One
+// whose CRIU has exited has its answer, and may only be waiting for a CPU.
+func TestStuckRuntime(t *testing.T) {
+	for how, want := range map[string]bool{"kill -KILL $$": true, "kill -ABRT $$": true, "exit 0": false, "exit 1": false, "exec sleep 60": false} {
+		t.Run(how, func(t *testing.T) {
+			// The shell becomes a program that does not wait for its children.
+			cmd := exec.Command("sh", "-c", `sh -c "$1" & exec sleep 60`, "sh", how)
+			cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+			c, err := reaper().Command(cmd)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer cmd.Wait()
+			defer wait(t, c)
+			defer unix.Kill(-c.Pid, unix.SIGKILL)
+			for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+				if children := childrenOf(c.Pid); len(children) == 1 {
+					st := statOf(children[0])
+					args, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", children[0]))
+					if st != nil && st.state == 'Z' || strings.HasPrefix(string(args), "sleep") {
+						break
+					}
+				}
+				if time.Now().After(deadline) {
+					t.Fatal("no child that sleeps or is dead")
+				}
+			}
+			if got := isStuck(c.Pid); got != want {
+				t.Errorf("stuck: %v, want %v", got, want)
+			}
+		})
+	}
+}

@@ -150,6 +150,8 @@ type procStat struct {
 	pid     int
 	state   byte
 	started int64 // clock ticks after boot
+	// killed is set for a zombie that a signal has ended.
+	killed bool
 }
 
 func statOf(pid int) *procStat {
@@ -159,12 +161,16 @@ func statOf(pid int) *procStat {
 	}
 	// The name in parentheses may contain anything.
 	fields := strings.Fields(string(data[bytes.LastIndexByte(data, ')')+1:]))
-	if len(fields) < 20 {
+	if len(fields) < 50 {
 		return nil
 	}
 	started, err := strconv.ParseInt(fields[19], 10, 64)
 	if err != nil {
 		return nil
 	}
-	return &procStat{pid, fields[0][0], started}
+	status, err := strconv.ParseUint(fields[49], 10, 32)
+	if err != nil {
+		return nil
+	}
+	return &procStat{pid, fields[0][0], started, unix.WaitStatus(status).Signaled()}
 }
