@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/containerd/v2/client"
 
 	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/process"
 )
 
 // Finding is what Check says of one thing that a host must or should have.
@@ -122,6 +123,15 @@ func checkRuntimes(ctx context.Context) []Finding {
 	crun := warn("crun", "not in PATH", "apt-get install crun libcriu2, if runc is not enough")
 	if out, done := run("crun", "--version"); done {
 		crun = judgeCrun(out)
+	}
+	for _, f := range []*Finding{&runc, &crun} {
+		switch {
+		case f.State != "ok":
+		case !process.SupportsCheckpoint(ctx, f.Name):
+			*f = warn(f.Name, "has no commands checkpoint and restore", "install another build of it")
+		case !process.SupportsPodRestore(ctx, f.Name):
+			f.Detail += "; cannot restore into pods on a host with SELinux"
+		}
 	}
 	if runc.State != "ok" && crun.State != "ok" {
 		runc.State = "missing"

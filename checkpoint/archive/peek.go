@@ -27,7 +27,8 @@ func ReadConfig(ctx context.Context, r io.Reader, limits Limits) (*capture.Captu
 
 // ReadRuntime returns the name of the runtime that ran the container in an
 // archive: of Podman and of Write that of the OCI runtime, "runc" or "crun"; of
-// CRI-O that of the handler; of containerd that of the shim.
+// CRI-O that of the handler; of containerd that of the shim. Podman's crutils has it as
+// CRGetRuntimeFromArchive.
 func ReadRuntime(ctx context.Context, r io.Reader, limits Limits) (string, error) {
 	var meta metadata
 	err := meta.read(ctx, r, limits, func() bool { return meta.config != nil })

@@ -29,6 +29,7 @@ import (
 // inodes that are free) or 1 TiB. Its owners, modes and devices are the container's
 // matter, as those of any image are.
 //
+// Podman's crutils has it as CRApplyRootFsDiffTar, for a tar without whiteouts.
 // containerd's archive.Apply would lose what a copy of a container has: the
 // attributes of the root, holes, attributes that were removed from a folder of
 // the image.

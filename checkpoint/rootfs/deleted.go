@@ -23,7 +23,8 @@ import (
 // (its deleted files are known only to who knows the base), a folder that was
 // deleted and made anew, and as JSON has no other strings, a name that is not
 // UTF-8. The error matches errdefs.ErrFailedPrecondition; ErrInvalidArgument if
-// the layer is at fault, in the ways of Apply.
+// the layer is at fault, in the ways of Apply. Podman's crutils has it as
+// CRCreateRootFsDiffTar, which passes over owners and modes of folders.
 func SplitDeleted(layer io.Reader, files io.Writer) (deleted []string, err error) {
 	defer func() {
 		if err != nil {
@@ -206,7 +207,8 @@ func deletedPath(name string) (string, error) {
 // RemoveDeleted removes files and folders from the root filesystem in the folder
 // root. The list is untrusted: nothing outside of root is removed, no link is
 // followed, and no file on another mount is reached. A file that is not there is
-// none to remove. The list is checked before anything is removed.
+// none to remove. The list is checked before anything is removed. Podman's crutils has
+// it as CRRemoveDeletedFiles.
 func RemoveDeleted(root string, deleted []string) error {
 	if err := removeDeleted(root, deleted); err != nil {
 		return fmt.Errorf("remove deleted files from %s: %w", root, err)
@@ -257,7 +259,7 @@ func removeDeleted(root string, deleted []string) error {
 // CreateLabeled makes an empty file, 0600, with an SELinux label, for an engine's
 // log that a program confined to a container has to write. An empty label sets
 // none. What is there already is not touched: the error matches
-// fs.ErrExist.
+// fs.ErrExist. Podman's crutils has it as CRCreateFileWithLabel.
 func CreateLabeled(path, selinuxLabel string) (err error) {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
