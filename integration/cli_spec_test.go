@@ -89,6 +89,7 @@ func inStore(ctx context.Context, t *testing.T, s *stack.Stack) (list []string) 
 // archive and as an image. What cannot be granted is left out; all else is refused,
 // with the flag in the error and nothing left.
 func TestHostileSpec(t *testing.T) {
+	t.Parallel()
 	for name, opts := range map[string]stack.Options{"runc": {NoGrants: true}, "crun": {NoGrants: true, Crun: true, KnownLeaks: crunCache}} {
 		t.Run(name, func(t *testing.T) {
 			s := stack.Start(t, opts)
@@ -254,6 +255,7 @@ func TestHostileSpec(t *testing.T) {
 // TestGrantedSpec restores a container that has more than others: with the flags
 // that the refusal names, pasted into a shell, and with --privileged.
 func TestGrantedSpec(t *testing.T) {
+	t.Parallel()
 	for name, opts := range map[string]stack.Options{"runc": {NoGrants: true}, "crun": {NoGrants: true, Crun: true, KnownLeaks: crunCache}} {
 		t.Run(name, func(t *testing.T) {
 			s := stack.Start(t, opts)

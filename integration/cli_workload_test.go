@@ -88,6 +88,7 @@ func (i *incrementer) advances(s *stack.Stack) {
 // restored beside the original has all that was acknowledged before its
 // checkpoint, and nothing that was sent after it.
 func TestWorkloadRedis(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	here := s.NewNetns()
@@ -169,6 +170,7 @@ func question(ctx context.Context, c *stack.Container) string {
 // iterator at work, an open file, a thread at a queue, and a child at a pipe. The
 // original and what is restored of it go on alike.
 func TestWorkloadPython(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	c := s.NewContainer(ctx, "c", stack.Python, stack.Args(answering(`
@@ -213,6 +215,7 @@ def answer():
 // sockets, and all else that the probe holds, and restores it beside the
 // original.
 func TestWorkloadTree(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	c := startProbe(ctx, s, "c")
@@ -235,6 +238,7 @@ func TestWorkloadTree(t *testing.T) {
 // TestWorkloadNginx checkpoints nginx's master and two workers. What is restored
 // serves, and its master takes a new configuration with new workers.
 func TestWorkloadNginx(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	here := s.NewNetns()

@@ -16,6 +16,7 @@ import (
 // connection to it and waits for another to be accepted, as the kubelet's probes do
 // at any moment. Neither is in the checkpoint, and neither is harmed by it.
 func TestPodConnections(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{CRI: true})
 	ctx := s.Ctx()
 	runtime, _ := s.CRI()

@@ -24,6 +24,7 @@ const podSecret = "stasis-test-secret-4f1e"
 // in one line that names the cause, the pod can be removed at once, and nothing
 // is left.
 func TestCRIRestoreRefused(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, stack.Options{})
 	source := c.RunPod(c.ctx, "source", stack.HandlerDropIn)
 	id := source.RunContainer(c.ctx, "app", stack.Busybox, countingPod, c.kubelet(source, 0), func(config *runtimeapi.ContainerConfig) {
@@ -176,6 +177,7 @@ func TestCRIRestoreRefused(t *testing.T) {
 // TestCRISpecDecides restores an archive whose spec asks for the host's files and
 // for devices: nothing of it reaches the new container.
 func TestCRISpecDecides(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, stack.Options{})
 	source := c.RunPod(c.ctx, "source", stack.HandlerDropIn)
 	id := source.RunContainer(c.ctx, "app", stack.Busybox, countingPod, c.kubelet(source, 0))

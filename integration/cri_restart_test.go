@@ -44,6 +44,7 @@ func (c *cluster) again(p *stack.Pod, image string, attempt int) (id string, fir
 // TestCRIRestartOfRestored ends restored containers, and has the kubelet start them
 // again.
 func TestCRIRestartOfRestored(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, stack.Options{})
 	ref := c.source("stasis.test/restart:cp")
 	for name, tc := range map[string]struct {
@@ -97,6 +98,7 @@ func TestCRIRestartOfRestored(t *testing.T) {
 // TestCRIRestoreTwo restores two containers of a pod, at the same time, and
 // restarts containerd.
 func TestCRIRestoreTwo(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, stack.Options{})
 	source := c.RunPod(c.ctx, "source", stack.HandlerStasis)
 	names := []string{"one", "two"}
@@ -143,6 +145,7 @@ func TestCRIRestoreTwo(t *testing.T) {
 // have the System V IPC that they shared: that of the first is there already
 // (docs/limits.md).
 func TestCRIRestoreSharedIPC(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, stack.Options{})
 	workload := func(name string) []string {
 		return []string{"/probe", "run", "-items", "counter,sysv", "-socket", "/run/" + name}
@@ -170,6 +173,7 @@ func TestCRIRestoreSharedIPC(t *testing.T) {
 // and whether the restore may be tried again depends on whether there were
 // processes already.
 func TestCRIRestoreKilled(t *testing.T) {
+	t.Parallel()
 	// What a killed shim's runtime leaves.
 	c := newCluster(t, stack.Options{KnownLeaks: []string{"runc-process"}})
 	ref := c.source("stasis.test/killed:cp")
@@ -290,6 +294,7 @@ func stager(id string) int {
 // TestCRIRestoreMemory restores into a pod whose memory limit the processes do not
 // fit into.
 func TestCRIRestoreMemory(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, stack.Options{})
 	limited := func(mib int64) func(*runtimeapi.ContainerConfig) {
 		return func(config *runtimeapi.ContainerConfig) {
@@ -323,6 +328,7 @@ func TestCRIRestoreMemory(t *testing.T) {
 // TestCRIRestoreTCP closes the connections of a restored container, whose pod has
 // another address, unless the annotation says otherwise.
 func TestCRIRestoreTCP(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, stack.Options{})
 	p := c.RunPod(c.ctx, "source", stack.HandlerStasis)
 	network := p.IP(c.ctx)

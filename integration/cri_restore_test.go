@@ -161,6 +161,7 @@ func (c *cluster) nothingFetched() {
 // TestCRIRestore restores in pods of other names: by the image, by an annotation
 // that names an image, and one that names an archive.
 func TestCRIRestore(t *testing.T) {
+	t.Parallel()
 	for _, version := range []string{"2.4", "2.1", "1.7"} {
 		t.Run(version, func(t *testing.T) {
 			c := newCluster(t, stack.Options{Version: version})
@@ -220,6 +221,7 @@ func TestCRIRestore(t *testing.T) {
 
 // TestCRIRestoreCrun is the short of TestCRIRestore under crun.
 func TestCRIRestoreCrun(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, stack.Options{Crun: true})
 	ref := c.source("stasis.test/crun:cp")
 	for name, tc := range map[string]struct {

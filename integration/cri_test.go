@@ -9,6 +9,7 @@ import (
 
 // TestSmokeCRI runs a pod of two containers under each runtime handler.
 func TestSmokeCRI(t *testing.T) {
+	t.Parallel()
 	for _, version := range []string{"2.4", "2.1", "1.7"} {
 		t.Run(version, func(t *testing.T) {
 			s := stack.Start(t, stack.Options{Version: version, CRI: true})

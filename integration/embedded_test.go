@@ -20,6 +20,7 @@ import (
 // once: after a restore that failed it is restored, after one that was done it
 // starts afresh on its files, and after one of which nobody knows it is refused.
 func TestEmbeddedAgain(t *testing.T) {
+	t.Parallel()
 	for _, snapshotter := range []string{"overlayfs", "native", "erofs", "blockfile"} {
 		t.Run(snapshotter, func(t *testing.T) {
 			// What a killed shim's runtime leaves.
@@ -103,6 +104,7 @@ func TestEmbeddedAgain(t *testing.T) {
 // host's, where the checkpoint is found only when it is mounted, and cannot be
 // read. That is refused, and the shim's other containers do not notice.
 func TestEmbeddedDamaged(t *testing.T) {
+	t.Parallel()
 	sh := startShim(t, stack.Options{})
 	tree, disk := filepath.Join(sh.s.Dir, "tree"), filepath.Join(sh.s.Dir, "disk")
 	must(t, os.MkdirAll(filepath.Join(tree, ".stasis", "checkpoint"), 0o700))

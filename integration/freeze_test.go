@@ -52,6 +52,7 @@ var ownService = map[string]stack.Options{
 // writable layer of the very moment, and a container that runs on, or is paused
 // still, or has ended.
 func TestFreeze(t *testing.T) {
+	t.Parallel()
 	for name, opts := range ownService {
 		t.Run(name, func(t *testing.T) {
 			s := stack.Start(t, opts)

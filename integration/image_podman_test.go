@@ -18,6 +18,7 @@ import (
 
 // TestImageForPodman has Podman restore a checkpoint image of ours.
 func TestImageForPodman(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	p := newPodman(t, s)
@@ -57,6 +58,7 @@ func TestImageForPodman(t *testing.T) {
 
 // TestImageOfPodman restores a checkpoint image that Podman has made.
 func TestImageOfPodman(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	p := newPodman(t, s)

@@ -85,6 +85,7 @@ func writeArchive(ctx context.Context, t *testing.T, file string, c *capture.Cap
 // TestArchiveForOthers has checkpointctl show an archive of ours, and Podman
 // restore it.
 func TestArchiveForOthers(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	p := newPodman(t, s)

@@ -12,6 +12,7 @@ import (
 // TestConvertAndRestore takes a checkpoint from every form to every other, each
 // from what the step before has made, and restores the last of each form.
 func TestConvertAndRestore(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	c := startProbe(ctx, s, "c", stack.ProbeArgs("-skip", "tcp"))

@@ -15,6 +15,7 @@ import (
 // to 2.3 restore images that look like CRI-O's checkpoints by themselves, and
 // would fail at this one if they took it for such.
 func TestRunnableUnderCRI(t *testing.T) {
+	t.Parallel()
 	for _, version := range []string{"2.4", "2.1", "1.7"} {
 		t.Run(version, func(t *testing.T) {
 			s := stack.Start(t, stack.Options{Version: version, CRI: true})

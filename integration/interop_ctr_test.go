@@ -13,6 +13,7 @@ import (
 // TestIndexForCtr has ctr restore what `stasis checkpoint` writes in containerd's
 // form.
 func TestIndexForCtr(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	c := startProbe(ctx, s, "c", stack.ProbeArgs("-skip", "tcp"))
@@ -38,6 +39,7 @@ func TestIndexForCtr(t *testing.T) {
 // TestIndexOfCtr restores what ctr writes of containers under Stasis and under
 // containerd's own shim: with all that ctr can put into it, and with less.
 func TestIndexOfCtr(t *testing.T) {
+	t.Parallel()
 	for name, runtime := range map[string]string{"stasis": stasisRuntime, "upstream": upstreamRuntime} {
 		t.Run(name, func(t *testing.T) {
 			s := stack.Start(t, stack.Options{})

@@ -17,6 +17,7 @@ import (
 // CRI writes when the kubelet asks for a checkpoint: with upstream's shim and
 // with ours.
 func TestArchiveOfKubelet(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{CRI: true})
 	ctx := s.Ctx()
 	s.Image(ctx, stack.Probe)

@@ -15,6 +15,7 @@ import (
 // TestRestoreNetwork restores a container into a network namespace that is not
 // the one it was in, where CRIU can do that, and is told where it cannot.
 func TestRestoreNetwork(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	first, second := s.NewNetns(), s.NewNetns()

@@ -126,6 +126,7 @@ func (p *podman) probe(name string) stack.ProbeReport {
 
 // TestArchiveOfPodman restores archives that Podman has exported.
 func TestArchiveOfPodman(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	p := newPodman(t, s)
@@ -204,6 +205,7 @@ func restoreForeign(ctx context.Context, t *testing.T, s *stack.Stack, from, nam
 // TestRestoreImageOfPodman has `stasis restore` restore a checkpoint image of
 // Podman's, from a file and from a registry.
 func TestRestoreImageOfPodman(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	p := newPodman(t, s)
@@ -245,6 +247,7 @@ func TestRestoreImageOfPodman(t *testing.T) {
 // TestPodmanRestores has Podman restore what `stasis checkpoint` writes for it:
 // an archive, and an image that travels as an OCI layout and through a registry.
 func TestPodmanRestores(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	p := newPodman(t, s)

@@ -1196,6 +1196,7 @@ func TestManyContainers(t *testing.T) {
 // TestManyExecs runs fifty execs at once in one container, which is killed in
 // the middle of fifty more.
 func TestManyExecs(t *testing.T) {
+	t.Parallel()
 	raceDetector(t)
 	s := newScene(t, stack.Options{})
 	c := s.running("c")

@@ -55,6 +55,7 @@ func refuses(t *testing.T, err error, want ...string) {
 // TestSignedForms: whoever makes a checkpoint, and in whatever form it is and was before,
 // it is signed, and what is signed can be told.
 func TestSignedForms(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sh", "-c", "echo changed >/file; echo ready; exec sleep 1000"))
@@ -148,6 +149,7 @@ func flipped(data []byte) []byte {
 
 // TestSignedInPod restores in pods what is signed by whom they trust, and nothing else.
 func TestSignedInPod(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, stack.Options{})
 	cri := func(args ...string) []string { return append([]string{"--namespace", stack.CRINamespace}, args...) }
 	source := c.RunPod(c.ctx, "source", stack.HandlerDropIn)

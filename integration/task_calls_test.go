@@ -22,6 +22,7 @@ import (
 // TestTaskCalls takes a container and its execs through their lives on
 // upstream's shim and on Stasis, and compares all answers and events.
 func TestTaskCalls(t *testing.T) {
+	t.Parallel()
 	for name, crun := range map[string]bool{"runc": false, "crun": true} {
 		t.Run(name, func(t *testing.T) {
 			// A folder that crun makes itself.

@@ -18,6 +18,7 @@ import (
 // TestTaskCore does what every client does, by whatever name Stasis runs,
 // under both containerds and on both runtimes.
 func TestTaskCore(t *testing.T) {
+	t.Parallel()
 	for name, tc := range map[string]struct {
 		opts stack.Options
 		// byPath names Stasis by its path, in a task that runs as

@@ -22,6 +22,7 @@ import (
 // processes have the host's files open, and end before they run: the program's first
 // act would be to make a file.
 func TestTrustAfter(t *testing.T) {
+	t.Parallel()
 	for name, opts := range map[string]stack.Options{"runc": {}, "crun": {Crun: true}} {
 		t.Run(name, func(t *testing.T) { trustAfter(t, stack.Start(t, opts)) })
 	}
@@ -142,6 +143,7 @@ func forgeFile(r *regfile.RegFileEntry, path string) {
 // TestRestoreUnseen checks that a container does not notice that it was held and looked
 // at before it ran: no process sees a signal, or that a child has stopped or gone on.
 func TestRestoreUnseen(t *testing.T) {
+	t.Parallel()
 	for name, opts := range map[string]stack.Options{"runc": {}, "crun": {Crun: true}} {
 		t.Run(name, func(t *testing.T) {
 			s := stack.Start(t, opts)

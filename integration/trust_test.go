@@ -114,6 +114,7 @@ var forgeries = map[string]forgery{
 // manifest that fits it, and without its signature: none is restored, and nothing is
 // left.
 func TestTrust(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	faults := s.Faults()
@@ -226,6 +227,7 @@ func forge(t *testing.T, dir string, f forgery) {
 // TestTrustKeeps checks that what confines a container confines it after a restore:
 // the filter of each thread, read-only files, masked paths.
 func TestTrustKeeps(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	c := s.NewContainer(ctx, "c", stack.Python, seccompprofile.WithDefaultProfile(), oci.WithNoNewPrivileges, oci.WithRootFSReadonly(),

@@ -106,8 +106,7 @@ func (s *Stack) cniConfig() (string, error) {
 		return "", err
 	}
 	// A net of our own in the range for carriers, which hosts do not have.
-	var net [4]byte
-	fmt.Sscanf(s.ID, "%02x%02x%02x%02x", &net[0], &net[1], &net[2], &net[3])
+	number := s.claim("100.64.0.0/10", 1<<14)
 	conf := fmt.Sprintf(`{
 	"cniVersion": "1.0.0",
 	"name": %q,
@@ -123,7 +122,7 @@ func (s *Stack) cniConfig() (string, error) {
 		}
 	}]
 }
-`, dirPrefix+s.ID, bridge(s.ID), s.path("ipam"), 64+net[2]%64, net[3])
+`, dirPrefix+s.ID, bridge(s.ID), s.path("ipam"), 64+number>>8, number&0xff)
 	key := fmt.Sprintf("bin_dirs = [%q]", plugins)
 	if s.opts.Version == "1.7" {
 		key = fmt.Sprintf("bin_dir = %q", plugins)

@@ -57,6 +57,11 @@ func (s *Stack) Stop() {
 	s.stopped = true
 	defer s.cancel()
 	defer s.lock.Close()
+	defer func() {
+		for _, c := range s.claims {
+			c.Close()
+		}
+	}()
 	if s.faults != nil {
 		s.faults.Reset()
 	}

@@ -1,7 +1,10 @@
 package stack
 
 import (
+	"errors"
 	"fmt"
+	"math/rand/v2"
+	"net"
 	"os/exec"
 	"path/filepath"
 	"runtime"
@@ -28,14 +31,12 @@ type Netns struct {
 func (s *Stack) NewNetns() *Netns {
 	s.tb.Helper()
 	// A net of our own in a range set aside for benchmarks, which no host has.
-	var net [2]byte
-	fmt.Sscanf(s.ID, "%02x%02x", &net[0], &net[1])
-	third := int(net[1]) + len(s.netns)
+	number := s.claim("198.18.0.0/15", 512)
 	n := &Netns{
 		Name:     fmt.Sprintf("%s%s-%d", dirPrefix, s.ID, len(s.netns)),
 		device:   fmt.Sprintf("st%s%d", s.ID, len(s.netns)),
-		HostAddr: fmt.Sprintf("198.%d.%d.1", 18+net[0]&1, third&0xff),
-		Addr:     fmt.Sprintf("198.%d.%d.2", 18+net[0]&1, third&0xff),
+		HostAddr: fmt.Sprintf("198.%d.%d.1", 18+number>>8, number&0xff),
+		Addr:     fmt.Sprintf("198.%d.%d.2", 18+number>>8, number&0xff),
 	}
 	n.Path = filepath.Join("/run/netns", n.Name)
 	s.netns = append(s.netns, n)
@@ -54,6 +55,26 @@ func (s *Stack) NewNetns() *Netns {
 		}
 	}
 	return n
+}
+
+// claim returns a number below n that no other stack on this host has for the same
+// thing, until Stop. A listener in the kernel's abstract namespace is what others
+// see, so that a test that dies leaves no claim.
+func (s *Stack) claim(thing string, n int) int {
+	s.tb.Helper()
+	for range 10 * n {
+		number := rand.IntN(n)
+		l, err := net.Listen("unix", fmt.Sprintf("@stasis-test/%s/%d", thing, number))
+		if err == nil {
+			s.claims = append(s.claims, l)
+			return number
+		}
+		if !errors.Is(err, unix.EADDRINUSE) {
+			s.tb.Fatalf("claim a part of %s: %v", thing, err)
+		}
+	}
+	s.tb.Fatalf("all of %s is in use", thing)
+	return 0
 }
 
 // With makes a container live in the network namespace.

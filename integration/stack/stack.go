@@ -92,6 +92,7 @@ type Stack struct {
 	faults     *Faults
 	baseline   baseline
 	netns      []*Netns
+	claims     []net.Listener // see claim
 	machine    *machine
 	patience   time.Duration // with processes that take their time to end
 }
