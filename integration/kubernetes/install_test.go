@@ -221,7 +221,7 @@ func (e *env) testDocument(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, section, ok := strings.Cut(string(doc), "\n## From nothing to a restored pod\n")
+	_, section, ok := strings.Cut(string(doc), "\n## Quick start\n")
 	section, _, _ = strings.Cut(section, "\n## ")
 	if !ok {
 		t.Fatal("docs/kubernetes.md has no such section")
