@@ -4,7 +4,7 @@
 // turn within each round, so that a machine whose speed drifts is as slow for
 // one as for the other. It must run as root; `make bench` sets up what it needs.
 //
-//	bench [-quick] [-only latency,memory,checkpoint] [-json FILE]
+//	bench [-quick] [-only latency,memory,checkpoint,image] [-json FILE]
 //
 // See docs/performance.md for what the rows mean.
 package main
