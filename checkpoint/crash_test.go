@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 const crashDir = "STASIS_TEST_COMMIT_IN"
@@ -36,7 +38,7 @@ func commitForever(dir string) {
 				name := filepath.Join(f.Path(), fmt.Sprintf("core-%d.img", i))
 				err = errors.Join(err, os.WriteFile(name, []byte(strconv.Itoa(n)), 0o600))
 			}
-			err = errors.Join(err, os.WriteFile(filepath.Join(f.Path(), inventoryName), []byte(strconv.Itoa(n)), 0o600))
+			err = errors.Join(err, os.WriteFile(filepath.Join(f.Path(), layout.Inventory), []byte(strconv.Itoa(n)), 0o600))
 			if n%8 == 0 {
 				err = errors.Join(err, os.WriteFile(filepath.Join(f.Path(), "pages-1.img"), make([]byte, recheckSize), 0o600))
 			}

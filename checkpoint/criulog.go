@@ -13,12 +13,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What CRIU's logs are called.
-const (
-	dumpLog    = "dump.log"
-	restoreLog = "restore.log"
-)
-
 const (
 	// logTail is how many bytes of a log's end are searched for errors: CRIU
 	// stops soon after one, so the reason is there.

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // facts is what the images themselves say of a checkpoint.
@@ -61,7 +62,7 @@ func (im images) derive() (*facts, error) {
 	if err := im.memory(); err != nil {
 		return nil, err
 	}
-	if found.options.FileLocks, err = im.anyMessage("filelocks.img", "FILE_LOCKS"); err != nil {
+	if found.options.FileLocks, err = im.anyMessage(layout.FileLocks, "FILE_LOCKS"); err != nil {
 		return nil, err
 	}
 	found.options.Terminal, err = im.foreignTerminal(sessions)
@@ -121,7 +122,7 @@ func framesOf(f *os.File) (*frames, error) {
 // checkComplete refuses an image whose last message is cut off. Images that are
 // not made of messages only are left to CRIU.
 func (im images) checkComplete(name string) error {
-	if !isImage(name) || hasPrefix(name, rawImages) {
+	if !layout.IsImage(name) || isOf(name, rawImages) {
 		return nil
 	}
 	f, err := openIn(im.dir, name)
@@ -156,7 +157,7 @@ func (im images) anyMessage(name, kind string) (some bool, err error) {
 func (im images) inventory() (*inventory.InventoryEntry, error) {
 	entry := &inventory.InventoryEntry{}
 	n := 0
-	err := im.each(inventoryName, "INVENTORY", func(msg []byte) error {
+	err := im.each(layout.Inventory, "INVENTORY", func(msg []byte) error {
 		n++
 		return decode(msg, entry)
 	})
@@ -165,7 +166,7 @@ func (im images) inventory() (*inventory.InventoryEntry, error) {
 	}
 	// CRTOOLS_IMAGES_V1 and _V1_1, CRIU's magic.h.
 	if v := entry.GetImgVersion(); n != 1 || v < 1 || v > 2 {
-		return nil, fault.Invalid("%s: %d messages, image version %d; expected one, of version 1 or 2", inventoryName, n, v)
+		return nil, fault.Invalid("%s: %d messages, image version %d; expected one, of version 1 or 2", layout.Inventory, n, v)
 	}
 	return entry, nil
 }
@@ -189,20 +190,20 @@ const (
 // session.
 func (im images) tasks() (arch string, pids map[uint32]bool, err error) {
 	pids = map[uint32]bool{}
-	need := func(format string, id uint32) error {
-		name := fmt.Sprintf(format, id)
+	need := func(series layout.Series, id uint32) error {
+		name := series.Name(id)
 		if _, ok := im.files[name]; !ok {
-			return fault.Invalid("%s: missing; pstree.img lists process or thread %d", name, id)
+			return fault.Invalid("%s: missing; %s lists process or thread %d", name, layout.ProcessTree, id)
 		}
 		return nil
 	}
-	err = im.each("pstree.img", "PSTREE", func(msg []byte) error {
+	err = im.each(layout.ProcessTree, "PSTREE", func(msg []byte) error {
 		var p pstree.PstreeEntry
 		if err := decode(msg, &p); err != nil {
 			return err
 		}
 		pids[p.GetPid()] = true
-		if err := need("core-%d.img", p.GetPid()); err != nil {
+		if err := need(layout.Core, p.GetPid()); err != nil {
 			return err
 		}
 		machine, state, err := im.core(p.GetPid())
@@ -216,32 +217,32 @@ func (im images) tasks() (arch string, pids map[uint32]bool, err error) {
 			return nil // its list of threads is rubbish
 		}
 		for _, tid := range p.GetThreads() {
-			if err := need("core-%d.img", tid); err != nil {
+			if err := need(layout.Core, tid); err != nil {
 				return err
 			}
 		}
-		if err := need("mm-%d.img", p.GetPid()); err != nil {
+		if err := need(layout.Memory, p.GetPid()); err != nil {
 			return err
 		}
-		return need("pagemap-%d.img", p.GetPid())
+		return need(layout.Pagemap, p.GetPid())
 	})
 	if errors.Is(err, fs.ErrNotExist) {
-		err = fault.Invalid("pstree.img: missing")
+		err = fault.Invalid("%s: missing", layout.ProcessTree)
 	}
 	if err == nil && len(pids) == 0 {
-		err = fault.Invalid("pstree.img: lists no process")
+		err = fault.Invalid("%s: lists no process", layout.ProcessTree)
 	}
 	return arch, pids, err
 }
 
 func (im images) core(pid uint32) (arch string, state uint32, err error) {
 	var c core.CoreEntry
-	err = im.each(fmt.Sprintf("core-%d.img", pid), "CORE", func(msg []byte) error {
+	err = im.each(layout.Core.Name(pid), "CORE", func(msg []byte) error {
 		return decode(msg, &c)
 	})
 	arch = machines[c.GetMtype()]
 	if err == nil && arch == "" {
-		err = fault.Invalid("core-%d.img: unknown architecture", pid)
+		err = fault.Invalid("%s: unknown architecture", layout.Core.Name(pid))
 	}
 	return arch, c.GetTc().GetTaskState(), err
 }
@@ -258,7 +259,7 @@ const unixExternal = 1 << 0
 
 // descriptors finds the sockets that need options.
 func (im images) descriptors(found *facts) error {
-	err := im.each("files.img", "FILES", func(msg []byte) error {
+	err := im.each(layout.Files, "FILES", func(msg []byte) error {
 		var f fdinfo.FileEntry
 		if err := decode(msg, &f); err != nil {
 			return err
@@ -278,7 +279,7 @@ func (im images) descriptors(found *facts) error {
 		return err
 	})
 	if errors.Is(err, fs.ErrNotExist) {
-		err = fault.Invalid("files.img: missing; the checkpoint is incomplete, or was made by a CRIU older than 3.3")
+		err = fault.Invalid("%s: missing; the checkpoint is incomplete, or was made by a CRIU older than 3.3", layout.Files)
 	}
 	return err
 }
@@ -302,7 +303,7 @@ func localAddress(sk *inet.InetSkEntry) (netip.Addr, error) {
 // dump_verify_tty_sids). The terminal of a container is its own; that its other
 // end is outside, runc and crun tell CRIU by themselves.
 func (im images) foreignTerminal(pids map[uint32]bool) (foreign bool, err error) {
-	err = im.each("tty-info.img", "TTY_INFO", func(msg []byte) error {
+	err = im.each(layout.Terminals, "TTY_INFO", func(msg []byte) error {
 		var t tty.TtyInfoEntry
 		if err := decode(msg, &t); err != nil {
 			return err
@@ -321,7 +322,7 @@ func (im images) foreignTerminal(pids map[uint32]bool) (foreign bool, err error)
 // memory checks that the page images are as long as the lists say.
 func (im images) memory() error {
 	for name := range im.files {
-		if !isPagemap(name) {
+		if !layout.Pagemap.Has(name) {
 			continue
 		}
 		id, pages, err := im.pagemap(name)
@@ -331,9 +332,9 @@ func (im images) memory() error {
 		if pages == 0 {
 			continue
 		}
-		file, ok := im.files[pagesName(id)]
+		file, ok := im.files[layout.Pages.Name(id)]
 		if !ok {
-			return fault.Invalid("%s: missing; %s refers to it", pagesName(id), name)
+			return fault.Invalid("%s: missing; %s refers to it", layout.Pages.Name(id), name)
 		}
 		if need := pages * int64(os.Getpagesize()); file.size < need {
 			return fault.Invalid("%s: expected %d bytes, has %d (truncated)", file.name, need, file.size)
@@ -341,8 +342,6 @@ func (im images) memory() error {
 	}
 	return nil
 }
-
-func pagesName(id uint32) string { return fmt.Sprintf("pages-%d.img", id) }
 
 // pagemap reads one list of memory pages: which image has them, and how many
 // pages long that is; 0 if that cannot be told.

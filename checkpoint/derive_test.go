@@ -13,6 +13,8 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/tty"
 	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // image builds an image of messages.
@@ -39,7 +41,7 @@ func TestTruncatedImages(t *testing.T) {
 		entries, err := os.ReadDir(realFolder(t, name))
 		must(t, err)
 		for _, e := range entries {
-			if !isImage(e.Name()) || hasPrefix(e.Name(), []string{"tmpfs-", "pipes-data", "tcp-stream-"}) {
+			if !layout.IsImage(e.Name()) || isOf(e.Name(), []layout.Series{layout.Tmpfs, layout.PipesData, layout.TCPStream}) {
 				continue
 			}
 			dir := realFolder(t, name)
@@ -69,16 +71,16 @@ func TestDeriveRefuses(t *testing.T) {
 		kind       error
 		part       string
 	}{
-		{"no tree", "pstree.img", nil, errdefs.ErrInvalidArgument, "pstree.img: missing"},
-		{"empty tree", "pstree.img", image(t, "PSTREE"), errdefs.ErrInvalidArgument, "lists no process"},
+		{"no tree", layout.ProcessTree, nil, errdefs.ErrInvalidArgument, "pstree.img: missing"},
+		{"empty tree", layout.ProcessTree, image(t, "PSTREE"), errdefs.ErrInvalidArgument, "lists no process"},
 		{"no core", "core-1.img", nil, errdefs.ErrInvalidArgument, "core-1.img: missing"},
 		{"no core of a thread", "core-6.img", nil, errdefs.ErrInvalidArgument, "core-6.img: missing"},
 		{"no memory map", "mm-8.img", nil, errdefs.ErrInvalidArgument, "mm-8.img: missing"},
 		{"no page map", "pagemap-1.img", nil, errdefs.ErrInvalidArgument, "pagemap-1.img: missing"},
 		{"no pages", "pages-2.img", nil, errdefs.ErrInvalidArgument, "pages-2.img: missing; pagemap-8.img"},
-		{"no files", "files.img", nil, errdefs.ErrInvalidArgument, "files.img: missing"},
-		{"wrong kind", "pstree.img", image(t, "FILES"), errdefs.ErrInvalidArgument, "pstree.img: is no image of kind PSTREE"},
-		{"format", inventoryName, image(t, "INVENTORY", &inventory.InventoryEntry{ImgVersion: proto.Uint32(7)}),
+		{"no files", layout.Files, nil, errdefs.ErrInvalidArgument, "files.img: missing"},
+		{"wrong kind", layout.ProcessTree, image(t, "FILES"), errdefs.ErrInvalidArgument, "pstree.img: is no image of kind PSTREE"},
+		{"format", layout.Inventory, image(t, "INVENTORY", &inventory.InventoryEntry{ImgVersion: proto.Uint32(7)}),
 			errdefs.ErrInvalidArgument, "image version 7"},
 		{"huge message", "core-1.img", append(image(t, "CORE"), 0xff, 0xff, 0xff, 0xff), errdefs.ErrInvalidArgument, "truncated"},
 		{"pre-dump", "pagemap-1.img", pages(&pagemap.PagemapEntry{NrPages: proto.Uint64(1), Flags: proto.Uint32(pagesParent)}),
@@ -142,16 +144,16 @@ func TestDerivedOptions(t *testing.T) {
 		data       []byte
 		want       Options
 	}{
-		{"nothing", "files.img", image(t, "FILES"), Options{}},
-		{"listening", "files.img", image(t, "FILES", tcp(tcpListen, 0)), Options{}},
-		{"closed", "files.img", image(t, "FILES", tcp(tcpClose, 0)), Options{}},
-		{"connecting", "files.img", image(t, "FILES", tcp(2, 0)), Options{OpenTCP: true}},
-		{"UDP", "files.img", image(t, "FILES", &fdinfo.FileEntry{Isk: &inet.InetSkEntry{Proto: proto.Uint32(17), State: proto.Uint32(1)}}), Options{}},
-		{"dumped with tcp-close", inventoryName, closing, Options{}},
-		{"no lock", "filelocks.img", image(t, "FILE_LOCKS"), Options{}},
-		{"own terminal", "tty-info.img", terminal(1), Options{}},
-		{"no session", "tty-info.img", terminal(0), Options{}},
-		{"foreign terminal", "tty-info.img", terminal(4711), Options{Terminal: true}},
+		{"nothing", layout.Files, image(t, "FILES"), Options{}},
+		{"listening", layout.Files, image(t, "FILES", tcp(tcpListen, 0)), Options{}},
+		{"closed", layout.Files, image(t, "FILES", tcp(tcpClose, 0)), Options{}},
+		{"connecting", layout.Files, image(t, "FILES", tcp(2, 0)), Options{OpenTCP: true}},
+		{"UDP", layout.Files, image(t, "FILES", &fdinfo.FileEntry{Isk: &inet.InetSkEntry{Proto: proto.Uint32(17), State: proto.Uint32(1)}}), Options{}},
+		{"dumped with tcp-close", layout.Inventory, closing, Options{}},
+		{"no lock", layout.FileLocks, image(t, "FILE_LOCKS"), Options{}},
+		{"own terminal", layout.Terminals, terminal(1), Options{}},
+		{"no session", layout.Terminals, terminal(0), Options{}},
+		{"foreign terminal", layout.Terminals, terminal(4711), Options{Terminal: true}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			dir := realFolder(t, "runc-sleep")

@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/sign"
 	"github.com/stasis-run/stasis/process"
 )
@@ -127,11 +128,11 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 			err = &ownError{rerr}
 		}
 	}
-	_ = os.Remove(filepath.Join(r.WorkDir, "stats-dump"))
+	_ = os.Remove(filepath.Join(r.WorkDir, layout.DumpStats))
 	started := time.Now()
 	if err == nil {
 		if n := len(preDumps); n > 0 {
-			opts.ParentPath = preDumpName(n)
+			opts.ParentPath = layout.PreDump(n)
 		}
 		err = r.frozen(ctx, func() error { return r.Runtime.Checkpoint(criuCtx, opts, actions...) })
 	}
@@ -162,7 +163,7 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 	if r.Exit || !r.Paused {
 		r.thaw(ctx)
 	}
-	result := &DumpResult{Frozen: time.Since(started), PreDumps: preDumps, Stats: ReadDumpStats(filepath.Join(r.WorkDir, "stats-dump")),
+	result := &DumpResult{Frozen: time.Since(started), PreDumps: preDumps, Stats: ReadDumpStats(filepath.Join(r.WorkDir, layout.DumpStats)),
 		CRIU: LogVersion(r.logPath())}
 	result.Runtime.Name, result.Runtime.Version = version()
 	// Where this host's configuration has CRIU lock the network all the same, it
@@ -279,7 +280,7 @@ func (r *DumpRequest) checkStopped() error {
 }
 
 // logPath is that of CRIU's log.
-func (r *DumpRequest) logPath() string { return filepath.Join(r.WorkDir, dumpLog) }
+func (r *DumpRequest) logPath() string { return filepath.Join(r.WorkDir, layout.DumpLog) }
 
 func (r *DumpRequest) thaw(ctx context.Context) {
 	if r.Cgroup == nil {

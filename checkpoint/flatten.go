@@ -16,6 +16,7 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/pagemap"
 
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // A dump after a pre-dump has the pages that were written to since, and says of the
@@ -43,7 +44,7 @@ func flatten(dir string, chain []string) error {
 			return fmt.Errorf("put memory of the pre-dumps into %s: %w", name, err)
 		}
 	}
-	if err := os.Remove(filepath.Join(dir, parentName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := os.Remove(filepath.Join(dir, layout.Parent)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return nil
@@ -58,7 +59,7 @@ func pageLists(dir string) (map[string]uint32, error) {
 	}
 	ids := map[string]uint32{}
 	for _, e := range entries {
-		if !isPagemap(e.Name()) {
+		if !layout.Pagemap.Has(e.Name()) {
 			continue
 		}
 		l, err := openPageList(dir, e.Name())
@@ -70,9 +71,6 @@ func pageLists(dir string) (map[string]uint32, error) {
 	}
 	return ids, nil
 }
-
-// parentName is the link to the parent that CRIU makes.
-const parentName = "parent"
 
 // flatten makes an image with the number id of all the pages in a list, and then a
 // list that refers to it: at any moment there are a list and its pages.
@@ -92,7 +90,7 @@ func (l *pageList) flatten(dir, name string, id uint32, chain []string) (err err
 		defer list.close()
 		parents = append(parents, list)
 	}
-	out, err := os.OpenFile(filepath.Join(dir, pagesName(id)), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	out, err := os.OpenFile(filepath.Join(dir, layout.Pages.Name(id)), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}
@@ -189,7 +187,7 @@ func openPageList(dir, name string) (*pageList, error) {
 	if err != nil {
 		return nil, err
 	}
-	if l.pages, err = openIn(dir, pagesName(l.id)); errors.Is(err, fs.ErrNotExist) && at == 0 {
+	if l.pages, err = openIn(dir, layout.Pages.Name(l.id)); errors.Is(err, fs.ErrNotExist) && at == 0 {
 		err = nil // CRIU makes none for no pages
 	}
 	return l, err

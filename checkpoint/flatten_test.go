@@ -11,6 +11,8 @@ import (
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/pagemap"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // memory is what a process has: the content of pages by their number.
@@ -42,7 +44,7 @@ func writePages(t *testing.T, dir, name string, id uint32, m memory, dirty func(
 	must(t, os.MkdirAll(dir, 0o700))
 	must(t, os.WriteFile(filepath.Join(dir, name), image(t, "PAGEMAP", list...), 0o600))
 	if pages.Len() > 0 {
-		must(t, os.WriteFile(filepath.Join(dir, pagesName(id)), pages.Bytes(), 0o600))
+		must(t, os.WriteFile(filepath.Join(dir, layout.Pages.Name(id)), pages.Bytes(), 0o600))
 	}
 }
 
@@ -135,7 +137,7 @@ func TestFlatten(t *testing.T) {
 			}
 		}
 		final := filepath.Join(dir, "final")
-		must(t, os.Symlink("../"+filepath.Base(chain[len(chain)-1]), filepath.Join(final, parentName)))
+		must(t, os.Symlink("../"+filepath.Base(chain[len(chain)-1]), filepath.Join(final, layout.Parent)))
 		must(t, flatten(final, chain))
 		for _, name := range names {
 			if now[name] == nil {

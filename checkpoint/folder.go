@@ -21,6 +21,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/sign"
 	"github.com/stasis-run/stasis/checkpoint/sum"
 )
@@ -66,21 +67,17 @@ func NewFolder(dir string) (*Folder, error) {
 }
 
 // Path is where CRIU has to write.
-func (f *Folder) Path() string { return filepath.Join(f.dir, partialName) }
+func (f *Folder) Path() string { return filepath.Join(f.dir, layout.Partial) }
 
-// reserveName is a file in .partial that Reserve makes, and reserveSize is its
-// size in bytes.
-const (
-	reserveName = ".reserve"
-	reserveSize = 4 << 20
-)
+// reserveSize is the size in bytes of the file that Reserve makes.
+const reserveSize = 4 << 20
 
 // Reserve takes the space on the disk that Commit will need: a few KiB for most
 // containers, and more bytes where it puts memory together. A container that ends
 // with the dump would else be lost if CRIU's images just fit.
 func (f *Folder) Reserve(more int64) error {
 	size := reserveSize + more
-	file, err := os.OpenFile(filepath.Join(f.Path(), reserveName), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	file, err := os.OpenFile(filepath.Join(f.Path(), layout.Reserve), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return wrap(f.dir, err)
 	}
@@ -133,7 +130,7 @@ func replaceable(dir string) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	_, whole := files[inventoryName]
+	_, whole := files[layout.Inventory]
 	listed := map[string]bool{}
 	if m, err := readManifestBy(dir, decodeUnsummed); err == nil && m != nil {
 		for _, file := range m.Files {
@@ -144,10 +141,10 @@ func replaceable(dir string) ([]string, error) {
 	for name, file := range files {
 		switch {
 		case !file.regular():
-		case listed[name], name == manifestName, name == sign.EnvelopeName, whole && (isImage(name) || name == descriptorsName):
+		case listed[name], name == layout.Manifest, name == layout.Signature, whole && (layout.IsImage(name) || name == layout.Descriptors):
 			names = append(names, name)
 			continue
-		case incidental(name):
+		case layout.IsIncidental(name):
 			continue
 		}
 		return nil, fault.New(errdefs.ErrAlreadyExists,
@@ -212,7 +209,7 @@ func (f *Folder) Commit(m Manifest, durable bool) error {
 }
 
 func (f *Folder) commit(m Manifest, durable bool) error {
-	if err := os.Remove(filepath.Join(f.Path(), reserveName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := os.Remove(filepath.Join(f.Path(), layout.Reserve)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	if err := repairTimers(f.Path()); err != nil {
@@ -258,7 +255,7 @@ func (f *Folder) commit(m Manifest, durable bool) error {
 		return err
 	}
 	for _, file := range files {
-		if file.name != inventoryName {
+		if file.name != layout.Inventory {
 			if err := f.move(file.name); err != nil {
 				return err
 			}
@@ -275,7 +272,7 @@ func (f *Folder) commit(m Manifest, durable bool) error {
 			return err
 		}
 	}
-	if err := f.move(inventoryName); err != nil {
+	if err := f.move(layout.Inventory); err != nil {
 		return err
 	}
 	if durable {
@@ -315,7 +312,7 @@ func (f *Folder) digest(files []entry, durable bool) ([]File, error) {
 		if err := f.close(file.name); err != nil {
 			return nil, err
 		}
-		if !incidental(file.name) {
+		if !layout.IsIncidental(file.name) {
 			listed = append(listed, File{Name: file.name, Size: file.size})
 		}
 	}
@@ -363,9 +360,9 @@ func (f *Folder) writeManifest(m *Manifest, durable bool) error {
 	if err != nil {
 		return err
 	}
-	written := map[string][]byte{manifestName: data}
+	written := map[string][]byte{layout.Manifest: data}
 	if f.key != nil {
-		if written[sign.EnvelopeName], err = f.key.Sign(data, nil); err != nil {
+		if written[layout.Signature], err = f.key.Sign(data, nil); err != nil {
 			return fmt.Errorf("sign the manifest: %w", err)
 		}
 	}
@@ -387,11 +384,11 @@ func (f *Folder) writeManifest(m *Manifest, durable bool) error {
 // checkpoint is unfinished, so the two need not be there at once.
 func (f *Folder) moveManifest() error {
 	if f.key != nil {
-		if err := f.move(sign.EnvelopeName); err != nil {
+		if err := f.move(layout.Signature); err != nil {
 			return err
 		}
 	}
-	return f.move(manifestName)
+	return f.move(layout.Manifest)
 }
 
 // removeOld ends the older checkpoint: inventory.img first, so that it is
@@ -399,11 +396,11 @@ func (f *Folder) moveManifest() error {
 func (f *Folder) removeOld() error {
 	var names []string
 	for _, name := range f.old {
-		if name != inventoryName && name != manifestName {
+		if name != layout.Inventory && name != layout.Manifest {
 			names = append(names, name)
 		}
 	}
-	for _, name := range slices.Concat([]string{inventoryName}, names, []string{manifestName}) {
+	for _, name := range slices.Concat([]string{layout.Inventory}, names, []string{layout.Manifest}) {
 		if err := os.Remove(filepath.Join(f.dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}

@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/sum"
 )
 
@@ -40,14 +41,14 @@ func TestCommit(t *testing.T) {
 		dir := filepath.Join(t.TempDir(), "a", "b")
 		f, err := NewFolder(dir)
 		must(t, err)
-		fill(t, f.Path(), "dump.log", "stats-dump")
+		fill(t, f.Path(), "dump.log", layout.DumpStats)
 		before := time.Now().Add(-time.Second)
 		must(t, f.Commit(Manifest{
 			Container: Container{ID: "c", Namespace: "n", SpecDigest: "sha256:0"}, CRIU: "4.2.1",
 			Options: Options{FileLocks: true, EmptyNamespaces: []string{"network"}},
 		}, durable))
 
-		want := append(names(t, filepath.Join("testdata", "runc-sleep")), "dump.log", "stats-dump", manifestName)
+		want := append(names(t, filepath.Join("testdata", "runc-sleep")), "dump.log", layout.DumpStats, layout.Manifest)
 		slices.Sort(want)
 		if got := names(t, dir); !slices.Equal(got, want) {
 			t.Errorf("files\n%q, want\n%q", got, want)
@@ -73,7 +74,7 @@ func TestCommit(t *testing.T) {
 			t.Errorf("files are not sorted: %v", m.Files)
 		}
 		for _, file := range m.Files {
-			if incidental(file.Name) {
+			if layout.IsIncidental(file.Name) {
 				t.Errorf("%s is listed", file.Name)
 			}
 			checkSum(t, dir, file.Name)
@@ -100,20 +101,20 @@ func TestNewFolderIn(t *testing.T) {
 		{"a checkpoint without manifest", func(t *testing.T, dir string) { fill(t, dir, "core-77.img", "dump.log") }, ""},
 		{"an unfinished checkpoint", func(t *testing.T, dir string) {
 			old(t, dir)
-			must(t, os.Remove(filepath.Join(dir, inventoryName)))
+			must(t, os.Remove(filepath.Join(dir, layout.Inventory)))
 		}, ""},
 		{"the rest of a killed one", func(t *testing.T, dir string) {
-			must(t, os.Mkdir(filepath.Join(dir, partialName), 0o755))
-			fill(t, filepath.Join(dir, partialName), "core-77.img")
-			must(t, os.Mkdir(filepath.Join(dir, partialName, "sub"), 0o700))
+			must(t, os.Mkdir(filepath.Join(dir, layout.Partial), 0o755))
+			fill(t, filepath.Join(dir, layout.Partial), "core-77.img")
+			must(t, os.Mkdir(filepath.Join(dir, layout.Partial, "sub"), 0o700))
 		}, ""},
 		{"a log", func(t *testing.T, dir string) { write(t, filepath.Join(dir, "dump.log"), nil) }, ""},
 		{"a foreign file", func(t *testing.T, dir string) { write(t, filepath.Join(dir, "letter.txt"), nil) }, "letter.txt"},
 		{"foreign images", func(t *testing.T, dir string) { write(t, filepath.Join(dir, "disk.img"), nil) }, "disk.img"},
 		{"foreign images and a rest", func(t *testing.T, dir string) {
 			write(t, filepath.Join(dir, "disk.img"), nil)
-			must(t, os.Mkdir(filepath.Join(dir, partialName), 0o755))
-			write(t, filepath.Join(dir, partialName, inventoryName), nil)
+			must(t, os.Mkdir(filepath.Join(dir, layout.Partial), 0o755))
+			write(t, filepath.Join(dir, layout.Partial, layout.Inventory), nil)
 		}, "disk.img"},
 		{"a checkpoint and a foreign file", func(t *testing.T, dir string) {
 			old(t, dir)
@@ -178,7 +179,7 @@ func TestDiscard(t *testing.T) {
 	must(t, f.Discard())
 	img, err := Open(t.Context(), dir)
 	must(t, err)
-	if img.Manifest().Container.ID != "old" || slices.Contains(names(t, dir), partialName) {
+	if img.Manifest().Container.ID != "old" || slices.Contains(names(t, dir), layout.Partial) {
 		t.Errorf("after Discard: %q", names(t, dir))
 	}
 }
@@ -192,7 +193,7 @@ func TestCommitFails(t *testing.T) {
 	}
 	t.Run("without an inventory", func(t *testing.T) {
 		f := begin(t)
-		must(t, os.Remove(filepath.Join(f.Path(), inventoryName)))
+		must(t, os.Remove(filepath.Join(f.Path(), layout.Inventory)))
 		wantError(t, f.Commit(Manifest{}, false), nil, "inventory.img is not listed", f.dir)
 		if _, err := os.Lstat(f.dir); err == nil {
 			t.Errorf("left %q", names(t, f.dir))
@@ -218,7 +219,7 @@ func TestCommitFails(t *testing.T) {
 		must(t, os.MkdirAll(filepath.Join(f.dir, "mm-1.img", "x"), 0o700))
 		err := f.Commit(Manifest{Exit: true}, false)
 		wantError(t, err, nil, f.Path())
-		if _, err := os.Lstat(filepath.Join(f.Path(), inventoryName)); err != nil {
+		if _, err := os.Lstat(filepath.Join(f.Path(), layout.Inventory)); err != nil {
 			t.Error(err)
 		}
 		_, err = Open(t.Context(), f.dir)
@@ -257,7 +258,7 @@ func TestLeaveSum(t *testing.T) {
 			known.Sum = "blake3:0"
 		}
 		checkSum(t, dir, largest)
-		checkSum(t, dir, inventoryName)
+		checkSum(t, dir, layout.Inventory)
 		_, err = Open(t.Context(), dir)
 		must(t, err)
 	}
@@ -268,14 +269,14 @@ func TestLeaveSum(t *testing.T) {
 	fill(t, f.Path())
 	f.leaveSum = true
 	must(t, f.Commit(Manifest{}, false))
-	must(t, os.Remove(filepath.Join(dir, inventoryName)))
+	must(t, os.Remove(filepath.Join(dir, layout.Inventory)))
 	f, err = NewFolder(dir)
 	must(t, err)
 	must(t, f.Discard())
 	// Another runtime's has no manifest.
 	must(t, AddSum(t.Context(), realFolder(t, "runc-sleep"), File{}, nil))
 	dir = t.TempDir()
-	write(t, filepath.Join(dir, manifestName), []byte("{}"))
+	write(t, filepath.Join(dir, layout.Manifest), []byte("{}"))
 	wantError(t, AddSum(t.Context(), dir, File{}, nil), errdefs.ErrInvalidArgument, dir)
 }
 

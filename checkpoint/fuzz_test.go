@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 func seeds(f *testing.F, pattern string) {
@@ -86,7 +88,7 @@ func FuzzFrames(f *testing.F) {
 
 // Whatever one of a checkpoint's images holds, Open neither panics nor hangs.
 func FuzzDerive(f *testing.F) {
-	targets := []string{inventoryName, "pstree.img", "core-1.img", "files.img", "pagemap-1.img", "filelocks.img", "tty-info.img"}
+	targets := []string{layout.Inventory, layout.ProcessTree, "core-1.img", layout.Files, "pagemap-1.img", layout.FileLocks, layout.Terminals}
 	for i, name := range targets {
 		paths, err := filepath.Glob(filepath.Join("testdata", "*", name))
 		must(f, err)
@@ -97,7 +99,7 @@ func FuzzDerive(f *testing.F) {
 		}
 	}
 	dir := realFolder(f, "runc-terminal")
-	write(f, filepath.Join(dir, "filelocks.img"), image(f, "FILE_LOCKS"))
+	write(f, filepath.Join(dir, layout.FileLocks), image(f, "FILE_LOCKS"))
 	f.Fuzz(func(t *testing.T, target uint8, data []byte) {
 		name := targets[int(target)%len(targets)]
 		path := filepath.Join(dir, name)

@@ -17,6 +17,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/sign"
 	"github.com/stasis-run/stasis/checkpoint/sum"
 )
@@ -27,7 +28,7 @@ const hashBuffer = 256 << 10
 // oldHash returns the hash that a file of that name has in a manifest of version 1 or
 // 2, and its name there. It tells damage and not forgery.
 func oldHash(name string) (string, hash.Hash) {
-	if isPages(name) {
+	if layout.Pages.Has(name) {
 		return "xxh64", xxhash.New()
 	}
 	return "sha256", sha256.New()

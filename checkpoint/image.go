@@ -22,6 +22,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/sign"
 )
 
@@ -71,7 +72,7 @@ func (i *Image) Options() Options { return i.options }
 // Pipes tells which of stdin, stdout and stderr were pipes to outside of the
 // container, in whose place a restore puts what the runtime has.
 func (i *Image) Pipes() (pipes [3]bool) {
-	data, err := readPart(filepath.Join(i.dir, descriptorsName), 64<<10, false)
+	data, err := readPart(filepath.Join(i.dir, layout.Descriptors), 64<<10, false)
 	if err != nil {
 		return pipes // then the runtime replaces none
 	}
@@ -161,14 +162,14 @@ func open(ctx context.Context, dir string, o OpenOptions) (*Image, error) {
 	var manifest *Manifest
 	if data != nil {
 		if manifest, err = decodeManifest(data); err != nil {
-			return nil, fmt.Errorf("%s: %w", manifestName, err)
+			return nil, fmt.Errorf("%s: %w", layout.Manifest, err)
 		}
 	}
-	if _, ok := files[inventoryName]; !ok {
-		if _, err := os.Lstat(filepath.Join(dir, partialName)); manifest != nil || err == nil {
+	if _, ok := files[layout.Inventory]; !ok {
+		if _, err := os.Lstat(filepath.Join(dir, layout.Partial)); manifest != nil || err == nil {
 			return nil, fault.Unusable("unfinished: whatever wrote it was interrupted; make the checkpoint again")
 		}
-		return nil, fault.Invalid("no checkpoint: the folder has no %s", inventoryName)
+		return nil, fault.Invalid("no checkpoint: the folder has no %s", layout.Inventory)
 	}
 	if err := checkNames(files, manifest); err != nil {
 		return nil, err
@@ -251,7 +252,7 @@ func listFolder(dir string) (map[string]entry, error) {
 			if err := unix.Fstatat(int(d.Fd()), name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 				return nil, fmt.Errorf("%s: %w", name, err)
 			}
-			if st.Mode&unix.S_IFMT == unix.S_IFDIR && (name == partialName || name == "lost+found") {
+			if st.Mode&unix.S_IFMT == unix.S_IFDIR && (name == layout.Partial || name == layout.LostFound) {
 				continue
 			}
 			entries[name] = entry{name: name, mode: st.Mode, size: st.Size, inode: st.Ino, ctimeNs: st.Ctim.Nano()}
@@ -275,7 +276,9 @@ func openIn(dir, name string) (*os.File, error) { return capture.OpenPlain(filep
 func readManifest(dir string) (*Manifest, error) { return readManifestBy(dir, decodeManifest) }
 
 // readManifestFile returns the bytes of the manifest in dir, nil if there is none.
-func readManifestFile(dir string) ([]byte, error) { return readBounded(dir, manifestName, maxManifest) }
+func readManifestFile(dir string) ([]byte, error) {
+	return readBounded(dir, layout.Manifest, maxManifest)
+}
 
 func readBounded(dir, name string, limit int64) ([]byte, error) {
 	f, err := openIn(dir, name)
@@ -303,7 +306,7 @@ func readManifestBy(dir string, decode func([]byte) (*Manifest, error)) (*Manife
 	}
 	m, err := decode(data)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", manifestName, err)
+		return nil, fmt.Errorf("%s: %w", layout.Manifest, err)
 	}
 	return m, nil
 }
@@ -311,9 +314,9 @@ func readManifestBy(dir string, decode func([]byte) (*Manifest, error)) (*Manife
 // CopyManifest puts the manifest of the checkpoint in the folder from, and its
 // envelope, into the folder to.
 func CopyManifest(to, from string) error {
-	for _, name := range []string{manifestName, sign.EnvelopeName} {
+	for _, name := range []string{layout.Manifest, layout.Signature} {
 		data, err := os.ReadFile(filepath.Join(from, name))
-		if name == sign.EnvelopeName && errors.Is(err, fs.ErrNotExist) {
+		if name == layout.Signature && errors.Is(err, fs.ErrNotExist) {
 			break
 		}
 		if err == nil {
@@ -341,10 +344,10 @@ func checkNames(files map[string]entry, m *Manifest) error {
 		switch {
 		case !file.regular():
 			return fault.Invalid("%q: a %s; a checkpoint has only regular files", name, file.kind())
-		case listed[name] || incidental(name) || name == manifestName || name == sign.EnvelopeName:
-		case m == nil && (isImage(name) && validName(name) || name == descriptorsName):
+		case listed[name] || layout.IsIncidental(name) || name == layout.Manifest || name == layout.Signature:
+		case m == nil && (layout.IsImage(name) && validName(name) || name == layout.Descriptors):
 		case m != nil:
-			return fault.Invalid("%q: not listed in %s; it was added later", name, manifestName)
+			return fault.Invalid("%q: not listed in %s; it was added later", name, layout.Manifest)
 		default:
 			return fault.Invalid("%q: no part of a checkpoint; remove it, or give the folder that holds only CRIU's images", name)
 		}

@@ -12,6 +12,8 @@ import (
 	"testing"
 
 	"github.com/containerd/errdefs"
+
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // realFolder copies a checkpoint that runc made, with page images of the right
@@ -31,14 +33,14 @@ func realFolder(t testing.TB, name string) string {
 	}
 	im := images{dir: dir, files: files}
 	for name := range files {
-		if !isPagemap(name) {
+		if !layout.Pagemap.Has(name) {
 			continue
 		}
 		id, pages, err := im.pagemap(name)
 		if err != nil {
 			t.Fatal(err)
 		}
-		path := filepath.Join(dir, pagesName(id))
+		path := filepath.Join(dir, layout.Pages.Name(id))
 		if _, err := os.Stat(path); err == nil {
 			continue
 		}
@@ -150,8 +152,8 @@ func TestOpenWithManifest(t *testing.T) {
 		t.Errorf("EstablishedTCP: %v, %v", addrs, err)
 	}
 	// A second checkpoint that was killed does not spoil this one.
-	must(t, os.Mkdir(filepath.Join(dir, partialName), 0o700))
-	write(t, filepath.Join(dir, partialName, "core-1.img"), nil)
+	must(t, os.Mkdir(filepath.Join(dir, layout.Partial), 0o700))
+	write(t, filepath.Join(dir, layout.Partial, "core-1.img"), nil)
 	_, err = Open(t.Context(), dir)
 	must(t, err)
 }
@@ -167,7 +169,7 @@ func TestOpenRefuses(t *testing.T) {
 			errdefs.ErrNotFound, []string{"no such folder"}},
 		{"a file", func(t *testing.T, dir string) { must(t, os.RemoveAll(dir)); write(t, dir, nil) },
 			errdefs.ErrInvalidArgument, []string{"not a folder"}},
-		{"unfinished", func(t *testing.T, dir string) { must(t, os.Remove(filepath.Join(dir, inventoryName))) },
+		{"unfinished", func(t *testing.T, dir string) { must(t, os.Remove(filepath.Join(dir, layout.Inventory))) },
 			errdefs.ErrFailedPrecondition, []string{"unfinished"}},
 		{"missing", func(t *testing.T, dir string) { must(t, os.Remove(filepath.Join(dir, "core-1.img"))) },
 			errdefs.ErrInvalidArgument, []string{"core-1.img: missing"}},
@@ -185,7 +187,7 @@ func TestOpenRefuses(t *testing.T) {
 			errdefs.ErrInvalidArgument, []string{`"sub": a folder`}},
 		{"link", func(t *testing.T, dir string) { replaceByLink(t, filepath.Join(dir, "core-1.img")) },
 			errdefs.ErrInvalidArgument, []string{`"core-1.img": a symbolic link`}},
-		{"manifest is a link", func(t *testing.T, dir string) { replaceByLink(t, filepath.Join(dir, manifestName)) },
+		{"manifest is a link", func(t *testing.T, dir string) { replaceByLink(t, filepath.Join(dir, layout.Manifest)) },
 			errdefs.ErrInvalidArgument, []string{`"stasis.json": a symbolic link`}},
 		{"parent link", func(t *testing.T, dir string) { must(t, os.Symlink("..", filepath.Join(dir, "parent"))) },
 			errdefs.ErrInvalidArgument, []string{`"parent": a symbolic link`}},
@@ -194,9 +196,9 @@ func TestOpenRefuses(t *testing.T) {
 		{"other CPU", func(t *testing.T, dir string) { edit(t, dir, `"cpu_features": [`, `"cpu_features": ["avx1024",`) },
 			errdefs.ErrFailedPrecondition, []string{"avx1024", "this host's lacks"}},
 		{"newer format", func(t *testing.T, dir string) { edit(t, dir, `"version": 3,`, `"version": 4, "x": 1,`) },
-			errdefs.ErrFailedPrecondition, []string{manifestName, "format version 4", "newer Stasis"}},
+			errdefs.ErrFailedPrecondition, []string{layout.Manifest, "format version 4", "newer Stasis"}},
 		{"unknown key", func(t *testing.T, dir string) { edit(t, dir, `"version": 3,`, `"version": 3, "x": 1,`) },
-			errdefs.ErrInvalidArgument, []string{manifestName, `"x"`}},
+			errdefs.ErrInvalidArgument, []string{layout.Manifest, `"x"`}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			dir := committed(t, "runc-sleep")
@@ -213,7 +215,7 @@ func TestOpenRefuses(t *testing.T) {
 func TestOpenAllowsLogs(t *testing.T) {
 	for _, dir := range []string{realFolder(t, "runc-sleep"), committed(t, "runc-sleep")} {
 		write(t, filepath.Join(dir, "dump.log"), []byte("x"))
-		write(t, filepath.Join(dir, "stats-dump"), []byte("x"))
+		write(t, filepath.Join(dir, layout.DumpStats), []byte("x"))
 		_, err := Open(t.Context(), dir)
 		must(t, err)
 	}
@@ -280,7 +282,7 @@ func replaceByLink(t *testing.T, path string) {
 // edit changes the manifest of a checkpoint.
 func edit(t *testing.T, dir, old, new string) {
 	t.Helper()
-	path := filepath.Join(dir, manifestName)
+	path := filepath.Join(dir, layout.Manifest)
 	data, err := os.ReadFile(path)
 	must(t, err)
 	if !bytes.Contains(data, []byte(old)) {

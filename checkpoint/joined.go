@@ -14,6 +14,8 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // A container of a pod joins the pod's UTS and IPC namespaces. CRIU then sets the
@@ -30,20 +32,20 @@ const joinedDir = "joined"
 func (r *RestoreRequest) imagesDir() (dir string, remove func(), err error) {
 	changed := map[string][]byte{}
 	for _, joined := range []struct {
-		kind  specs.LinuxNamespaceType
-		glob  string
-		flag  int
-		amend func([]byte) ([]byte, error)
+		kind   specs.LinuxNamespaceType
+		series layout.Series
+		flag   int
+		amend  func([]byte) ([]byte, error)
 	}{
-		{specs.UTSNamespace, "utsns-*.img", unix.CLONE_NEWUTS, amendUTS},
-		{specs.IPCNamespace, "ipcns-var-*.img", unix.CLONE_NEWIPC, amendIPC},
+		{specs.UTSNamespace, layout.UTSNamespace, unix.CLONE_NEWUTS, amendUTS},
+		{specs.IPCNamespace, layout.IPCVariables, unix.CLONE_NEWIPC, amendIPC},
 	} {
 		path := joinedNamespace(r.Spec, joined.kind)
 		if path == "" {
 			continue
 		}
 		for name := range r.Image.images.files {
-			if ok, _ := filepath.Match(joined.glob, name); !ok {
+			if !joined.series.Has(name) {
 				continue
 			}
 			data, err := readPart(filepath.Join(r.Image.Dir(), name), maxFrame, false)

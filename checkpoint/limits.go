@@ -1,19 +1,13 @@
 package checkpoint
 
 import (
+	"slices"
 	"strings"
 	"unicode/utf8"
 
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/sign"
-)
-
-// Names with a meaning of their own.
-const (
-	manifestName    = "stasis.json"
-	partialName     = ".partial"
-	inventoryName   = "inventory.img"    // CRIU's; its presence makes a folder a checkpoint
-	descriptorsName = "descriptors.json" // runc's and crun's: what stdio was connected to
 )
 
 // Limits on what is read from a checkpoint.
@@ -38,39 +32,22 @@ const (
 )
 
 // rawImages are the images that are no sequence of messages but some other
-// tool's bytes, by the prefix of their names (CRIU's image-desc.c, RAW_IMAGE_MAGIC).
-// They can be empty.
-var rawImages = []string{
-	"pages-", "tmpfs-", "ifaddr-", "route-", "route6-", "rule-",
-	"iptables-", "ip6tables-", "nftables-", "netns-ct-", "netns-exp-",
+// tool's bytes (CRIU's image-desc.c, RAW_IMAGE_MAGIC). They can be empty.
+var rawImages = []layout.Series{
+	layout.Pages, layout.Tmpfs, layout.Addresses, layout.Routes, layout.RoutesIPv6, layout.Rules,
+	layout.IPTables, layout.IP6Tables, layout.NFTables, layout.Connections, layout.ConnectionExpectation,
 }
 
 // contentImages are the images that hold content besides messages: bytes of
 // files, pipes, sockets and queues.
-var contentImages = []string{
-	"pages-", "tmpfs-", "ghost-file-", "pipes-data", "fifo-data", "sk-queues",
-	"tcp-stream-", "tty-data", "bpfmap-data", "ipcns-shm-", "ipcns-msg-", "amdgpu-",
+var contentImages = []layout.Series{
+	layout.Pages, layout.Tmpfs, layout.GhostFile, layout.PipesData, layout.FIFOData, layout.SocketQueues,
+	layout.TCPStream, layout.TerminalData, layout.BPFMapData, layout.IPCSharedMemory, layout.IPCMessages, layout.AMDGPU,
 }
 
-func hasPrefix(name string, prefixes []string) bool {
-	for _, p := range prefixes {
-		if strings.HasPrefix(name, p) {
-			return true
-		}
-	}
-	return false
-}
-
-func isImage(name string) bool { return strings.HasSuffix(name, ".img") }
-
-func isPages(name string) bool { return strings.HasPrefix(name, "pages-") && isImage(name) }
-
-func isPagemap(name string) bool { return strings.HasPrefix(name, "pagemap-") && isImage(name) }
-
-// incidental names the files that CRIU and runtimes leave beside the images
-// and that no restore reads.
-func incidental(name string) bool {
-	return strings.HasSuffix(name, ".log") || name == "stats-dump" || name == "stats-restore"
+// isOf tells whether a name begins like those of one of the series.
+func isOf(name string, series []layout.Series) bool {
+	return slices.ContainsFunc(series, func(s layout.Series) bool { return s.Begins(name) })
 }
 
 // checkSize refuses a file that is larger than the limits allow.
@@ -84,13 +61,13 @@ func checkSize(file entry) error {
 // sizeLimit returns how many bytes a file of that name may have, or -1.
 func sizeLimit(name string) int64 {
 	switch {
-	case name == manifestName:
+	case name == layout.Manifest:
 		return maxManifest
-	case name == sign.EnvelopeName:
+	case name == layout.Signature:
 		return sign.MaxEnvelope
-	case isPagemap(name):
+	case layout.Pagemap.Has(name):
 		return maxPagemap
-	case isImage(name) && hasPrefix(name, contentImages), incidental(name):
+	case layout.IsImage(name) && isOf(name, contentImages), layout.IsIncidental(name):
 		return -1
 	}
 	return maxImage
@@ -99,7 +76,7 @@ func sizeLimit(name string) int64 {
 // validName reports whether a manifest may list name: a plain name in the
 // folder, not hidden, and not the manifest's own or its envelope's.
 func validName(name string) bool {
-	if name == "" || len(name) > 255 || name[0] == '.' || name == manifestName || name == sign.EnvelopeName || !utf8.ValidString(name) {
+	if name == "" || len(name) > 255 || name[0] == '.' || name == layout.Manifest || name == layout.Signature || !utf8.ValidString(name) {
 		return false
 	}
 	return !strings.ContainsFunc(name, func(r rune) bool { return r == '/' || r < ' ' || r == 0x7f })

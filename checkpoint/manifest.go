@@ -11,6 +11,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/sum"
 	"github.com/stasis-run/stasis/process"
 )
@@ -197,8 +198,8 @@ func (m *Manifest) check() error {
 		}
 		seen[f.Name] = true
 	}
-	if !seen[inventoryName] {
-		return fmt.Errorf("files: %s is not listed", inventoryName)
+	if !seen[layout.Inventory] {
+		return fmt.Errorf("files: %s is not listed", layout.Inventory)
 	}
 	return nil
 }

@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"github.com/containerd/errdefs"
+
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 const (
@@ -70,7 +72,7 @@ func TestDecodeManifest(t *testing.T) {
 
 func TestManifestTooLarge(t *testing.T) {
 	dir := t.TempDir()
-	path := filepath.Join(dir, manifestName)
+	path := filepath.Join(dir, layout.Manifest)
 	write(t, path, nil)
 	must(t, os.Truncate(path, 1<<40))
 	_, err := readManifest(dir)

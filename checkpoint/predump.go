@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strconv"
 	"time"
 	"unsafe"
 
@@ -14,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // A pre-dump writes the memory while the container runs, but for the moment in which
@@ -33,9 +33,6 @@ type PreDump struct {
 	Pages uint64 // written
 }
 
-// preDumpName is the subfolder, of the one that CRIU dumps into, of the nth pre-dump.
-func preDumpName(n int) string { return ".pre-" + strconv.Itoa(n) }
-
 // preDump makes the pre-dumps that were asked for and tells what each has done.
 func (r *DumpRequest) preDump(ctx, callCtx context.Context, folder *Folder) (done []PreDump, err error) {
 	if r.PreDumps == 0 || r.Paused {
@@ -44,15 +41,15 @@ func (r *DumpRequest) preDump(ctx, callCtx context.Context, folder *Folder) (don
 	if works, err := SoftDirty(); err != nil || !works {
 		return nil, &ownError{fault.Unusable("there is no pre-dump on this kernel, which does not track changes of memory; boot one with CONFIG_MEM_SOFT_DIRTY, or leave the pre-dump out")}
 	}
-	stats := filepath.Join(r.WorkDir, "stats-dump")
+	stats := filepath.Join(r.WorkDir, layout.DumpStats)
 	for n := 1; r.PreDumps == PreDumpAuto || n <= r.PreDumps; n++ {
-		dir := filepath.Join(folder.Path(), preDumpName(n))
+		dir := filepath.Join(folder.Path(), layout.PreDump(n))
 		if err := os.Mkdir(dir, 0o700); err != nil {
 			return nil, &ownError{err}
 		}
 		opts := r.Options.dumpOpts(dir, r.WorkDir)
 		if n > 1 {
-			opts.ParentPath = filepath.Join("..", preDumpName(n-1))
+			opts.ParentPath = filepath.Join("..", layout.PreDump(n-1))
 		}
 		_ = os.Remove(stats) // of the one before
 		started := time.Now()
@@ -104,7 +101,7 @@ func (r *DumpRequest) resident() (size int64) {
 // preDumps are the folders of a folder's pre-dumps, the oldest first.
 func (f *Folder) preDumps() (dirs []string) {
 	for n := 1; ; n++ {
-		dir := filepath.Join(f.Path(), preDumpName(n))
+		dir := filepath.Join(f.Path(), layout.PreDump(n))
 		if _, err := os.Lstat(dir); err != nil {
 			return dirs
 		}

@@ -9,18 +9,18 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/timerfd"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // This file puts right what CRIU's images say wrongly.
-
-const filesName = "files.img"
 
 // repairTimers puts right what CRIU gets wrong about timerfds that tick (CRIU
 // issue 3162). One that has expired, and was not read since, starts its next
 // period when it is read; until then the kernel says that no time is left. CRIU
 // takes that for a timer that is not set, and it never ticks again.
 func repairTimers(dir string) error {
-	err := rewriteImage(filepath.Join(dir, filesName), func(msg []byte, put func([]byte)) error {
+	err := rewriteImage(filepath.Join(dir, layout.Files), func(msg []byte, put func([]byte)) error {
 		var file fdinfo.FileEntry
 		if err := decode(msg, &file); err != nil {
 			return err
@@ -40,14 +40,11 @@ func repairTimers(dir string) error {
 	return err
 }
 
-// cgroupName is the image of the control groups and their properties.
-const cgroupName = "cgroup.img"
-
 // thawGroups has a checkpoint say that the container runs. It was frozen before
 // CRIU began, which has noted that, and a restore that brings back all properties
 // (cgroups_mode full) would freeze CRIU itself, which is in the same group.
 func thawGroups(dir string) error {
-	err := rewriteImage(filepath.Join(dir, cgroupName), func(msg []byte, put func([]byte)) error {
+	err := rewriteImage(filepath.Join(dir, layout.Cgroups), func(msg []byte, put func([]byte)) error {
 		var groups cgroup.CgroupEntry
 		if err := decode(msg, &groups); err != nil {
 			return err

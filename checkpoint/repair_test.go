@@ -10,6 +10,8 @@ import (
 	inet "github.com/checkpoint-restore/go-criu/v8/crit/images/sk-inet"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/timerfd"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 func TestRepairTimers(t *testing.T) {
@@ -30,7 +32,7 @@ func TestRepairTimers(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
-			path := filepath.Join(dir, filesName)
+			path := filepath.Join(dir, layout.Files)
 			must(t, os.WriteFile(path, image(t, "FILES", socket, c.written, socket), 0o600))
 			must(t, repairTimers(dir))
 			got, err := os.ReadFile(path)

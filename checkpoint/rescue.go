@@ -17,6 +17,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/process"
 )
 
@@ -32,7 +33,7 @@ func (r *DumpRequest) rescue(ctx context.Context, netns string) {
 		}
 	}
 	r.unlock(ctx, netns)
-	if err := RemoveRests(r.WorkDir, dumpLog); err != nil {
+	if err := RemoveRests(r.WorkDir, layout.DumpLog); err != nil {
 		logger.WithError(err).Error("remove what CRIU has left")
 	}
 	if r.Cgroup == nil {

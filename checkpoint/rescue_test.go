@@ -6,6 +6,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 func TestStagesOfDump(t *testing.T) {
@@ -40,7 +42,7 @@ func TestStagesOfDump(t *testing.T) {
 		{begin + task + alive + failed, true, false, false},
 		{begin + task + dead + end, true, true, false},
 	} {
-		path := filepath.Join(t.TempDir(), dumpLog)
+		path := filepath.Join(t.TempDir(), layout.DumpLog)
 		must(t, os.WriteFile(path, []byte(c.log), 0o600))
 		if got := killable(path); got != c.killable {
 			t.Errorf("killable is %v after %q", got, c.log)
@@ -55,7 +57,7 @@ func TestStagesOfDump(t *testing.T) {
 			t.Errorf("run IDs %q", ids)
 		}
 	}
-	if none := filepath.Join(t.TempDir(), dumpLog); !killable(none) || finished(none) || Interrupted(none) || runIDs(none) != nil {
+	if none := filepath.Join(t.TempDir(), layout.DumpLog); !killable(none) || finished(none) || Interrupted(none) || runIDs(none) != nil {
 		t.Error("a log that is not there says something")
 	}
 }
@@ -66,7 +68,7 @@ func TestReserve(t *testing.T) {
 	f, err := NewFolder(dir)
 	must(t, err)
 	must(t, f.Reserve(0))
-	info, err := os.Stat(filepath.Join(f.Path(), reserveName))
+	info, err := os.Stat(filepath.Join(f.Path(), layout.Reserve))
 	must(t, err)
 	if info.Size() != reserveSize {
 		t.Errorf("reserved %d bytes", info.Size())
@@ -83,12 +85,12 @@ func TestRemoveRests(t *testing.T) {
 	root := "/tmp/.criu.mntns." + strings.Repeat("T", 6)
 	must(t, os.Mkdir(yard, 0o700))
 	must(t, os.MkdirAll(root, 0o700))
-	must(t, os.WriteFile(filepath.Join(dir, restoreLog), []byte("1: mnt: Move the root to "+root+"\n"), 0o600))
-	must(t, RemoveRests(dir, restoreLog))
+	must(t, os.WriteFile(filepath.Join(dir, layout.RestoreLog), []byte("1: mnt: Move the root to "+root+"\n"), 0o600))
+	must(t, RemoveRests(dir, layout.RestoreLog))
 	for _, path := range []string{yard, root} {
 		if _, err := os.Stat(path); !os.IsNotExist(err) {
 			t.Errorf("%s is left: %v", path, err)
 		}
 	}
-	must(t, RemoveRests(filepath.Join(dir, "none"), restoreLog))
+	must(t, RemoveRests(filepath.Join(dir, "none"), layout.RestoreLog))
 }

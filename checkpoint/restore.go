@@ -11,6 +11,7 @@ import (
 	"github.com/containerd/log"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/process"
 )
 
@@ -165,7 +166,7 @@ func (r *RestoreRequest) cleanup(ctx context.Context) {
 			log.G(ctx).WithError(err).Warn("remove CRIU's network lock after a failed restore")
 		}
 	}
-	if err := RemoveRests(r.WorkDir, restoreLog); err != nil {
+	if err := RemoveRests(r.WorkDir, layout.RestoreLog); err != nil {
 		log.G(ctx).WithError(err).Warn("remove what CRIU has left of a failed restore")
 	}
 }
@@ -182,4 +183,4 @@ func (r *RestoreRequest) lockedByDump() bool {
 }
 
 // logPath is that of CRIU's log.
-func (r *RestoreRequest) logPath() string { return filepath.Join(r.WorkDir, restoreLog) }
+func (r *RestoreRequest) logPath() string { return filepath.Join(r.WorkDir, layout.RestoreLog) }

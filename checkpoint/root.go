@@ -9,6 +9,8 @@ import (
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // amendRoot gives the root folder of a restored container the mode that it had,
@@ -40,7 +42,7 @@ func (r *RestoreRequest) amendRoot() error {
 // rootMode returns st_mode of the processes' root folder, or 0 if the images do
 // not have it.
 func (im images) rootMode() (mode uint32, err error) {
-	err = im.each("files.img", "FILES", func(msg []byte) error {
+	err = im.each(layout.Files, "FILES", func(msg []byte) error {
 		var f fdinfo.FileEntry
 		if err := decode(msg, &f); err != nil {
 			return err

@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/sign"
 )
 
@@ -20,12 +21,12 @@ import (
 // bytes. Nobody has where there is no envelope.
 func verifySignature(dir string, m *Manifest, data []byte, trust *sign.Trust) (sign.Verdict, error) {
 	// It has the manifest in base64, and the signatures.
-	envelope, err := readBounded(dir, sign.EnvelopeName, min(sign.MaxEnvelope, int64(len(data))*3/2+64<<10))
+	envelope, err := readBounded(dir, layout.Signature, min(sign.MaxEnvelope, int64(len(data))*3/2+64<<10))
 	if err != nil || envelope == nil {
 		return sign.Verdict{}, err
 	}
 	if m == nil || m.Version < signedVersion {
-		return sign.Verdict{}, fault.Invalid("%s: there is no manifest that could be signed: %s was replaced", sign.EnvelopeName, manifestName)
+		return sign.Verdict{}, fault.Invalid("%s: there is no manifest that could be signed: %s was replaced", layout.Signature, layout.Manifest)
 	}
 	return trust.Verify(envelope, data)
 }
@@ -47,7 +48,7 @@ func signedManifest(dir string, trust *sign.Trust) (*Manifest, sign.Verdict, err
 	var m *Manifest
 	if data != nil {
 		if m, err = decodeManifest(data); err != nil {
-			return nil, sign.Verdict{}, fmt.Errorf("%s: %w", manifestName, err)
+			return nil, sign.Verdict{}, fmt.Errorf("%s: %w", layout.Manifest, err)
 		}
 	}
 	v, err := verifySignature(dir, m, data, trust)
@@ -105,13 +106,13 @@ func writeSigned(dir string, m *Manifest, key *sign.Key, older []byte) error {
 	if key != nil {
 		envelope, err := key.Sign(data, older)
 		if err == nil {
-			err = os.WriteFile(filepath.Join(dir, sign.EnvelopeName), envelope, 0o600)
+			err = os.WriteFile(filepath.Join(dir, layout.Signature), envelope, 0o600)
 		}
 		if err != nil {
 			return fmt.Errorf("sign the manifest: %w", err)
 		}
 	}
-	return os.WriteFile(filepath.Join(dir, manifestName), data, 0o600)
+	return os.WriteFile(filepath.Join(dir, layout.Manifest), data, 0o600)
 }
 
 // Sign signs the checkpoint in dir, which has to be good. One that has no manifest, or
@@ -131,7 +132,7 @@ func signFolder(ctx context.Context, dir string, key *sign.Key, made Manifest) e
 		if err != nil {
 			return err
 		}
-		older, err := readBounded(dir, sign.EnvelopeName, sign.MaxEnvelope)
+		older, err := readBounded(dir, layout.Signature, sign.MaxEnvelope)
 		if err != nil {
 			return err
 		}
@@ -139,7 +140,7 @@ func signFolder(ctx context.Context, dir string, key *sign.Key, made Manifest) e
 		if err != nil {
 			return err
 		}
-		return os.WriteFile(filepath.Join(dir, sign.EnvelopeName), envelope, 0o600)
+		return os.WriteFile(filepath.Join(dir, layout.Signature), envelope, 0o600)
 	}
 	m := made
 	if img.manifest != nil {
@@ -155,7 +156,7 @@ func signFolder(ctx context.Context, dir string, key *sign.Key, made Manifest) e
 	}
 	m.Version, m.Files = manifestVersion, nil
 	for _, file := range img.images.files {
-		if validName(file.name) && !incidental(file.name) {
+		if validName(file.name) && !layout.IsIncidental(file.name) {
 			m.Files = append(m.Files, File{Name: file.name, Size: file.size})
 		}
 	}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/sign"
 )
 
@@ -71,7 +72,7 @@ func TestSigned(t *testing.T) {
 	must(t, err)
 	fill(t, f.Path())
 	must(t, f.Commit(Manifest{}, false))
-	if _, err := os.Lstat(filepath.Join(dir, sign.EnvelopeName)); err == nil {
+	if _, err := os.Lstat(filepath.Join(dir, layout.Signature)); err == nil {
 		t.Error("an envelope is left")
 	}
 	_, err = OpenWith(t.Context(), dir, OpenOptions{Trust: trust, Require: true})
@@ -85,7 +86,7 @@ func TestSignedIsAltered(t *testing.T) {
 	_, others := node(t)
 	otherKey, _ := node(t)
 	envelope := func(t *testing.T, dir string, do func(map[string]any)) {
-		path := filepath.Join(dir, sign.EnvelopeName)
+		path := filepath.Join(dir, layout.Signature)
 		data, err := os.ReadFile(path)
 		must(t, err)
 		var e map[string]any
@@ -107,11 +108,11 @@ func TestSignedIsAltered(t *testing.T) {
 		"added file":        {func(t *testing.T, dir string) { write(t, filepath.Join(dir, "core-9.img"), nil) }, "core-9.img", false},
 		"namespace":         {func(t *testing.T, dir string) { edit(t, dir, `"team"`, `"mine"`) }, "stasis.json is not what was signed", false},
 		"blank in manifest": {func(t *testing.T, dir string) { edit(t, dir, `{`, `{ `) }, "stasis.json is not what was signed", false},
-		"no manifest": {func(t *testing.T, dir string) { must(t, os.Remove(filepath.Join(dir, manifestName))) },
+		"no manifest": {func(t *testing.T, dir string) { must(t, os.Remove(filepath.Join(dir, layout.Manifest))) },
 			"", false},
 		"manifest and payload": {func(t *testing.T, dir string) {
 			edit(t, dir, `"team"`, `"mine"`)
-			data, err := os.ReadFile(filepath.Join(dir, manifestName))
+			data, err := os.ReadFile(filepath.Join(dir, layout.Manifest))
 			must(t, err)
 			made, err := otherKey.Sign(data, nil)
 			must(t, err)
@@ -130,12 +131,12 @@ func TestSignedIsAltered(t *testing.T) {
 			envelope(t, dir, func(e map[string]any) { e["payloadType"] = "text/plain" })
 		}, "text/plain", false},
 		"no signatures": {func(t *testing.T, dir string) { envelope(t, dir, func(e map[string]any) { e["signatures"] = []any{} }) }, "0 signatures", false},
-		"no envelope":   {func(t *testing.T, dir string) { write(t, filepath.Join(dir, sign.EnvelopeName), []byte("{}")) }, sign.EnvelopeName, false},
+		"no envelope":   {func(t *testing.T, dir string) { write(t, filepath.Join(dir, layout.Signature), []byte("{}")) }, layout.Signature, false},
 		"large envelope": {func(t *testing.T, dir string) {
-			must(t, os.Truncate(filepath.Join(dir, sign.EnvelopeName), 1<<20))
+			must(t, os.Truncate(filepath.Join(dir, layout.Signature), 1<<20))
 		}, "larger than", false},
 		"older version": {func(t *testing.T, dir string) {
-			write(t, filepath.Join(dir, manifestName), []byte(goodManifest))
+			write(t, filepath.Join(dir, layout.Manifest), []byte(goodManifest))
 		}, "", false},
 	} {
 		t.Run(name, func(t *testing.T) {

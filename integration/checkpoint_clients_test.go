@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/containerd/v2/client"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/integration/stack"
 )
 
@@ -85,7 +86,7 @@ func TestClients(t *testing.T) {
 				forget()
 				dir, work := filepath.Join(s.Dir, "ctr"), filepath.Join(s.Dir, "work")
 				s.Ctr("tasks", "checkpoint", "--exit", "--image-path", dir, "--work-path", work, "c")
-				if _, err := os.Stat(filepath.Join(work, "dump.log")); err != nil {
+				if _, err := os.Stat(filepath.Join(work, layout.DumpLog)); err != nil {
 					t.Errorf("work path: %v", err)
 				}
 				c.Wait(ctx)

@@ -26,6 +26,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/integration/stack"
 )
 
@@ -144,7 +145,7 @@ func TestCheckpointOptions(t *testing.T) {
 			if got, want := locksNetwork(t, dir), tc.opts.OpenTcp; got != want {
 				t.Errorf("CRIU locked the network: %v, want %v", got, want)
 			}
-			for _, file := range []string{"dump.log", "stats-dump"} {
+			for _, file := range []string{layout.DumpLog, layout.DumpStats} {
 				if _, err := os.Stat(filepath.Join(workPath, file)); err != nil {
 					t.Errorf("%v, want it in the work path", err)
 				}
@@ -184,7 +185,7 @@ func locksNetwork(t *testing.T, dir string) bool {
 	img, err := checkpoint.Open(t.Context(), dir)
 	must(t, err)
 	var inv inventory.InventoryEntry
-	must(t, img.Each("inventory.img", "INVENTORY", func(msg []byte) error { return proto.Unmarshal(msg, &inv) }))
+	must(t, img.Each(layout.Inventory, "INVENTORY", func(msg []byte) error { return proto.Unmarshal(msg, &inv) }))
 	const skip = 2 // CRIU's include/cr_options.h
 	return inv.GetNetworkLockMethod() != skip
 }
@@ -365,7 +366,7 @@ func TestCheckpointFolder(t *testing.T) {
 				t.Errorf("%s is not in the work path", name)
 			}
 		}
-		for _, want := range []string{"stasis.json", "inventory.img", "pstree.img", "descriptors.json"} {
+		for _, want := range []string{layout.Manifest, layout.Inventory, layout.ProcessTree, layout.Descriptors} {
 			if !slices.Contains(ls(dir), want) {
 				t.Errorf("no %s among %v", want, ls(dir))
 			}
@@ -376,7 +377,7 @@ func TestCheckpointFolder(t *testing.T) {
 		t.Fatal(err)
 	}
 	check(dir)
-	before, err := os.ReadFile(filepath.Join(dir, "stasis.json"))
+	before, err := os.ReadFile(filepath.Join(dir, layout.Manifest))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -390,7 +391,7 @@ func TestCheckpointFolder(t *testing.T) {
 	})
 	other.Checkpoint(ctx, dir, nil)
 	check(dir)
-	if after, err := os.ReadFile(filepath.Join(dir, "stasis.json")); err != nil || string(after) == string(before) {
+	if after, err := os.ReadFile(filepath.Join(dir, layout.Manifest)); err != nil || string(after) == string(before) {
 		t.Errorf("the manifest is the old one: %v", err)
 	}
 	other.Kill(ctx, syscall.SIGKILL)
@@ -462,7 +463,7 @@ func TestCheckpointError(t *testing.T) {
 			if log, err := os.ReadFile(m[1]); err != nil || !strings.Contains(string(log), noFileLocks) {
 				t.Errorf("the log: %v\n%s", err, log)
 			}
-			if name == "work_path" && m[1] != filepath.Join(work, "dump.log") {
+			if name == "work_path" && m[1] != filepath.Join(work, layout.DumpLog) {
 				t.Errorf("the log is %s, want it in %s", m[1], work)
 			}
 			if entries, err := os.ReadDir(dir); err == nil && len(entries) > 0 {

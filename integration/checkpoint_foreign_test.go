@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/oci"
 
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/integration/stack"
 )
 
@@ -31,7 +32,7 @@ func TestRestoreForeign(t *testing.T) {
 	ctx := s.Ctx()
 	noManifest := func(t *testing.T, dir string) {
 		t.Helper()
-		if _, err := os.Stat(filepath.Join(dir, "stasis.json")); !errors.Is(err, fs.ErrNotExist) {
+		if _, err := os.Stat(filepath.Join(dir, layout.Manifest)); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("a manifest: %v", err)
 		}
 	}

@@ -17,6 +17,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/oci"
 	"golang.org/x/sys/unix"
 
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/integration/stack"
 )
 
@@ -189,7 +190,7 @@ func checkPrivate(t *testing.T, dir string) (seen []string) {
 		if d.IsDir() {
 			want = 0o700
 		}
-		if filepath.Base(filepath.Dir(path)) == ".partial" && !d.IsDir() {
+		if filepath.Base(filepath.Dir(path)) == layout.Partial && !d.IsDir() {
 			want |= 0o044
 		}
 		if info.Mode().Perm()&^want != 0 {

@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/errdefs"
 
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/integration/stack"
 )
 
@@ -107,8 +108,8 @@ func TestEmbeddedDamaged(t *testing.T) {
 	t.Parallel()
 	sh := startShim(t, stack.Options{})
 	tree, disk := filepath.Join(sh.s.Dir, "tree"), filepath.Join(sh.s.Dir, "disk")
-	must(t, os.MkdirAll(filepath.Join(tree, ".stasis", "checkpoint"), 0o700))
-	must(t, os.WriteFile(filepath.Join(tree, ".stasis", "info.json"), []byte(`{"version":1}`), 0o600))
+	must(t, os.MkdirAll(filepath.Join(tree, layout.EmbeddedImages), 0o700))
+	must(t, os.WriteFile(filepath.Join(tree, layout.EmbeddedInfo), []byte(`{"version":1}`), 0o600))
 	must(t, os.WriteFile(disk, nil, 0o600))
 	must(t, os.Truncate(disk, 8<<20))
 	if out, err := exec.Command("mkfs.ext4", "-q", "-d", tree, disk).CombinedOutput(); err != nil {

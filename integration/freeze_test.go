@@ -18,6 +18,7 @@ import (
 	"github.com/containerd/ttrpc"
 
 	"github.com/stasis-run/stasis/checkpoint/api"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/integration/stack"
 	"github.com/stasis-run/stasis/process"
 )
@@ -73,7 +74,7 @@ func TestFreeze(t *testing.T) {
 			if !r.RootfsIsUpper || r.FrozenNs == 0 || r.ImageBytes == 0 || r.RuntimeName == "" || r.CriuVersion == "" || r.Criu.GetPagesWritten() == 0 || len(r.Stages) == 0 {
 				t.Errorf("result %v", r)
 			}
-			for _, name := range []string{"stasis.json", "inventory.img", "dump.log", "stats-dump"} {
+			for _, name := range []string{layout.Manifest, layout.Inventory, layout.DumpLog, layout.DumpStats} {
 				if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
 					t.Error(err)
 				}

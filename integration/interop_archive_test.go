@@ -13,6 +13,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint/archive"
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/rootfs"
 	"github.com/stasis-run/stasis/integration/stack"
 )
@@ -98,7 +99,7 @@ func TestArchiveForOthers(t *testing.T) {
 	images := filepath.Join(s.Dir, "images")
 	work := filepath.Join(s.Dir, "work")
 	c.Checkpoint(ctx, images, &options.CheckpointOptions{Exit: true, FileLocks: true, WorkPath: work})
-	for _, name := range []string{"stats-dump", "dump.log"} {
+	for _, name := range []string{layout.DumpStats, layout.DumpLog} {
 		if err := os.Rename(filepath.Join(work, name), filepath.Join(images, name)); err != nil {
 			t.Fatal(err)
 		}

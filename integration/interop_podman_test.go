@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/rootfs"
 	"github.com/stasis-run/stasis/integration/stack"
 )
@@ -78,7 +79,7 @@ func (p *podman) run(args ...string) string {
 		if exit, ok := err.(*exec.ExitError); ok {
 			stderr = exit.Stderr
 		}
-		for _, log := range []string{"dump.log", "restore.log"} {
+		for _, log := range []string{layout.DumpLog, layout.RestoreLog} {
 			logs, _ := filepath.Glob(filepath.Join(p.s.Dir, "podman/root/overlay-containers/*/userdata", log))
 			for _, log := range logs {
 				criu, _ := exec.Command("tail", "-n", "15", log).Output()

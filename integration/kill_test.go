@@ -24,6 +24,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/integration/stack"
 )
 
@@ -421,7 +422,7 @@ func (p *patient) retryable() {
 	work, _ := filepath.Glob(filepath.Join(p.c.Bundle(), "work", ".criu.*"))
 	state2, _ := filepath.Glob(filepath.Join("/run/containerd/runc", p.Namespace, "c", "*"))
 	left := slices.Concat(p.ContainerCgroups("c"), work, state2)
-	if log, err := os.ReadFile(filepath.Join(p.c.Bundle(), "work", "restore.log")); err == nil {
+	if log, err := os.ReadFile(filepath.Join(p.c.Bundle(), "work", layout.RestoreLog)); err == nil {
 		for _, dir := range mountRoot.FindAllString(string(log), -1) {
 			if _, err := os.Stat(dir); err == nil {
 				left = append(left, dir)

@@ -13,6 +13,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/sign"
 	"github.com/stasis-run/stasis/checkpoint/sum"
 	"github.com/stasis-run/stasis/integration/stack"
@@ -88,9 +89,9 @@ func TestSignedForms(t *testing.T) {
 		}
 	}
 	key := strings.TrimSpace(s.Stasis("key", "init"))
-	layout := filepath.Join(dir, "layout.tar")
-	s.Stasis("export", forms["runnable"], layout, "--format", "oci")
-	s.Stasis("import", layout, "stasis.test/imported:1")
+	ociLayout := filepath.Join(dir, "layout.tar")
+	s.Stasis("export", forms["runnable"], ociLayout, "--format", "oci")
+	s.Stasis("import", ociLayout, "stasis.test/imported:1")
 	verifies(t, s, "stasis.test/imported:1")
 	var list []struct {
 		Ref      string
@@ -133,7 +134,7 @@ func TestSignedForms(t *testing.T) {
 		refuses(t, err, what)
 	}
 	// Without a signature it is checked as any, where root names it.
-	must(t, remove(sign.EnvelopeName)(folder))
+	must(t, remove(layout.Signature)(folder))
 	_, err = s.StasisErr("verify", folder)
 	refuses(t, err, "it is not signed", "stasis sign")
 	c.Restore(ctx, folder)
@@ -223,7 +224,7 @@ func TestSignedInPod(t *testing.T) {
 
 	// Without a signature, and by a key that is not trusted.
 	unsigned := filepath.Join(c.archives(), "unsigned.tar")
-	rewriteTar(t, ours, unsigned, map[string]func([]byte) []byte{"checkpoint/" + sign.EnvelopeName: func([]byte) []byte { return nil }})
+	rewriteTar(t, ours, unsigned, map[string]func([]byte) []byte{"checkpoint/" + layout.Signature: func([]byte) []byte { return nil }})
 	refuses(t, restores("unsigned", stack.Busybox, unsigned), "it is not signed", "stasis sign", "restore.unsigned")
 	c.configure(`unsigned = "check"`)
 	good("unsigned, checked", restores("unsigned", stack.Busybox, unsigned))
@@ -294,13 +295,13 @@ func TestNotSigned(t *testing.T) {
 func TestEmbeddedIsRead(t *testing.T) {
 	sh := startShim(t, stack.Options{})
 	root := filepath.Join(sh.s.Dir, "tree")
-	dir := filepath.Join(root, ".stasis", "checkpoint")
+	dir := filepath.Join(root, layout.EmbeddedImages)
 	f, err := checkpoint.NewFolder(dir)
 	must(t, err)
 	must(t, os.CopyFS(f.Path(), os.DirFS("../checkpoint/testdata/runc-sleep")))
 	must(t, os.WriteFile(filepath.Join(f.Path(), "pages-9.img"), make([]byte, 5<<20), 0o600))
 	must(t, f.Commit(checkpoint.Manifest{}, false))
-	must(t, os.WriteFile(filepath.Join(root, ".stasis", "info.json"), []byte(`{"version":1}`), 0o600))
+	must(t, os.WriteFile(filepath.Join(root, layout.EmbeddedInfo), []byte(`{"version":1}`), 0o600))
 	// As if the file were another with the same inode and times.
 	made, err := checkpoint.Open(sh.ctx, dir)
 	must(t, err)
@@ -314,7 +315,7 @@ func TestEmbeddedIsRead(t *testing.T) {
 	}
 	data, err := json.Marshal(m)
 	must(t, err)
-	must(t, os.WriteFile(filepath.Join(dir, "stasis.json"), data, 0o600))
+	must(t, os.WriteFile(filepath.Join(dir, layout.Manifest), data, 0o600))
 	_, err = checkpoint.Open(sh.ctx, dir)
 	must(t, err)
 	r := sh.createRequest("c")

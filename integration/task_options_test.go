@@ -17,6 +17,7 @@ import (
 	"github.com/containerd/containerd/v2/client"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/integration/stack"
 )
 
@@ -112,7 +113,7 @@ func TestRuntimeOptions(t *testing.T) {
 				t.Errorf("init is %q, want the restored sleep", out)
 			}
 			called("restore", work)
-			if _, err := os.Stat(filepath.Join(work, "restore.log")); err != nil {
+			if _, err := os.Stat(filepath.Join(work, layout.RestoreLog)); err != nil {
 				t.Errorf("CRIU has worked elsewhere: %v", err)
 			}
 			if code := c.Kill(ctx, syscall.SIGKILL); code != 137 {

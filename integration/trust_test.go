@@ -28,7 +28,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/stasis-run/stasis/checkpoint"
-	"github.com/stasis-run/stasis/checkpoint/sign"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/sum"
 	"github.com/stasis-run/stasis/integration/stack"
 )
@@ -200,7 +200,7 @@ func forge(t *testing.T, dir string, f forgery) {
 	must(t, crit.New(nil, out, "", false, false).Encode(img))
 	must(t, out.Close())
 
-	path := filepath.Join(dir, "stasis.json")
+	path := filepath.Join(dir, layout.Manifest)
 	data, err := os.ReadFile(path)
 	must(t, err)
 	var m checkpoint.Manifest
@@ -221,7 +221,7 @@ func forge(t *testing.T, dir string, f forgery) {
 	must(t, os.WriteFile(path, data, 0o600))
 	// A forger has no key, so it is not signed; what is altered below a signature, none
 	// takes (TestSigned).
-	must(t, os.Remove(filepath.Join(dir, sign.EnvelopeName)))
+	must(t, os.Remove(filepath.Join(dir, layout.Signature)))
 }
 
 // TestTrustKeeps checks that what confines a container confines it after a restore:

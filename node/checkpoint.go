@@ -20,6 +20,7 @@ import (
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 	"github.com/stasis-run/stasis/checkpoint/image"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // CheckpointRequest says which containers to checkpoint, how, and what to make of it.
@@ -284,7 +285,7 @@ func (n *Node) checkpointOne(ctx context.Context, c *client.Client, container cl
 	defer func() { d.early.discard(ctx) }()
 	got, err := d.dump(ctx, work.dir, r, o, bar)
 	// Also if it was interrupted too late.
-	images := filepath.Join(work.dir, "checkpoint")
+	images := filepath.Join(work.dir, layout.Images)
 	if partial := unfinished(images); r.Exit {
 		// In this order, as the shim may be moving them up just now.
 		dumped := isWhole(partial)

@@ -19,6 +19,7 @@ import (
 	"github.com/stasis-run/stasis/checkpoint/api"
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/image"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/rootfs"
 	"github.com/stasis-run/stasis/checkpoint/sign"
 )
@@ -108,7 +109,7 @@ func (d *dumper) dump(ctx context.Context, dir string, f *CheckpointRequest, o i
 	if err != nil {
 		return nil, err
 	}
-	c := &capture.Capture{Info: info, Images: filepath.Join(dir, "checkpoint"), Spec: d.info.Spec.GetValue()}
+	c := &capture.Capture{Info: info, Images: filepath.Join(dir, layout.Images), Spec: d.info.Spec.GetValue()}
 	r := &api.CheckpointRequest{Id: d.container.ID(), ImagePath: c.Images, Exit: f.Exit, PreDumps: int32(f.PreDumps), Options: f.Options.forShim(),
 		BaseConfig: info.Base.Config}
 	if len(d.mounts) > 0 && !f.Exit {
@@ -176,7 +177,7 @@ func (d *dumper) unsigned(why string) {
 
 // unfinished is where the shim has CRIU write to, until a checkpoint in the folder
 // images is whole.
-func unfinished(images string) string { return filepath.Join(images, ".partial") }
+func unfinished(images string) string { return filepath.Join(images, layout.Partial) }
 
 // checkpointByTask does without Stasis's own service what r asks for.
 func (d *dumper) checkpointByTask(ctx context.Context, r *api.CheckpointRequest) (_ *api.CheckpointResult, err error) {
@@ -231,7 +232,7 @@ func (d *dumper) checkpointByTask(ctx context.Context, r *api.CheckpointRequest)
 		}
 	}
 	result.FrozenNs = uint64(time.Since(started))
-	result.CriuVersion = checkpoint.LogVersion(filepath.Join(r.ImagePath, "dump.log"))
+	result.CriuVersion = checkpoint.LogVersion(filepath.Join(r.ImagePath, layout.DumpLog))
 	size, err := sizeOf(r.ImagePath)
 	result.ImageBytes = uint64(size)
 	return result, err

@@ -19,6 +19,7 @@ import (
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/image"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/sign"
 	"github.com/stasis-run/stasis/checkpoint/sum"
 )
@@ -138,7 +139,7 @@ const (
 func (e *earlyLayer) wait(folder string, more int64) *os.File {
 	for !e.hasDumped() {
 		time.Sleep(longPause)
-		files, _ := filepath.Glob(filepath.Join(folder, "pages-*.img"))
+		files, _ := filepath.Glob(filepath.Join(folder, layout.Pages.Glob()))
 		for _, file := range files {
 			if info, err := os.Lstat(file); err != nil || info.Size() <= more {
 				continue

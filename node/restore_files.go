@@ -14,6 +14,7 @@ import (
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/errdefs"
 
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/rootfs"
 )
 
@@ -77,7 +78,7 @@ func makeDevShm(ctx context.Context, path string, root *os.Root) error {
 		return err
 	}
 	if hasDevShm(root) {
-		f, err := root.Open(embeddedDevShm)
+		f, err := root.Open(layout.EmbeddedDevShm)
 		if err != nil {
 			return err
 		}
@@ -91,6 +92,6 @@ func makeDevShm(ctx context.Context, path string, root *os.Root) error {
 
 // hasDevShm tells whether the checkpoint tells what was in /dev/shm.
 func hasDevShm(root *os.Root) bool {
-	info, err := root.Lstat(embeddedDevShm)
+	info, err := root.Lstat(layout.EmbeddedDevShm)
 	return err == nil && info.Mode().IsRegular()
 }

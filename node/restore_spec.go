@@ -16,6 +16,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/policy/allow"
 	"github.com/stasis-run/stasis/checkpoint/rootfs"
 )
@@ -45,39 +46,32 @@ func withEmbedded(ctx context.Context, c *client.Client, container *containers.C
 			folders = []string{dir}
 		}
 		for _, dir := range folders {
-			if _, err := os.Lstat(filepath.Join(dir, embeddedSpec)); err == nil {
+			if _, err := os.Lstat(filepath.Join(dir, layout.EmbeddedSpec)); err == nil {
 				return in(dir)
 			}
 		}
 		if folders != nil {
-			return fmt.Errorf("the image has no /%s: %w", embeddedSpec, errdefs.ErrInvalidArgument)
+			return fmt.Errorf("the image has no /%s: %w", layout.EmbeddedSpec, errdefs.ErrInvalidArgument)
 		}
 		return mount.WithReadonlyTempMount(ctx, mounts, in)
 	})
 }
 
-// What a runnable image has besides CRIU's images.
-const (
-	embeddedSpec   = ".stasis/spec.json"
-	embeddedDevShm = ".stasis/devshm-checkpoint.tar"
-	embeddedImages = ".stasis/checkpoint"
-)
-
 // readSpec reads the spec of the container that was checkpointed.
 func readSpec(root *os.Root) ([]byte, error) {
-	info, err := root.Lstat(embeddedSpec)
+	info, err := root.Lstat(layout.EmbeddedSpec)
 	if err != nil {
 		return nil, err
 	}
 	if !info.Mode().IsRegular() || info.Size() > maxSpec {
-		return nil, fmt.Errorf("/.stasis/spec.json is no file, or larger than %d bytes: %w", maxSpec, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("/%s is no file, or larger than %d bytes: %w", layout.EmbeddedSpec, maxSpec, errdefs.ErrInvalidArgument)
 	}
-	data, err := root.ReadFile(embeddedSpec)
+	data, err := root.ReadFile(layout.EmbeddedSpec)
 	if err != nil {
 		return nil, err
 	}
 	if err := capture.CheckJSON(data); err != nil {
-		return nil, fmt.Errorf("/.stasis/spec.json: %w", err)
+		return nil, fmt.Errorf("/%s: %w", layout.EmbeddedSpec, err)
 	}
 	return data, nil
 }
@@ -145,7 +139,7 @@ func (op *restoring) embedded(ctx context.Context, container *containers.Contain
 	if err != nil {
 		return nil, err
 	}
-	images, err := root.OpenRoot(embeddedImages)
+	images, err := root.OpenRoot(layout.EmbeddedImages)
 	if err != nil {
 		return nil, err
 	}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // retainedNote says what there is of a container that ended with its dump, when that
@@ -51,7 +52,7 @@ func (n *Node) storeRetained(ctx context.Context, c *client.Client, container cl
 	if err := d.checkTarget(ctx, r.Ref, r.Format); err != nil {
 		return nil, err
 	}
-	got, err := d.retained(ctx, filepath.Join(dir, "checkpoint"))
+	got, err := d.retained(ctx, filepath.Join(dir, layout.Images))
 	if err != nil {
 		return nil, err
 	}
@@ -83,11 +84,11 @@ func (d *dumper) retained(ctx context.Context, images string) (*capture.Capture,
 	m := img.Manifest()
 	if m == nil {
 		// Another runtime's, which tells nothing but when it was made.
-		made, err := os.Stat(filepath.Join(images, "inventory.img"))
+		made, err := os.Stat(filepath.Join(images, layout.Inventory))
 		if err != nil {
 			return nil, err
 		}
-		m = &checkpoint.Manifest{Exit: true, Created: made.ModTime(), CRIU: checkpoint.LogVersion(filepath.Join(images, "dump.log")),
+		m = &checkpoint.Manifest{Exit: true, Created: made.ModTime(), CRIU: checkpoint.LogVersion(filepath.Join(images, layout.DumpLog)),
 			Container: checkpoint.Container{ID: d.info.ID, Namespace: namespace}}
 	}
 	if !m.Exit || m.Container.ID != d.info.ID || m.Container.Namespace != namespace || d.info.CreatedAt.After(m.Created) {

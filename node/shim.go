@@ -19,6 +19,7 @@ import (
 	"github.com/containerd/ttrpc"
 
 	"github.com/stasis-run/stasis/checkpoint/api"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // shim is a connection to the shim that a container runs under.
@@ -150,6 +151,6 @@ func (s *shim) abort(r *api.CheckpointRequest) {
 
 // isWhole tells whether a folder holds a checkpoint, whose last file comes last.
 func isWhole(dir string) bool {
-	_, err := os.Lstat(filepath.Join(dir, "inventory.img"))
+	_, err := os.Lstat(filepath.Join(dir, layout.Inventory))
 	return err == nil
 }

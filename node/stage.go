@@ -19,6 +19,7 @@ import (
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 	"github.com/stasis-run/stasis/checkpoint/image"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // StageRequest says what to copy for a shim that is about to restore it; see
@@ -55,7 +56,7 @@ func (n *Node) Stage(ctx context.Context, r StageRequest) (_ *capture.Fetched, e
 		return nil, err
 	}
 	// A reader may have put it there already.
-	layer := filepath.Join(r.Dir, capture.FetchedLayer)
+	layer := filepath.Join(r.Dir, layout.Layer)
 	if got.Layer != nil && got.Layer != capture.Layer(capture.FileLayer(layer)) {
 		if err := writeLayer(ctx, layer, got.Layer); err != nil {
 			return nil, err

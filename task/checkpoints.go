@@ -19,6 +19,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/api"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/rootfs"
 )
 
@@ -173,7 +174,7 @@ func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, s
 // copyLogs puts CRIU's log and figures beside the images, which no restore reads
 // and every form of a checkpoint has.
 func copyLogs(dir, workDir string) error {
-	for _, name := range []string{"dump.log", "stats-dump"} {
+	for _, name := range []string{layout.DumpLog, layout.DumpStats} {
 		data, err := os.ReadFile(filepath.Join(workDir, name))
 		if errors.Is(err, os.ErrNotExist) {
 			continue
@@ -222,10 +223,10 @@ func (m *meter) run(send func(*api.Progress)) (stop func()) {
 				return
 			case <-tick.C:
 			}
-			stage, dir := "dump", filepath.Join(m.dir, ".partial")
+			stage, dir := "dump", filepath.Join(m.dir, layout.Partial)
 			if images := sizeOf(dir); images == 0 {
-				if rounds, _ := filepath.Glob(filepath.Join(dir, ".pre-*")); len(rounds) > 0 {
-					stage, dir = "pre-dump", filepath.Join(dir, fmt.Sprintf(".pre-%d", len(rounds)))
+				if rounds, _ := filepath.Glob(filepath.Join(dir, layout.PreDumps)); len(rounds) > 0 {
+					stage, dir = "pre-dump", filepath.Join(dir, layout.PreDump(len(rounds)))
 				}
 			}
 			send(&api.Progress{Stage: stage, DoneBytes: uint64(sizeOf(dir)), TotalBytes: uint64(total)})

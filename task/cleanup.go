@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/process"
 )
 
@@ -41,7 +42,7 @@ func Cleanup(ctx context.Context, namespace, bundlePath, id string) (*taskapi.De
 	pid, err := b.initPid()
 	alive := err == nil && process.InCgroup(pid, cgroup)
 	if alive {
-		freeFromCRIU(ctx, rt, pid, cgroup, filepath.Join(b.dumpDir(), "dump.log"))
+		freeFromCRIU(ctx, rt, pid, cgroup, filepath.Join(b.dumpDir(), layout.DumpLog))
 	}
 	if !alive {
 		// In a restore, CRIU may hold processes that must not run. The runtime
@@ -58,7 +59,7 @@ func Cleanup(ctx context.Context, namespace, bundlePath, id string) (*taskapi.De
 		logger.WithError(err).Warn("remove the container's cgroup")
 	}
 	restoreDir := b.restoreDir(opts)
-	if log := filepath.Join(restoreDir, "restore.log"); checkpoint.Interrupted(log) {
+	if log := filepath.Join(restoreDir, layout.RestoreLog); checkpoint.Interrupted(log) {
 		spec, err := b.spec()
 		if err == nil {
 			err = checkpoint.UnlockAfterRestore(spec, log)
@@ -67,7 +68,7 @@ func Cleanup(ctx context.Context, namespace, bundlePath, id string) (*taskapi.De
 			logger.WithError(err).Warn("remove the network lock of a restore whose shim is gone")
 		}
 	}
-	if err := errors.Join(checkpoint.RemoveRests(restoreDir, "restore.log"), checkpoint.RemoveRests(b.dumpDir(), "dump.log")); err != nil {
+	if err := errors.Join(checkpoint.RemoveRests(restoreDir, layout.RestoreLog), checkpoint.RemoveRests(b.dumpDir(), layout.DumpLog)); err != nil {
 		logger.WithError(err).Warn("remove what CRIU has left")
 	}
 	if err := b.unmount(); err != nil {

@@ -13,18 +13,13 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/rootfs"
 )
 
-// A runnable checkpoint image (docs/checkpoint-format.md) has its checkpoint in a
-// layer of its own, which holds the folder /.stasis and nothing else.
-const (
-	embeddedFolder     = ".stasis"
-	embeddedCheckpoint = embeddedFolder + "/checkpoint"
-	embeddedInfo       = embeddedFolder + "/info.json"
-)
-
-// embedded is a checkpoint in the image that a container is made from.
+// embedded is a checkpoint in the image that a container is made from: a runnable
+// image (docs/checkpoint-format.md) has it in a layer of its own, which holds the
+// folder layout.Embedded and nothing else.
 type embedded struct {
 	dir  string       // with CRIU's images
 	info string       // info.json
@@ -45,11 +40,11 @@ func readEmbeddedInfo(path string) (capture.Info, error) {
 		return capture.Info{}, err
 	}
 	if len(data) > capture.MaxInfo {
-		return capture.Info{}, fault.Invalid("/%s of the image: larger than %d bytes", embeddedInfo, capture.MaxInfo)
+		return capture.Info{}, fault.Invalid("/%s of the image: larger than %d bytes", layout.EmbeddedInfo, capture.MaxInfo)
 	}
 	info, err := capture.DecodeInfo(data)
 	if err != nil {
-		err = fmt.Errorf("/%s of the image: %w", embeddedInfo, err)
+		err = fmt.Errorf("/%s of the image: %w", layout.EmbeddedInfo, err)
 	}
 	return info, err
 }
@@ -86,8 +81,8 @@ func seenWhenMounted(mounts []mount.Mount) bool {
 // inFolder is the checkpoint in a root filesystem that is a folder of the
 // container's own.
 func inFolder(root string) *embedded {
-	folder := filepath.Join(root, embeddedFolder)
-	return &embedded{dir: filepath.Join(root, embeddedCheckpoint), info: filepath.Join(root, embeddedInfo), own: recordFolder(folder), folder: folder}
+	folder := filepath.Join(root, layout.Embedded)
+	return &embedded{dir: filepath.Join(root, layout.EmbeddedImages), info: filepath.Join(root, layout.EmbeddedInfo), own: recordFolder(folder), folder: folder}
 }
 
 // findLayer looks for a checkpoint in the layers of an overlay. rest is the mount
@@ -116,8 +111,8 @@ func findLayer(m mount.Mount) (found *embedded, rest mount.Mount, err error) {
 		m.Options = slices.Clone(m.Options)
 		m.Options[option] = "lowerdir=" + strings.Join(slices.Delete(layers, i, i+1), ":")
 		return &embedded{
-			dir:  filepath.Join(layer, embeddedCheckpoint),
-			info: filepath.Join(layer, embeddedInfo),
+			dir:  filepath.Join(layer, layout.EmbeddedImages),
+			info: filepath.Join(layer, layout.EmbeddedInfo),
 			own:  recordFolder(rootfs.MountOption(m, "workdir")),
 		}, m, nil
 	}
@@ -126,14 +121,14 @@ func findLayer(m mount.Mount) (found *embedded, rest mount.Mount, err error) {
 
 // isEmbedded tells whether there is a checkpoint in a layer. No link counts.
 func isEmbedded(layer string) bool {
-	folder, err := os.Lstat(filepath.Join(layer, embeddedFolder))
+	folder, err := os.Lstat(filepath.Join(layer, layout.Embedded))
 	if err != nil || !folder.IsDir() {
 		return false
 	}
-	dir, err := os.Lstat(filepath.Join(layer, embeddedCheckpoint))
+	dir, err := os.Lstat(filepath.Join(layer, layout.EmbeddedImages))
 	if err != nil || !dir.IsDir() {
 		return false
 	}
-	info, err := os.Lstat(filepath.Join(layer, embeddedInfo))
+	info, err := os.Lstat(filepath.Join(layer, layout.EmbeddedInfo))
 	return err == nil && info.Mode().IsRegular()
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/rootfs"
 )
 
@@ -234,8 +235,8 @@ func (src *source) locate(ctx context.Context, c *container, archive *os.File) (
 		if err != nil {
 			return located{}, err
 		}
-		l := located{dir: filepath.Join(src.copy, capture.FetchedImages), info: got.Info, otherBase: got.OtherBase}
-		if layer := filepath.Join(src.copy, capture.FetchedLayer); exists(layer) {
+		l := located{dir: filepath.Join(src.copy, layout.Images), info: got.Info, otherBase: got.OtherBase}
+		if layer := filepath.Join(src.copy, layout.Layer); exists(layer) {
 			l.layer = layer
 		}
 		return l, nil

@@ -21,6 +21,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // TestPlanRefused: a restore that is refused in Create has changed nothing.
@@ -323,7 +324,7 @@ func TestFoundWhenMounted(t *testing.T) {
 	resp, err := f.s.Create(t.Context(), r)
 	must(t, err)
 	plan := f.s.containers["c"].plan
-	if want := filepath.Join(f.bundle, "rootfs", embeddedFolder); resp.Pid != 0 || plan == nil || plan.embedded != want {
+	if want := filepath.Join(f.bundle, "rootfs", layout.Embedded); resp.Pid != 0 || plan == nil || plan.embedded != want {
 		t.Errorf("pid %d, plan %+v", resp.Pid, plan)
 	}
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/sign"
 	"github.com/stasis-run/stasis/process/processtest"
 )
@@ -43,7 +44,7 @@ func (f *fixture) checkpoint(dir, namespace string) {
 	f.Helper()
 	folder, err := checkpoint.NewFolder(dir)
 	must(f.T, err)
-	must(f.T, os.WriteFile(filepath.Join(folder.Path(), "inventory.img"), processtest.Inventory, 0o600))
+	must(f.T, os.WriteFile(filepath.Join(folder.Path(), layout.Inventory), processtest.Inventory, 0o600))
 	m := checkpoint.Manifest{Container: checkpoint.Container{ID: "before", Name: "app"}}
 	if namespace != "" {
 		m.Container.Pod = &checkpoint.Pod{Name: "pod", Namespace: namespace, UID: "uid"}
@@ -57,13 +58,13 @@ func (f *fixture) checkpoint(dir, namespace string) {
 // unsign takes the signature from a checkpoint.
 func (f *fixture) unsign(dir string) {
 	f.Helper()
-	must(f.T, os.Remove(filepath.Join(dir, sign.EnvelopeName)))
+	must(f.T, os.Remove(filepath.Join(dir, layout.Signature)))
 }
 
 // alter changes a checkpoint's file and leaves its size.
 func (f *fixture) alter(dir string) {
 	f.Helper()
-	must(f.T, os.WriteFile(filepath.Join(dir, "inventory.img"), []byte("0123456789"), 0o600))
+	must(f.T, os.WriteFile(filepath.Join(dir, layout.Inventory), []byte("0123456789"), 0o600))
 }
 
 // A restoreSource is one of the ways to ask for a restore.
@@ -132,7 +133,7 @@ var restoreSources = []restoreSource{
 		r.Rootfs = []*types.Mount{{Type: m.Type, Source: m.Source, Options: m.Options}}
 		return f.embed(root, namespace)
 	}, recorded: true, says: "restore container c from its image:",
-		copied: func(f *fixture) string { return filepath.Join(f.bundle, "rootfs", embeddedFolder) }},
+		copied: func(f *fixture) string { return filepath.Join(f.bundle, "rootfs", layout.Embedded) }},
 }
 
 func fetchedCopy(f *fixture) string { return bundle(f.bundle).fetchedDir() }
@@ -168,11 +169,11 @@ func infoOf(namespace string) capture.Info {
 // embed puts a checkpoint into a layer of an image, as a runnable one has it.
 func (f *fixture) embed(layer, namespace string) (dir string) {
 	f.Helper()
-	dir = filepath.Join(layer, embeddedCheckpoint)
+	dir = filepath.Join(layer, layout.EmbeddedImages)
 	f.checkpoint(dir, namespace)
 	data, err := capture.EncodeInfo(infoOf(namespace))
 	must(f.T, err)
-	must(f.T, os.WriteFile(filepath.Join(layer, embeddedInfo), data, 0o600))
+	must(f.T, os.WriteFile(filepath.Join(layer, layout.EmbeddedInfo), data, 0o600))
 	return dir
 }
 
@@ -210,7 +211,7 @@ func (f *fixture) stage(namespace string) (dir string) {
 	must(f.T, os.WriteFile(filepath.Join(bin, "stasis"), []byte(stasisScript), 0o755))
 	f.Setenv("PATH", bin+":"+os.Getenv("PATH"))
 	f.Setenv(stageEnv, from)
-	dir = filepath.Join(from, capture.FetchedImages)
+	dir = filepath.Join(from, layout.Images)
 	f.checkpoint(dir, namespace)
 	f.fetched(capture.Fetched{Info: infoOf(namespace)})
 	return dir
@@ -227,7 +228,7 @@ func (f *fixture) fetched(got capture.Fetched) {
 // layer is a tar that the program stasis copies, with a file called name.
 func (f *fixture) layer(name string) {
 	f.Helper()
-	file, err := os.Create(filepath.Join(os.Getenv(stageEnv), capture.FetchedLayer))
+	file, err := os.Create(filepath.Join(os.Getenv(stageEnv), layout.Layer))
 	must(f.T, err)
 	defer file.Close()
 	w := tar.NewWriter(file)

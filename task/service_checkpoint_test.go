@@ -17,6 +17,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/api"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/process/processtest"
 )
 
@@ -206,7 +207,7 @@ func TestOwnCheckpoint(t *testing.T) {
 	if result.RootfsBytes != 1 || result.RootfsIsUpper || result.RuntimeName != "fake" || result.FrozenNs == 0 || result.Unsigned != "" {
 		t.Errorf("result %v", result)
 	}
-	if data, err := os.ReadFile(filepath.Join(r.ImagePath, "dump.log")); err != nil || !strings.Contains(string(data), "finished") {
+	if data, err := os.ReadFile(filepath.Join(r.ImagePath, layout.DumpLog)); err != nil || !strings.Contains(string(data), "finished") {
 		t.Errorf("CRIU's log: %q, %v", data, err)
 	}
 	if f.frozen() {

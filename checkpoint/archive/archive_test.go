@@ -18,6 +18,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 func must(t testing.TB, err error) {
@@ -106,8 +107,8 @@ func images(t testing.TB) string {
 	t.Helper()
 	dir := filepath.Join(t.TempDir(), "images")
 	must(t, os.CopyFS(dir, os.DirFS(filepath.Join("..", "testdata", "runc-sleep"))))
-	must(t, os.WriteFile(filepath.Join(dir, statsName), []byte("stats"), 0o600))
-	must(t, os.WriteFile(filepath.Join(dir, logName), []byte("log"), 0o600))
+	must(t, os.WriteFile(filepath.Join(dir, layout.DumpStats), []byte("stats"), 0o600))
+	must(t, os.WriteFile(filepath.Join(dir, layout.DumpLog), []byte("log"), 0o600))
 	return dir
 }
 
@@ -188,7 +189,7 @@ func TestRoundTrip(t *testing.T) {
 			if runtime, err := ReadRuntime(t.Context(), bytes.NewReader(data), Limits{}); err != nil || runtime != "crun" {
 				t.Errorf("runtime %q, %v", runtime, err)
 			}
-			for path, mode := range map[string]os.FileMode{dir: 0o700, got.Images: 0o700, filepath.Join(dir, layerName): 0o600} {
+			for path, mode := range map[string]os.FileMode{dir: 0o700, got.Images: 0o700, filepath.Join(dir, layout.Layer): 0o600} {
 				if info, err := os.Stat(path); err != nil || info.Mode().Perm() != mode {
 					t.Errorf("%s: %v, %v", path, info.Mode(), err)
 				}

@@ -20,20 +20,11 @@
 // name, so checkpoint/ comes first there.
 package archive
 
-// Names in an archive.
+// Names in an archive that only archives have; the others are in package layout.
 const (
 	configName  = "config.dump"
 	specName    = "spec.dump"
 	statusName  = "status.dump"
 	filesName   = "rootfs-diff.tar"
 	deletedName = "deleted.files"
-	devShmName  = "devshm-checkpoint.tar"
-	statsName   = "stats-dump"
-	logName     = "dump.log"
-	imagesName  = "checkpoint"
-
-	inventoryName = "inventory.img" // of CRIU, in checkpoint/
 )
-
-// layerName is where Read puts the writable layer.
-const layerName = "layer.tar"

@@ -16,8 +16,10 @@ import (
 	"strings"
 
 	"github.com/containerd/errdefs"
+
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/rootfs"
 	"github.com/stasis-run/stasis/checkpoint/tarcheck"
 )
@@ -84,9 +86,9 @@ func read(ctx context.Context, r io.Reader, dir string, limits Limits) (*capture
 	if err != nil {
 		return nil, err
 	}
-	c.Images = filepath.Join(dir, imagesName)
-	if !in.seen[imagesName+"/"+inventoryName] {
-		return nil, fault.Invalid("no checkpoint: there is no %s/%s", imagesName, inventoryName)
+	c.Images = filepath.Join(dir, layout.Images)
+	if !in.seen[layout.Images+"/"+layout.Inventory] {
+		return nil, fault.Invalid("no checkpoint: there is no %s/%s", layout.Images, layout.Inventory)
 	}
 	// Of archives of containers/storage's programs; see rootName.
 	var mode int64
@@ -96,11 +98,11 @@ func read(ctx context.Context, r io.Reader, dir string, limits Limits) (*capture
 	if err := out.join(meta.deleted, mode); err != nil {
 		return nil, err
 	}
-	if in.seen[devShmName] {
-		c.DevShm = filepath.Join(dir, devShmName)
+	if in.seen[layout.DevShm] {
+		c.DevShm = filepath.Join(dir, layout.DevShm)
 	}
 	if out.layer {
-		c.Layer = capture.FileLayer(filepath.Join(dir, layerName))
+		c.Layer = capture.FileLayer(filepath.Join(dir, layout.Layer))
 	}
 	return c, nil
 }
@@ -176,7 +178,7 @@ func newFolder(dir string, total int64) (*folder, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := root.Mkdir(imagesName, 0o700); err != nil {
+	if err := root.Mkdir(layout.Images, 0o700); err != nil {
 		root.Close()
 		return nil, err
 	}
@@ -198,16 +200,16 @@ func (f *folder) file(in *entries, hdr *tar.Header) error {
 		if err := skipRoot(buf); err != nil {
 			return truncated(hdr.Name, err)
 		}
-		return f.tar(layerName, hdr.Name, buf)
-	case hdr.Name == devShmName:
+		return f.tar(layout.Layer, hdr.Name, buf)
+	case hdr.Name == layout.DevShm:
 		return f.tar(hdr.Name, hdr.Name, in.tar)
-	case hdr.Name == statsName, hdr.Name == logName:
-		return f.incidental(in, imagesName+"/"+hdr.Name, hdr)
-	case dir != imagesName:
+	case hdr.Name == layout.DumpStats, hdr.Name == layout.DumpLog:
+		return f.incidental(in, layout.Images+"/"+hdr.Name, hdr)
+	case dir != layout.Images:
 		return nil
 	case name == "" || name[0] == '.' || strings.Contains(name, "/"):
 		return fault.Invalid("%q: CRIU's images are plain files in one folder", hdr.Name)
-	case name == statsName || name == logName:
+	case name == layout.DumpStats || name == layout.DumpLog:
 		return f.incidental(in, hdr.Name, hdr)
 	default:
 		return f.write(hdr.Name, hdr.Name, in.tar)
@@ -263,7 +265,7 @@ func (f *folder) join(deletedFiles []byte, mode int64) error {
 	}
 	var files io.Reader = bytes.NewReader(make([]byte, 2*blockSize)) // a tar of nothing
 	if f.layer {
-		old, err := f.root.Open(layerName)
+		old, err := f.root.Open(layout.Layer)
 		if err != nil {
 			return err
 		}
@@ -287,10 +289,10 @@ func (f *folder) join(deletedFiles []byte, mode int64) error {
 	r, w := io.Pipe()
 	go func() { w.CloseWithError(rootfs.JoinDeleted(files, deleted, w)) }()
 	defer r.Close() // ends the other, whatever happens here
-	const joined = layerName + ".new"
+	const joined = layout.Layer + ".new"
 	if err := f.write(joined, filesName+", "+deletedName, r); err != nil {
 		return err
 	}
 	f.layer = true
-	return f.root.Rename(joined, layerName)
+	return f.root.Rename(joined, layout.Layer)
 }

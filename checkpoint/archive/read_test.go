@@ -21,6 +21,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 const (
@@ -52,10 +53,10 @@ func filesImage(t testing.TB, mode uint32) string {
 func podmanArchive(t testing.TB) []member {
 	return []member{
 		{name: "artifacts/", hdr: tar.Header{Typeflag: tar.TypeDir, Mode: 0o755}},
-		file(devShmName, string(tarOf(t))), file(configName, podmanConfig), file(specName, podmanSpec),
-		file("network.status", "null"), file(statsName, "stats"), file("ctr.log", "log"),
+		file(layout.DevShm, string(tarOf(t))), file(configName, podmanConfig), file(specName, podmanSpec),
+		file("network.status", "null"), file(layout.DumpStats, "stats"), file("ctr.log", "log"),
 		{name: "checkpoint/", hdr: tar.Header{Typeflag: tar.TypeDir, Mode: 0o600}},
-		file("checkpoint/"+inventoryName, "i"), file("checkpoint/files.img", filesImage(t, 0o555)),
+		file("checkpoint/"+layout.Inventory, "i"), file("checkpoint/files.img", filesImage(t, 0o555)),
 		file(filesName, string(tarOf(t, file("new", "n")))), file(deletedName, `["/old"]`),
 	}
 }
@@ -63,19 +64,19 @@ func podmanArchive(t testing.TB) []member {
 func crioArchive(t testing.TB) []member {
 	return []member{
 		file("bind.mounts", "[]"),
-		file("checkpoint/"+inventoryName, "i"), file("checkpoint/files.img", filesImage(t, 0o755)),
-		file(configName, crioConfig), file(logName, "log"),
+		file("checkpoint/"+layout.Inventory, "i"), file("checkpoint/files.img", filesImage(t, 0o755)),
+		file(configName, crioConfig), file(layout.DumpLog, "log"),
 		file("io.kubernetes.cri-o.LogPath", "log"), file(filesName, string(tarOf(t, file("new", "n")))),
-		file(specName, crioSpec), file(statsName, "stats"),
+		file(specName, crioSpec), file(layout.DumpStats, "stats"),
 	}
 }
 
 func kubeletArchive(t testing.TB) []member {
 	return []member{
-		file("checkpoint/"+inventoryName, "i"), file("checkpoint/"+logName, "log of the images"),
-		file(configName, kubeletConfig), file("container.log", "log"), file(logName, "log"),
+		file("checkpoint/"+layout.Inventory, "i"), file("checkpoint/"+layout.DumpLog, "log of the images"),
+		file(configName, kubeletConfig), file("container.log", "log"), file(layout.DumpLog, "log"),
 		file(filesName, string(compress(t, tarOf(t, file("new", "n"), file(".wh.old", "")), compression.Gzip))),
-		file(specName, kubeletSpec), file(statsName, "stats"), file("status", "{}"), file("status.dump", "{}"),
+		file(specName, kubeletSpec), file(layout.DumpStats, "stats"), file("status", "{}"), file("status.dump", "{}"),
 	}
 }
 
@@ -90,15 +91,15 @@ func TestReadForeign(t *testing.T) {
 		"Podman": {podmanArchive(t), func(i capture.Info) bool {
 			return i.ContainerName == "db" && i.Engine.Name == "podman" && i.OCIRuntime.Name == "runc" && i.Pod == nil &&
 				i.Base == capture.Base{Name: "docker.io/library/redis:7", Config: digest2}
-		}, map[string]string{"./": "dr-xr-xr-x", ".wh.old": "", "new": "n"}, []string{"files.img", inventoryName, statsName}},
+		}, map[string]string{"./": "dr-xr-xr-x", ".wh.old": "", "new": "n"}, []string{"files.img", layout.Inventory, layout.DumpStats}},
 		"CRI-O": {crioArchive(t), func(i capture.Info) bool {
 			return i.ContainerName == "db" && i.Engine.Name == "cri-o" && i.OCIRuntime.Name == "crun" && *i.Pod == pod &&
 				i.Base == capture.Base{Name: "docker.io/library/redis@" + digest1, Digest: digest1, Config: digest2}
-		}, map[string]string{"./": "drwxr-xr-x", "new": "n"}, []string{logName, "files.img", inventoryName, statsName}},
+		}, map[string]string{"./": "drwxr-xr-x", "new": "n"}, []string{layout.DumpLog, "files.img", layout.Inventory, layout.DumpStats}},
 		"kubelet": {kubeletArchive(t), func(i capture.Info) bool {
 			return i.ContainerName == "db" && i.Engine.Name == "containerd" && i.Runtime == "io.containerd.runc.v2" && *i.Pod == pod &&
 				i.Base == capture.Base{Name: "docker.io/library/redis:7", Config: digest2}
-		}, map[string]string{".wh.old": "", "new": "n"}, []string{logName, inventoryName, statsName}},
+		}, map[string]string{".wh.old": "", "new": "n"}, []string{layout.DumpLog, layout.Inventory, layout.DumpStats}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := filepath.Join(t.TempDir(), "out")
@@ -113,9 +114,9 @@ func TestReadForeign(t *testing.T) {
 			if got := names(t, c.Images); !slices.Equal(got, test.images) {
 				t.Errorf("images %v, want %v", got, test.images)
 			}
-			want := []string{imagesName, layerName}
+			want := []string{layout.Images, layout.Layer}
 			if name == "Podman" {
-				want = []string{imagesName, devShmName, layerName}
+				want = []string{layout.Images, layout.DevShm, layout.Layer}
 			}
 			if got := names(t, dir); !slices.Equal(got, want) {
 				t.Errorf("files %v, want %v", got, want)
@@ -165,7 +166,7 @@ func TestReadRefuses(t *testing.T) {
 		"no tar":                     {bytes.Repeat([]byte("nonsense"), 200), "no tar"},
 		"no config.dump":             {without(t, configName), "no config.dump"},
 		"no spec.dump":               {without(t, specName), "no spec.dump"},
-		"no inventory.img":           {without(t, "checkpoint/"+inventoryName), "no checkpoint/inventory.img"},
+		"no inventory.img":           {without(t, "checkpoint/"+layout.Inventory), "no checkpoint/inventory.img"},
 		"a config that is none":      {with(t, file(configName, "{")), "config.dump"},
 		"a config without ID":        {with(t, file(configName, "{}")), "no ID"},
 		"a spec that is none":        {with(t, file(specName, "[]")), "spec.dump"},
@@ -184,10 +185,10 @@ func TestReadRefuses(t *testing.T) {
 		"an absolute path":           {with(t, file("/checkpoint/x.img", "")), "leads out"},
 		"a folder of images":         {with(t, file("checkpoint/a/x.img", "")), "one folder"},
 		"a hidden image":             {with(t, file("checkpoint/.partial", "")), "one folder"},
-		"the folder as a file":       {tarOf(t, append([]member{file(imagesName, "")}, podmanArchive(t)...)...), "one folder"},
+		"the folder as a file":       {tarOf(t, append([]member{file(layout.Images, "")}, podmanArchive(t)...)...), "one folder"},
 		"control characters":         {with(t, file("checkpoint/a\nb.img", "")), "not a name"},
-		"a file twice":               {tarOf(t, append(podmanArchive(t), file("checkpoint/"+inventoryName, ""))...), "twice"},
-		"a file twice, spelt anew":   {tarOf(t, append(podmanArchive(t), file("./checkpoint//"+inventoryName, ""))...), "twice"},
+		"a file twice":               {tarOf(t, append(podmanArchive(t), file("checkpoint/"+layout.Inventory, ""))...), "twice"},
+		"a file twice, spelt anew":   {tarOf(t, append(podmanArchive(t), file("./checkpoint//"+layout.Inventory, ""))...), "twice"},
 		"config.dump twice":          {tarOf(t, append(podmanArchive(t), file("./config.dump", ""))...), "twice"},
 		"a symbolic link":            {with(t, link("checkpoint/parent", tar.TypeSymlink, "../pre-checkpoint")), "symbolic link"},
 		"a log that is a link":       {with(t, link("container.log", tar.TypeSymlink, "/etc/passwd")), "symbolic link"},
@@ -203,7 +204,7 @@ func TestReadRefuses(t *testing.T) {
 		"data after the end":         {append(bytes.Clone(good), good...), "after its end"},
 		"two names":                  {append(twoNames(t), good...), "same entry"},
 		"a layer with two names":     {with(t, file(filesName, string(twoNames(t)))), "same entry"},
-		"a /dev/shm with two names":  {with(t, file(devShmName, string(twoNames(t)))), "same entry"},
+		"a /dev/shm with two names":  {with(t, file(layout.DevShm, string(twoNames(t)))), "same entry"},
 		"a bomb of a layer":          {with(t, file(filesName, string(compress(t, tarOf(t, file("x", string(zeros))), compression.Gzip)))), "larger than is allowed"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -314,7 +315,7 @@ func FuzzRead(f *testing.F) {
 	entries, err := os.ReadDir(c.Images)
 	must(f, err)
 	for _, e := range entries {
-		if e.Name() != inventoryName && e.Name() != "files.img" {
+		if e.Name() != layout.Inventory && e.Name() != "files.img" {
 			must(f, os.Remove(filepath.Join(c.Images, e.Name())))
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // maxFile is of a message in files.img, in bytes; one describes an open file.
@@ -24,7 +25,7 @@ const maxFile = 4 << 20
 // (CRIU's protobuf.c); numbers are 32 bits, little endian. go-criu's decoder
 // would take as much memory as a length says.
 func rootMode(images string) int64 {
-	f, err := capture.OpenPlain(filepath.Join(images, "files.img"))
+	f, err := capture.OpenPlain(filepath.Join(images, layout.Files))
 	if err != nil {
 		return 0
 	}

@@ -17,6 +17,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/archive/compression"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // Write writes an archive of c to w, compressed. Podman, CRI-O and checkpointctl
@@ -62,7 +63,7 @@ func (a *writer) write(ctx context.Context, c *capture.Capture) error {
 	if err := a.json(statusName, newStatus(c.Info)); err != nil {
 		return err
 	}
-	for _, name := range []string{statsName, logName} {
+	for _, name := range []string{layout.DumpStats, layout.DumpLog} {
 		if err := a.copy(ctx, name, filepath.Join(c.Images, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
@@ -71,7 +72,7 @@ func (a *writer) write(ctx context.Context, c *capture.Capture) error {
 		return err
 	}
 	if c.DevShm != "" {
-		if err := a.copy(ctx, devShmName, c.DevShm); err != nil {
+		if err := a.copy(ctx, layout.DevShm, c.DevShm); err != nil {
 			return err
 		}
 	}
@@ -84,14 +85,14 @@ func (a *writer) images(ctx context.Context, dir string) error {
 	if err != nil {
 		return fmt.Errorf("read CRIU's images: %w", err)
 	}
-	if err := a.tar.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: imagesName + "/", Mode: 0o700, ModTime: a.time}); err != nil {
+	if err := a.tar.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: layout.Images + "/", Mode: 0o700, ModTime: a.time}); err != nil {
 		return err
 	}
 	for _, e := range entries {
 		if e.IsDir() || strings.HasSuffix(e.Name(), ".log") || strings.HasPrefix(e.Name(), "stats-") {
 			continue
 		}
-		if err := a.copy(ctx, imagesName+"/"+e.Name(), filepath.Join(dir, e.Name())); err != nil {
+		if err := a.copy(ctx, layout.Images+"/"+e.Name(), filepath.Join(dir, e.Name())); err != nil {
 			return err
 		}
 	}

@@ -14,12 +14,6 @@ type Fetched struct {
 	OtherBase string `json:"other_base,omitempty"`
 }
 
-// Names in the folder that comes with a Fetched.
-const (
-	FetchedImages = "checkpoint"
-	FetchedLayer  = "layer.tar"
-)
-
 // FetchedArchive is the descriptor that `stasis stage --archive` reads from: the
 // file that the shim has found to be allowed, whatever has its name by then.
 const FetchedArchive = 3

@@ -15,6 +15,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/sum"
 )
 
@@ -112,12 +113,12 @@ func (l *CheckpointLayer) Finish(ctx context.Context, c *capture.Capture) (Layer
 		}
 	}
 	p.total.Store(total)
-	p.tree.file(infoPath, info)
-	p.tree.file(specPath, c.Spec)
+	p.tree.file(layout.EmbeddedInfo, info)
+	p.tree.file(layout.EmbeddedSpec, c.Spec)
 	if c.DevShm != "" {
-		p.tree.copy(ctx, devShmPath, c.DevShm)
+		p.tree.copy(ctx, layout.EmbeddedDevShm, c.DevShm)
 	}
-	p.tree.images(ctx, checkpointDir+"/", c.Images, slices.DeleteFunc(files, func(f imageFile) bool { return f == first }))
+	p.tree.images(ctx, layout.EmbeddedImages+"/", c.Images, slices.DeleteFunc(files, func(f imageFile) bool { return f == first }))
 	return p.w.finish(ctx, p.tree.close())
 }
 
@@ -154,14 +155,14 @@ func newPartialLayer(ctx context.Context, store content.Store, at time.Time, fil
 		return nil, err
 	}
 	p.tree = newTree(p.w.tar, at)
-	p.tree.folder(stasisDir)
-	p.tree.folder(checkpointDir)
+	p.tree.folder(layout.Embedded)
+	p.tree.folder(layout.EmbeddedImages)
 	return p, nil
 }
 
 // write writes the file. After an error, the layer is discarded.
 func (p *partialLayer) write(ctx context.Context, r io.Reader) error {
-	p.tree.content(checkpointDir+"/"+p.file.name, p.file.size, io.TeeReader(capture.NewReader(ctx, r), p.sum))
+	p.tree.content(layout.EmbeddedImages+"/"+p.file.name, p.file.size, io.TeeReader(capture.NewReader(ctx, r), p.sum))
 	if p.tree.err != nil {
 		p.discard(ctx)
 	}
@@ -188,7 +189,7 @@ func manifestSum(dir, name string) string {
 			Sum  string `json:"sum"`
 		} `json:"files"`
 	}
-	data, err := capture.ReadSmall(filepath.Join(dir, "stasis.json"), maxMetadata)
+	data, err := capture.ReadSmall(filepath.Join(dir, layout.Manifest), maxMetadata)
 	if err != nil || json.Unmarshal(data, &m) != nil {
 		return ""
 	}

@@ -15,6 +15,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/sum"
 )
 
@@ -34,7 +35,7 @@ func TestCheckpointLayer(t *testing.T) {
 	sums := sum.NewWriter()
 	_, _ = sums.Write(pages)
 	manifest := fmt.Sprintf(`{"files":[{"name":"inventory.img","sum":"sha256:00"},{"name":%q,"sum":%q}]}`, name, sums.Sum().Text)
-	if err := os.WriteFile(filepath.Join(c.Images, "stasis.json"), []byte(manifest), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(c.Images, layout.Manifest), []byte(manifest), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	at := c.Info.Checkpointed

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // checkFolder fails if there is anything in dir but plain files of 0600 with
@@ -42,7 +43,7 @@ const fuzzLimit = 1 << 20
 // FuzzStasisLayer reads anything as the last layer of a runnable image.
 func FuzzStasisLayer(f *testing.F) {
 	f.Add(makeTar(f, good()...))
-	f.Add(makeTar(f, append(good(), entry{name: devShmPath, data: "x"})...))
+	f.Add(makeTar(f, append(good(), entry{name: layout.EmbeddedDevShm, data: "x"})...))
 	for name, c := range hostileLayers {
 		if name != "large info" {
 			f.Add(makeTar(f, c.entries...))

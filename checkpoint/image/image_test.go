@@ -21,6 +21,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/sign"
 )
 
@@ -247,7 +248,7 @@ func TestReadInfo(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := os.WriteFile(filepath.Join(c.Images, sign.EnvelopeName), envelope, 0o600); err != nil {
+			if err := os.WriteFile(filepath.Join(c.Images, layout.Signature), envelope, 0o600); err != nil {
 				t.Fatal(err)
 			}
 			desc, err := write(ctx, s, base, c, Options{})

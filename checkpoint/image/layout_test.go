@@ -23,8 +23,8 @@ import (
 
 func blobName(data string) string { return "blobs/sha256/" + digest.FromString(data).Encoded() }
 
-// layout is a tar with an index that lists a blob, and more entries.
-func layout(t testing.TB, more ...entry) []byte {
+// layoutTar is a tar with an index that lists a blob, and more entries.
+func layoutTar(t testing.TB, more ...entry) []byte {
 	t.Helper()
 	index, err := json.Marshal(ocispec.Index{Manifests: []ocispec.Descriptor{
 		{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromString("a manifest"), Size: 10},
@@ -42,31 +42,31 @@ func TestReadLayout(t *testing.T) {
 	s := newStore(t)
 	ctx, done := s.leased()
 	defer done()
-	list, err := ReadLayout(ctx, s, bytes.NewReader(layout(t, entry{name: "manifest.json", data: "[]"})), 1<<20)
+	list, err := ReadLayout(ctx, s, bytes.NewReader(layoutTar(t, entry{name: "manifest.json", data: "[]"})), 1<<20)
 	if err != nil || len(list) != 1 {
 		t.Fatalf("%+v, %v", list, err)
 	}
 	if data := s.get(list[0], nil); string(data) != "a manifest" {
 		t.Errorf("%q", data)
 	}
-	good := layout(t)
+	good := layoutTar(t)
 	for name, c := range map[string]struct {
 		data []byte
 		says string
 	}{
 		"nothing":             {makeTar(t), "there is no oci-layout"},
 		"no index":            {makeTar(t, entry{name: "oci-layout", data: "{}"}), "no index.json"},
-		"an index twice":      {layout(t, entry{name: "./index.json", data: "{}"}), "twice"},
+		"an index twice":      {layoutTar(t, entry{name: "./index.json", data: "{}"}), "twice"},
 		"an index that is":    {makeTar(t, entry{name: "oci-layout", data: "{}"}, entry{name: "index.json", data: "["}), "no valid manifest or index"},
 		"a large index":       {makeTar(t, entry{name: "index.json", data: strings.Repeat(" ", maxDocument+1)}), "index.json: 8388609 bytes; at most 8388608"},
 		"many objects":        {makeTar(t, entry{name: "oci-layout", data: "{}"}, entry{name: "index.json", data: `{"manifests":[` + strings.Repeat("{},", 1<<20) + `{}]}`}), "objects and lists"},
 		"many manifests":      {makeTar(t, entry{name: "oci-layout", data: "{}"}, entry{name: "index.json", data: `{"manifests":[` + strings.Repeat("{},", maxManifests) + `{}]}`}), "at most 64"},
 		"a large version":     {makeTar(t, entry{name: "oci-layout", data: strings.Repeat(" ", maxLayoutVersion+1)}), "oci-layout: 4097 bytes"},
-		"an altered blob":     {layout(t, entry{name: blobName("a"), data: "b"}), "altered"},
-		"no name of a blob":   {layout(t, entry{name: "blobs/sha256/../x", data: "b"}), "not the name of a blob"},
-		"many files":          {layout(t, make([]entry, maxBlobs)...), "without a name"},
-		"too large":           {layout(t, entry{name: "blobs/sha256/x", data: strings.Repeat("x", 17<<20)}), "larger than is allowed"},
-		"too large elsewhere": {layout(t, entry{name: "x", data: strings.Repeat("x", 17<<20)}), "larger than is allowed"},
+		"an altered blob":     {layoutTar(t, entry{name: blobName("a"), data: "b"}), "altered"},
+		"no name of a blob":   {layoutTar(t, entry{name: "blobs/sha256/../x", data: "b"}), "not the name of a blob"},
+		"many files":          {layoutTar(t, make([]entry, maxBlobs)...), "without a name"},
+		"too large":           {layoutTar(t, entry{name: "blobs/sha256/x", data: strings.Repeat("x", 17<<20)}), "larger than is allowed"},
+		"too large elsewhere": {layoutTar(t, entry{name: "x", data: strings.Repeat("x", 17<<20)}), "larger than is allowed"},
 		"truncated":           {good[:len(good)-2000], "no valid tar"},
 		"data after the end":  {append(bytes.Clone(good), good...), "after its end"},
 	} {
@@ -81,15 +81,15 @@ func TestReadLayout(t *testing.T) {
 	for i := range many {
 		many[i].name = strings.Repeat("n", i/64+1) + string(rune('A'+i%64))
 	}
-	if _, err := ReadLayout(ctx, s, bytes.NewReader(layout(t, many...)), 1<<30); err == nil || !strings.Contains(err.Error(), "more than 4096 files") {
+	if _, err := ReadLayout(ctx, s, bytes.NewReader(layoutTar(t, many...)), 1<<30); err == nil || !strings.Contains(err.Error(), "more than 4096 files") {
 		t.Errorf("many files: %v", err)
 	}
 }
 
 // Whatever a tar holds, only blobs with the right digest come into the store.
 func FuzzReadLayout(f *testing.F) {
-	f.Add(layout(f))
-	f.Add(layout(f, entry{name: blobName("a"), data: "a"}, entry{name: "dir/", flag: tar.TypeDir}))
+	f.Add(layoutTar(f))
+	f.Add(layoutTar(f, entry{name: blobName("a"), data: "a"}, entry{name: "dir/", flag: tar.TypeDir}))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		dir := t.TempDir()
 		blobs, err := local.NewStore(dir) // containerd's, without its database

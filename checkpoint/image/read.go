@@ -17,6 +17,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // Summary is what a list of checkpoints shows. Nothing in it was checked against
@@ -171,7 +172,7 @@ func readRunnable(ctx context.Context, store content.Provider, f found, dir stri
 	if err != nil {
 		return nil, err
 	}
-	c := &capture.Capture{Images: filepath.Join(dir, "checkpoint")}
+	c := &capture.Capture{Images: filepath.Join(dir, layout.Images)}
 	err = unpack(ctx, store, desc, size, limit, c.Images, func(r io.Reader) error { return unpackStasis(ctx, r, c, size) })
 	if err != nil {
 		return nil, fmt.Errorf("layer %s: %w", desc.Digest, err)
@@ -191,7 +192,7 @@ func readIndex(ctx context.Context, store content.Provider, doc document, dir st
 	if err != nil {
 		return nil, err
 	}
-	c := &capture.Capture{Info: info, Spec: spec, Images: filepath.Join(dir, "checkpoint")}
+	c := &capture.Capture{Info: info, Spec: spec, Images: filepath.Join(dir, layout.Images)}
 	desc := *doc.one(images.MediaTypeContainerd1Checkpoint)
 	tar := desc
 	tar.MediaType = ocispec.MediaTypeImageLayer // which is what it is
@@ -234,7 +235,7 @@ func unpack(ctx context.Context, store content.Provider, desc ocispec.Descriptor
 // does not even have the container's ID. Whether it is right, package checkpoint
 // finds out when the folder is opened.
 func addManifest(info *capture.Info, dir string) {
-	data, err := capture.ReadSmall(filepath.Join(dir, "stasis.json"), maxMetadata)
+	data, err := capture.ReadSmall(filepath.Join(dir, layout.Manifest), maxMetadata)
 	var m struct {
 		Created   time.Time `json:"created"`
 		Container struct {

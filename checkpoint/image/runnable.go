@@ -16,15 +16,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
-)
-
-// Paths in the last layer of a runnable image.
-const (
-	stasisDir     = ".stasis"
-	infoPath      = stasisDir + "/info.json"
-	specPath      = stasisDir + "/spec.json"
-	devShmPath    = stasisDir + "/devshm-checkpoint.tar" // if there is one
-	checkpointDir = stasisDir + "/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // WriteRunnable writes a runnable image and returns the descriptor of its
@@ -90,7 +82,7 @@ func WriteRunnableManifest(ctx context.Context, store content.Store, b *Base, c 
 	annotations[AnnotationCheckpointLayer] = layers.Checkpoint.Digest.String()
 	maps.Copy(layers.Checkpoint.Annotations, criuAnnotations(c.Info))
 	added := []Layer{layers.Checkpoint}
-	history := []ocispec.History{{CreatedBy: "stasis checkpoint", Comment: "/" + stasisDir + ": the processes of container " + c.Info.ContainerName}}
+	history := []ocispec.History{{CreatedBy: "stasis checkpoint", Comment: "/" + layout.Embedded + ": the processes of container " + c.Info.ContainerName}}
 	if layers.Writable != nil {
 		annotations[AnnotationWritableLayer] = layers.Writable.Digest.String()
 		added = slices.Insert(added, 0, *layers.Writable)

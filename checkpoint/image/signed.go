@@ -6,13 +6,14 @@ import (
 	"strings"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/sign"
 )
 
 // signedBy adds to annotations by which keys the checkpoint in a folder says it is
 // signed. Whether it is, nobody looks at here.
 func signedBy(annotations map[string]string, dir string) {
-	f, err := capture.OpenPlain(filepath.Join(dir, sign.EnvelopeName))
+	f, err := capture.OpenPlain(filepath.Join(dir, layout.Signature))
 	if err != nil {
 		return
 	}

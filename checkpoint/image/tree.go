@@ -13,6 +13,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // tree writes a tar of root's own files and folders: 0600, 0700, all of the same
@@ -143,7 +144,7 @@ func listImages(dir string) (files []imageFile, total int64, err error) {
 	for _, e := range entries {
 		// As package checkpoint has it: an unfinished checkpoint that was to
 		// replace this one, and what ext4 has in its root.
-		if e.IsDir() && (e.Name() == ".partial" || e.Name() == "lost+found") {
+		if e.IsDir() && (e.Name() == layout.Partial || e.Name() == layout.LostFound) {
 			continue
 		}
 		info, err := e.Info()

@@ -19,6 +19,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/tarcheck"
 )
 
@@ -136,36 +137,36 @@ func unpackStasis(ctx context.Context, r io.Reader, c *capture.Capture, limit in
 		if err := u.once(h.Name); err != nil {
 			return err
 		}
-		name, inside := strings.CutPrefix(h.Name, checkpointDir+"/")
+		name, inside := strings.CutPrefix(h.Name, layout.EmbeddedImages+"/")
 		switch {
-		case h.Name == stasisDir+"/" || h.Name == checkpointDir+"/":
+		case h.Name == layout.Embedded+"/" || h.Name == layout.EmbeddedImages+"/":
 			if h.Typeflag != tar.TypeDir {
 				err = fault.Invalid("%q: a %s; a folder is expected", h.Name, kind(h.Typeflag))
 			}
-		case h.Name == infoPath:
+		case h.Name == layout.EmbeddedInfo:
 			var data []byte
 			if data, err = u.metadata(h, tr); err == nil {
 				c.Info, err = capture.DecodeInfo(data)
-				err = named(infoPath, err)
+				err = named(layout.EmbeddedInfo, err)
 			}
-		case h.Name == specPath:
+		case h.Name == layout.EmbeddedSpec:
 			if c.Spec, err = u.metadata(h, tr); err == nil {
-				err = named(specPath, checkSpec(c.Spec))
+				err = named(layout.EmbeddedSpec, checkSpec(c.Spec))
 			}
-		case h.Name == devShmPath:
-			c.DevShm = filepath.Join(filepath.Dir(c.Images), filepath.Base(devShmPath))
+		case h.Name == layout.EmbeddedDevShm:
+			c.DevShm = filepath.Join(filepath.Dir(c.Images), filepath.Base(layout.EmbeddedDevShm))
 			// It is handed on as it is.
 			err = u.write(ctx, c.DevShm, h, tarcheck.NewReader(tr, nil))
 		case inside:
 			err = u.image(ctx, name, h, tr)
 		default:
-			err = fault.Invalid("%q: the layer may hold nothing but /%s", h.Name, stasisDir)
+			err = fault.Invalid("%q: the layer may hold nothing but /%s", h.Name, layout.Embedded)
 		}
 		if err != nil {
 			return err
 		}
 	}
-	for _, name := range []string{infoPath, specPath, checkpointDir + "/"} {
+	for _, name := range []string{layout.EmbeddedInfo, layout.EmbeddedSpec, layout.EmbeddedImages + "/"} {
 		if !u.names[name] {
 			return fault.Invalid("%s: missing", name)
 		}

@@ -12,6 +12,7 @@ import (
 	"sort"
 
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // ProcessDiff says how the memory of a process differs between two checkpoints.
@@ -110,7 +111,7 @@ func (r *reader) runs(p *Process) (list []run, pages *os.File, err error) {
 		return nil, nil, nil
 	}
 	var image uint32
-	err = r.eachRun(fmt.Sprintf("pagemap-%d.img", p.PID), p.Memory.PageSize, func(id uint32, start uint64, size, at int64) error {
+	err = r.eachRun(layout.Pagemap.Name(p.PID), p.Memory.PageSize, func(id uint32, start uint64, size, at int64) error {
 		image = id
 		list = append(list, run{start, size, at})
 		return r.take(1)
@@ -124,7 +125,7 @@ func (r *reader) runs(p *Process) (list []run, pages *os.File, err error) {
 			return nil, nil, fault.Invalid("pagemap-%d.img: lists the same memory again", p.PID)
 		}
 	}
-	pages, err = r.folder.open(fmt.Sprintf("pages-%d.img", image))
+	pages, err = r.folder.open(layout.Pages.Name(image))
 	if errors.Is(err, fs.ErrNotExist) {
 		err = fault.Invalid("pages-%d.img: missing; pagemap-%d.img refers to it", image, p.PID)
 	}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // fileTable is files.img: what descriptors and mappings refer to by number.
@@ -37,7 +38,7 @@ func (r *reader) readFiles() error {
 	type late struct{ id, regular uint32 }
 	var refers []late
 	var unixSockets []*skunix.UnixSkEntry
-	err := r.folder.each("files.img", "FILES", func(msg []byte) error {
+	err := r.folder.each(layout.Files, "FILES", func(msg []byte) error {
 		var e fdinfo.FileEntry
 		if err := checkpoint.DecodeMessage(msg, &e); err != nil {
 			return err
@@ -122,7 +123,7 @@ func (r *reader) readFiles() error {
 
 // readRemaps finds the files that had been deleted, and that CRIU keeps.
 func (r *reader) readRemaps() error {
-	err := r.folder.each("remap-fpath.img", "REMAP_FPATH", func(msg []byte) error {
+	err := r.folder.each(layout.RemapFilePaths, "REMAP_FPATH", func(msg []byte) error {
 		var e remap.RemapFilePathEntry
 		if err := checkpoint.DecodeMessage(msg, &e); err != nil {
 			return err
@@ -141,7 +142,7 @@ func (r *reader) readRemaps() error {
 
 // readDescriptors returns what a process has open.
 func (r *reader) readDescriptors(filesID uint32) (list []Descriptor, err error) {
-	err = r.folder.each(fmt.Sprintf("fdinfo-%d.img", filesID), "FDINFO", func(msg []byte) error {
+	err = r.folder.each(layout.DescriptorTable.Name(filesID), "FDINFO", func(msg []byte) error {
 		var e fdinfo.FdinfoEntry
 		if err := checkpoint.DecodeMessage(msg, &e); err != nil {
 			return err

@@ -6,7 +6,6 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"strings"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
@@ -14,6 +13,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // folder is an open folder and the sizes of the files in it, in bytes.
@@ -114,7 +114,7 @@ func (f *folder) each(name, kind string, fn func(msg []byte) error) error {
 	}
 	defer file.Close()
 	limit := int64(maxImage)
-	if strings.HasPrefix(name, "pagemap-") {
+	if layout.Pagemap.Begins(name) {
 		limit = maxPagemap
 	}
 	if size := f.files[name]; size > limit {
@@ -150,9 +150,9 @@ func (f *folder) sizes() Sizes {
 		s.Total += size
 		s.Files++
 		switch {
-		case strings.HasPrefix(name, "pages-"):
+		case layout.Pages.Begins(name):
 			s.Memory += size
-		case strings.HasPrefix(name, "ghost-file-"), strings.HasPrefix(name, "tmpfs-"):
+		case layout.GhostFile.Begins(name), layout.Tmpfs.Begins(name):
 			s.Content += size
 		}
 	}

@@ -25,6 +25,7 @@ import (
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // Options say what to read besides the usual.
@@ -96,7 +97,7 @@ func (r *reader) read() error {
 // readManifest shows what stasis.json says without a check against the files,
 // which is for checkpoint.Open.
 func (r *reader) readManifest() error {
-	data, err := r.folder.small("stasis.json", maxManifest)
+	data, err := r.folder.small(layout.Manifest, maxManifest)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -104,11 +105,11 @@ func (r *reader) readManifest() error {
 		return err
 	}
 	if err := capture.CheckNodes(data, 4*maxEntries); err != nil {
-		return fmt.Errorf("stasis.json: %w", err)
+		return fmt.Errorf("%s: %w", layout.Manifest, err)
 	}
 	var m checkpoint.Manifest
 	if err := json.Unmarshal(data, &m); err != nil {
-		return fault.Invalid("stasis.json: no manifest: %v", err)
+		return fault.Invalid("%s: no manifest: %v", layout.Manifest, err)
 	}
 	r.report.Manifest = &m
 	return r.take(len(m.Files) + len(m.CPUFeatures))
@@ -116,9 +117,9 @@ func (r *reader) readManifest() error {
 
 func (r *reader) readInventory() error {
 	var inv inventory.InventoryEntry
-	if err := r.folder.one("inventory.img", "INVENTORY", &inv); err != nil {
+	if err := r.folder.one(layout.Inventory, "INVENTORY", &inv); err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
-			return fault.Invalid("no checkpoint: the folder has no inventory.img")
+			return fault.Invalid("no checkpoint: the folder has no %s", layout.Inventory)
 		}
 		return err
 	}
@@ -132,7 +133,7 @@ func (r *reader) readInventory() error {
 
 func (r *reader) readHostname() error {
 	var u utsns.UtsnsEntry
-	err := r.folder.one(fmt.Sprintf("utsns-%d.img", r.namespace.GetUtsNsId()), "UTSNS", &u)
+	err := r.folder.one(layout.UTSNamespace.Name(r.namespace.GetUtsNsId()), "UTSNS", &u)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -142,7 +143,7 @@ func (r *reader) readHostname() error {
 
 func (r *reader) readStats() error {
 	var s stats.StatsEntry
-	err := r.folder.one("stats-dump", "STATS", &s)
+	err := r.folder.one(layout.DumpStats, "STATS", &s)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

@@ -22,6 +22,8 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/magic"
 	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // testdata are checkpoints that runc made.
@@ -129,7 +131,7 @@ func TestSockets(t *testing.T) {
 func TestStats(t *testing.T) {
 	dir := copyOf(t, "runc-sleep")
 	data := image(t, "STATS", &stats.StatsEntry{Dump: &stats.DumpStatsEntry{FrozenTime: proto.Uint32(7), PagesWritten: proto.Uint64(16)}})
-	must(t, os.WriteFile(filepath.Join(dir, "stats-dump"), data, 0o600))
+	must(t, os.WriteFile(filepath.Join(dir, layout.DumpStats), data, 0o600))
 	r, err := Inspect(t.Context(), dir, Options{})
 	must(t, err)
 	if r.Stats == nil || r.Stats.FrozenUS != 7 || r.Stats.PagesWritten != 16 {

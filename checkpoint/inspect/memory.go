@@ -15,6 +15,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // Flags of mappings, CRIU's include/image.h, VMA_AREA_*.
@@ -37,7 +38,7 @@ const (
 // its arguments.
 func (r *reader) readMemory(p *Process) error {
 	var m mm.MmEntry
-	if err := r.folder.one(fmt.Sprintf("mm-%d.img", p.PID), "MM", &m); err != nil {
+	if err := r.folder.one(layout.Memory.Name(p.PID), "MM", &m); err != nil {
 		return missing(err, "process %d has none", p.PID)
 	}
 	if err := r.take(len(m.GetVmas())); err != nil {
@@ -133,7 +134,7 @@ func (r *reader) readPages(p *Process, m *mm.MmEntry) error {
 			pages.Close()
 		}
 	}()
-	err := r.eachRun(fmt.Sprintf("pagemap-%d.img", p.PID), p.Memory.PageSize, func(id uint32, start uint64, size, at int64) error {
+	err := r.eachRun(layout.Pagemap.Name(p.PID), p.Memory.PageSize, func(id uint32, start uint64, size, at int64) error {
 		end := start + uint64(size)
 		first := sort.Search(len(areas), func(i int) bool { return uint64(areas[i].Start)+uint64(areas[i].Size) > start })
 		for i := first; i < len(areas) && uint64(areas[i].Start) < end; i++ {
@@ -155,7 +156,7 @@ func (r *reader) readPages(p *Process, m *mm.MmEntry) error {
 		}
 		if pages == nil {
 			var err error
-			if pages, err = r.folder.open(fmt.Sprintf("pages-%d.img", id)); errors.Is(err, fs.ErrNotExist) {
+			if pages, err = r.folder.open(layout.Pages.Name(id)); errors.Is(err, fs.ErrNotExist) {
 				return nil // then we do not know them
 			} else if err != nil {
 				return err
@@ -224,7 +225,7 @@ func (r *reader) sharedSize(id uint64, page int64) (int64, error) {
 		return total, nil
 	}
 	var total int64
-	err := r.eachRun(fmt.Sprintf("pagemap-shmem-%d.img", id), page, func(_ uint32, _ uint64, size, _ int64) error {
+	err := r.eachRun(fmt.Sprintf("%s%d%s", layout.PagemapShared, id, layout.Suffix), page, func(_ uint32, _ uint64, size, _ int64) error {
 		total += size
 		return nil
 	})

@@ -13,12 +13,13 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // readMounts reads the mounts of every mount namespace.
 func (r *reader) readMounts() error {
 	for _, name := range slices.Sorted(maps.Keys(r.folder.files)) {
-		if !strings.HasPrefix(name, "mountpoints-") || !strings.HasSuffix(name, ".img") {
+		if !layout.Mounts.Has(name) {
 			continue
 		}
 		first := len(r.report.Mounts)

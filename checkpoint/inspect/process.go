@@ -14,6 +14,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // machines are CRIU's names of architectures, in Go's words.
@@ -31,7 +32,7 @@ var states = map[crit.TaskState]string{
 func (r *reader) readProcesses() error {
 	var all []Process
 	seen := map[uint32]bool{}
-	err := r.folder.each("pstree.img", "PSTREE", func(msg []byte) error {
+	err := r.folder.each(layout.ProcessTree, "PSTREE", func(msg []byte) error {
 		var e pstree.PstreeEntry
 		if err := checkpoint.DecodeMessage(msg, &e); err != nil {
 			return err
@@ -92,7 +93,7 @@ func inTreeOrder(all []Process) ([]Process, error) {
 func (r *reader) readProcess(e *pstree.PstreeEntry) (Process, error) {
 	p := Process{PID: e.GetPid(), PPID: e.GetPpid(), PGID: e.GetPgid(), SID: e.GetSid()}
 	var c core.CoreEntry
-	if err := r.folder.one(fmt.Sprintf("core-%d.img", p.PID), "CORE", &c); err != nil {
+	if err := r.folder.one(layout.Core.Name(p.PID), "CORE", &c); err != nil {
 		return p, missing(err, "process %d has none", p.PID)
 	}
 	if arch := machines[c.GetMtype()]; r.report.Architecture == "" {
@@ -111,7 +112,7 @@ func (r *reader) readProcess(e *pstree.PstreeEntry) (Process, error) {
 			t.Comm = text(c.GetThreadCore().GetComm())
 		} else {
 			var c core.CoreEntry
-			if err := r.folder.one(fmt.Sprintf("core-%d.img", tid), "CORE", &c); err != nil {
+			if err := r.folder.one(layout.Core.Name(tid), "CORE", &c); err != nil {
 				return p, missing(err, "thread %d of process %d has none", tid, p.PID)
 			}
 			t.Comm = text(c.GetThreadCore().GetComm())
@@ -121,7 +122,7 @@ func (r *reader) readProcess(e *pstree.PstreeEntry) (Process, error) {
 	ids := c.GetIds()
 	if ids == nil {
 		ids = &core.TaskKobjIdsEntry{}
-		err := r.folder.one(fmt.Sprintf("ids-%d.img", p.PID), "IDS", ids)
+		err := r.folder.one(layout.IDs.Name(p.PID), "IDS", ids)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return p, err
 		}
@@ -134,7 +135,7 @@ func (r *reader) readProcess(e *pstree.PstreeEntry) (Process, error) {
 		return p, err
 	}
 	var f fsimage.FsEntry
-	if err := r.folder.one(fmt.Sprintf("fs-%d.img", p.PID), "FS", &f); err == nil {
+	if err := r.folder.one(layout.Root.Name(p.PID), "FS", &f); err == nil {
 		p.Cwd, p.Root = r.files.path(f.GetCwdId()), r.files.path(f.GetRootId())
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return p, err

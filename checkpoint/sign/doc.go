@@ -16,9 +16,6 @@
 // A signature says who made something, and grants nothing.
 package sign
 
-// EnvelopeName is the file beside stasis.json that holds the envelope.
-const EnvelopeName = "stasis.sig.json"
-
 // PayloadType is what is signed: the bytes of stasis.json. It is part of what the
 // signature is of, so a signature of something else is none of a checkpoint.
 const PayloadType = "application/vnd.stasis.checkpoint+json;version=3"

@@ -13,6 +13,7 @@ import (
 	"github.com/secure-systems-lab/go-securesystemslib/dsse"
 
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 const (
@@ -40,41 +41,41 @@ type signature struct {
 // cannot see two things in it.
 func decode(data []byte) (*envelope, error) {
 	if len(data) > MaxEnvelope {
-		return nil, fault.Invalid("%s: larger than %d bytes", EnvelopeName, MaxEnvelope)
+		return nil, fault.Invalid("%s: larger than %d bytes", layout.Signature, MaxEnvelope)
 	}
 	// Its decoded form may take a hundred times the memory of its text. Base64 has none
 	// of these.
 	if n := bytes.Count(data, []byte(",")) + bytes.Count(data, []byte("{")); n > maxPunctuation {
-		return nil, fault.Invalid("%s: has more than %d signatures", EnvelopeName, maxSignatures)
+		return nil, fault.Invalid("%s: has more than %d signatures", layout.Signature, maxSignatures)
 	}
 	var raw dsse.Envelope
 	d := json.NewDecoder(bytes.NewReader(data))
 	if err := d.Decode(&raw); err != nil {
-		return nil, fault.Invalid("%s: no envelope: %v", EnvelopeName, err)
+		return nil, fault.Invalid("%s: no envelope: %v", layout.Signature, err)
 	}
 	if _, err := d.Token(); !errors.Is(err, io.EOF) {
-		return nil, fault.Invalid("%s: something follows the envelope's closing brace", EnvelopeName)
+		return nil, fault.Invalid("%s: something follows the envelope's closing brace", layout.Signature)
 	}
 	if raw.PayloadType != PayloadType {
-		return nil, fault.Invalid("%s: signs %.100q, which is no %s", EnvelopeName, raw.PayloadType, PayloadType)
+		return nil, fault.Invalid("%s: signs %.100q, which is no %s", layout.Signature, raw.PayloadType, PayloadType)
 	}
 	if n := len(raw.Signatures); n == 0 || n > maxSignatures {
-		return nil, fault.Invalid("%s: has %d signatures; from 1 to %d are expected", EnvelopeName, n, maxSignatures)
+		return nil, fault.Invalid("%s: has %d signatures; from 1 to %d are expected", layout.Signature, n, maxSignatures)
 	}
 	e := &envelope{}
 	var err error
 	if e.payload, err = base64.StdEncoding.Strict().DecodeString(raw.Payload); err != nil {
-		return nil, fault.Invalid("%s: payload: %v", EnvelopeName, err)
+		return nil, fault.Invalid("%s: payload: %v", layout.Signature, err)
 	}
 	for i, s := range raw.Signatures {
 		sig, err := base64.StdEncoding.Strict().DecodeString(s.Sig)
 		switch {
 		case err != nil || len(sig) != ed25519.SignatureSize:
-			return nil, fault.Invalid("%s: signatures[%d] is none of Ed25519", EnvelopeName, i)
+			return nil, fault.Invalid("%s: signatures[%d] is none of Ed25519", layout.Signature, i)
 		case !validID(s.KeyID):
-			return nil, fault.Invalid("%s: signatures[%d]: %.80q is no key ID", EnvelopeName, i, s.KeyID)
+			return nil, fault.Invalid("%s: signatures[%d]: %.80q is no key ID", layout.Signature, i, s.KeyID)
 		case slices.ContainsFunc(e.signatures, func(other signature) bool { return other.keyID == s.KeyID }):
-			return nil, fault.Invalid("%s: two signatures of key %s", EnvelopeName, Short(s.KeyID))
+			return nil, fault.Invalid("%s: two signatures of key %s", layout.Signature, Short(s.KeyID))
 		}
 		e.signatures = append(e.signatures, signature{s.KeyID, sig})
 	}
@@ -107,7 +108,7 @@ func (k *Key) Sign(payload, older []byte) ([]byte, error) {
 			return nil, err
 		}
 		if !bytes.Equal(old.payload, payload) {
-			return nil, fault.Invalid("%s: it signs something else", EnvelopeName)
+			return nil, fault.Invalid("%s: it signs something else", layout.Signature)
 		}
 		for _, s := range old.signatures {
 			if s.keyID != k.ID {
@@ -115,7 +116,7 @@ func (k *Key) Sign(payload, older []byte) ([]byte, error) {
 			}
 		}
 		if len(made.Signatures) > maxSignatures {
-			return nil, fault.Invalid("%s: it has %d signatures already, which is all that there can be", EnvelopeName, len(old.signatures))
+			return nil, fault.Invalid("%s: it has %d signatures already, which is all that there can be", layout.Signature, len(old.signatures))
 		}
 	}
 	data, err := json.Marshal(made)
@@ -172,7 +173,7 @@ func (t *Trust) Verify(data, payload []byte) (Verdict, error) {
 		return Verdict{}, err
 	}
 	if !bytes.Equal(e.payload, payload) {
-		return Verdict{}, fault.Invalid("%s: stasis.json is not what was signed: one of them was altered", EnvelopeName)
+		return Verdict{}, fault.Invalid("%s: %s is not what was signed: one of them was altered", layout.Signature, layout.Manifest)
 	}
 	var v Verdict
 	signed := dsse.PAE(PayloadType, payload)
@@ -183,7 +184,7 @@ func (t *Trust) Verify(data, payload []byte) (Verdict, error) {
 			continue
 		}
 		if !ed25519.Verify(key.public, signed, s.sig) {
-			return Verdict{}, fault.Invalid("%s: the signature of key %s is not right: it, or stasis.json, was altered", EnvelopeName, Short(s.keyID))
+			return Verdict{}, fault.Invalid("%s: the signature of key %s is not right: it, or %s, was altered", layout.Signature, Short(s.keyID), layout.Manifest)
 		}
 		v.Signers = append(v.Signers, key.Signer)
 	}

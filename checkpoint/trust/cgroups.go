@@ -9,6 +9,8 @@ import (
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/cgroup"
 	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // CRIU moves each process into the control group that its image names, and makes
@@ -22,7 +24,7 @@ var (
 
 func (c *checker) checkCgroups() error {
 	var e cgroup.CgroupEntry
-	if _, err := c.one("cgroup.img", "CGROUP", &e); err != nil {
+	if _, err := c.one(layout.Cgroups, "CGROUP", &e); err != nil {
 		return err
 	}
 	if c.img.Options().CgroupsMode == "ignore" {

@@ -17,6 +17,8 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/tty"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // checkFiles looks at everything that is open. CRIU opens it as root, in the
@@ -24,7 +26,7 @@ import (
 func (c *checker) checkFiles() error {
 	regular := map[uint32]string{}
 	c.unnamed = map[uint32]bool{}
-	err := c.each("remap-fpath.img", "REMAP_FPATH", func(msg []byte) error {
+	err := c.each(layout.RemapFilePaths, "REMAP_FPATH", func(msg []byte) error {
 		var e remap.RemapFilePathEntry
 		err := c.decode(msg, &e)
 		c.unnamed[e.GetOrigId()] = e.RemapType != nil && e.GetRemapType() == remap.RemapType_GHOST
@@ -33,7 +35,7 @@ func (c *checker) checkFiles() error {
 	if err != nil {
 		return err
 	}
-	err = c.each("files.img", "FILES", func(msg []byte) error {
+	err = c.each(layout.Files, "FILES", func(msg []byte) error {
 		var e fdinfo.FileEntry
 		if err := c.decode(msg, &e); err != nil {
 			return err
@@ -269,7 +271,7 @@ func (c *checker) checkWatch(who string, wd *fsnotify.InotifyWdEntry) {
 var linkRemap = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^link_remap\.\d+$`) })
 
 func (c *checker) checkRemaps(regular map[uint32]string) error {
-	return c.each("remap-fpath.img", "REMAP_FPATH", func(msg []byte) error {
+	return c.each(layout.RemapFilePaths, "REMAP_FPATH", func(msg []byte) error {
 		var e remap.RemapFilePathEntry
 		if err := c.decode(msg, &e); err != nil {
 			return err
@@ -277,7 +279,7 @@ func (c *checker) checkRemaps(regular map[uint32]string) error {
 		if e.RemapType != nil && e.GetRemapType() != remap.RemapType_LINKED {
 			return nil
 		}
-		if e.RemapType == nil && c.names[fmt.Sprintf("ghost-file-%x.img", e.GetRemapId())] {
+		if e.RemapType == nil && c.names[layout.GhostFile.Hex(e.GetRemapId())] {
 			return nil // the old form
 		}
 		if name := regular[e.GetRemapId()]; !linkRemap().MatchString(path.Base(name)) {
@@ -290,7 +292,7 @@ func (c *checker) checkRemaps(regular map[uint32]string) error {
 // checkGhosts looks at deleted files, which CRIU makes again for a moment.
 func (c *checker) checkGhosts() error {
 	for _, name := range c.img.Names() {
-		if !strings.HasPrefix(name, "ghost-file-") {
+		if !layout.GhostFile.Begins(name) {
 			continue
 		}
 		var e ghost.GhostFileEntry
@@ -312,7 +314,7 @@ func (c *checker) checkGhosts() error {
 }
 
 func (c *checker) checkTerminals() error {
-	return c.each("tty-info.img", "TTY_INFO", func(msg []byte) error {
+	return c.each(layout.Terminals, "TTY_INFO", func(msg []byte) error {
 		var e tty.TtyInfoEntry
 		if err := c.decode(msg, &e); err != nil {
 			return err
@@ -335,7 +337,7 @@ func allDevicesOf(spec *specs.Spec) bool {
 }
 
 func (c *checker) checkMemfds() error {
-	return c.each("memfd.img", "MEMFD_INODE", func(msg []byte) error {
+	return c.each(layout.Memfds, "MEMFD_INODE", func(msg []byte) error {
 		var e memfd.MemfdInodeEntry
 		if err := c.decode(msg, &e); err != nil {
 			return err

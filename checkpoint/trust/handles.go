@@ -11,6 +11,8 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fsnotify"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/mnt"
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // checkHandles looks at inotify watches that an image names by a file handle. CRIU
@@ -30,7 +32,7 @@ func (c *checker) checkHandles(rootfs string) error {
 			}
 		}
 	}
-	return c.each("files.img", "FILES", func(msg []byte) error {
+	return c.each(layout.Files, "FILES", func(msg []byte) error {
 		var e fdinfo.FileEntry
 		if err := c.decode(msg, &e); err != nil {
 			return err

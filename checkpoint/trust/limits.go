@@ -1,13 +1,12 @@
 package trust
 
 import (
-	"fmt"
 	"io"
 	"os"
-	"strings"
 
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // limits are a spec's; 0 is none.
@@ -51,13 +50,13 @@ func (c *checker) checkLimits() error {
 	}
 	// Processes share pages with those that they were forked from, and the
 	// images do not tell which: the largest needs its own at least.
-	memory := map[string]layout{}
+	memory := map[string]addressSpace{}
 	for _, t := range c.tasks {
-		memory[fmt.Sprintf("pagemap-%d.img", t.pid)] = t.memory
+		memory[layout.Pagemap.Name(t.pid)] = t.memory
 	}
 	var largest, shared uint64
 	for _, name := range c.img.Names() {
-		if !strings.HasPrefix(name, "pagemap-") {
+		if !layout.Pagemap.Begins(name) {
 			continue
 		}
 		l := memory[name]
@@ -65,7 +64,7 @@ func (c *checker) checkLimits() error {
 		switch {
 		case err != nil:
 			return err
-		case strings.HasPrefix(name, "pagemap-shmem-"):
+		case layout.PagemapShared.Begins(name):
 			shared += pages
 		default:
 			largest = max(largest, pages)
@@ -80,7 +79,7 @@ func (c *checker) checkLimits() error {
 // pages counts those that a restore brings back, from wherever. Those of a process
 // have to lie in its memory, in order: CRIU reads them to the addresses that the
 // image says.
-func (c *checker) pages(name string, in layout, private bool) (pages uint64, err error) {
+func (c *checker) pages(name string, in addressSpace, private bool) (pages uint64, err error) {
 	var id uint32
 	size := uint64(os.Getpagesize())
 	end := uint64(0) // of the run before

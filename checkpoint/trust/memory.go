@@ -10,6 +10,8 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/mm"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/vma"
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // CRIU lays out the memory of a process with code of its own in it, which runs as
@@ -69,8 +71,8 @@ var userEnd = sync.OnceValue(func() uint64 {
 // span is a range of addresses.
 type span struct{ start, end uint64 }
 
-// layout is the memory of a process: spans of mappings without a gap between them.
-type layout struct {
+// addressSpace is the memory of a process: spans of mappings without a gap between them.
+type addressSpace struct {
 	areas []span
 	room  uint64 // the largest gap below the last mapping
 	low   uint64 // likewise, below 4 GiB
@@ -78,7 +80,7 @@ type layout struct {
 	whole bool   // nothing was refused
 }
 
-func (l *layout) add(v *vma.VmaEntry) {
+func (l *addressSpace) add(v *vma.VmaEntry) {
 	before := minAddress()
 	if n := len(l.areas); n > 0 {
 		before = l.areas[n-1].end
@@ -103,7 +105,7 @@ func (l *layout) add(v *vma.VmaEntry) {
 // mapping: the search does not take that one into account. Besides the process's
 // memory, CRIU's own is in the way: a copy of what is private, and some hundred
 // others. 32-bit programs have theirs where CRIU, another program, has none.
-func (l *layout) restorerFits(threads int) bool {
+func (l *addressSpace) restorerFits(threads int) bool {
 	const perThread, base = 256 << 10, 256 << 20
 	need := base + uint64(threads)*perThread
 	most := uint64(2 << 40)
@@ -117,7 +119,7 @@ func (l *layout) restorerFits(threads int) bool {
 // where to write in it.
 func (c *checker) checkMemoryMap(t *task) error {
 	var m mm.MmEntry
-	if err := c.need(fmt.Sprintf("mm-%d.img", t.pid), "MM", &m); err != nil {
+	if err := c.need(layout.Memory.Name(t.pid), "MM", &m); err != nil {
 		return err
 	}
 	c.checkAreas(t, &m)

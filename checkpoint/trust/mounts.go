@@ -18,6 +18,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // CheckMounts compares the mounts of a checkpoint with the spec's, and follows the
@@ -78,7 +79,7 @@ func (c *checker) readMounts() error {
 	c.mounts = map[string][]mountEntry{}
 	var names []string
 	for _, name := range c.img.Names() {
-		if strings.HasPrefix(name, "mountpoints-") {
+		if layout.Mounts.Begins(name) {
 			names = append(names, name)
 		}
 	}

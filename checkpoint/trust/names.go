@@ -13,6 +13,7 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
 
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // knownImages are the images of CRIU 3.3 and later that a container can have.
@@ -46,7 +47,7 @@ func (c *checker) checkNames() error {
 // own descriptors to the processes: from the fourth on, that would be its socket
 // to CRIU, and its namespaces.
 func (c *checker) checkDescriptors() error {
-	f, err := c.img.OpenFile("descriptors.json")
+	f, err := c.img.OpenFile(layout.Descriptors)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -78,7 +79,7 @@ var runID = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^[
 
 func (c *checker) checkInventory() error {
 	var inv inventory.InventoryEntry
-	if err := c.need("inventory.img", "INVENTORY", &inv); err != nil {
+	if err := c.need(layout.Inventory, "INVENTORY", &inv); err != nil {
 		return err
 	}
 	c.inventory.root = inv.GetRootIds()

@@ -1,7 +1,6 @@
 package trust
 
 import (
-	"fmt"
 	"io"
 	"os"
 	"regexp"
@@ -16,6 +15,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // namespaceKinds are the namespaces that a spec decides. That of time is not among
@@ -100,7 +100,7 @@ func (c *checker) checkNamespaces() error {
 		return err
 	}
 	var pid pidns.PidnsEntry
-	if _, err := c.one(fmt.Sprintf("pidns-%d.img", init.ids.GetPidNsId()), "PIDNS", &pid); err != nil {
+	if _, err := c.one(layout.PIDNamespace.Name(init.ids.GetPidNsId()), "PIDNS", &pid); err != nil {
 		return err
 	}
 	c.checkJoined(specs.PIDNamespace, pid.GetExtKey(), "extRootPidNS")
@@ -126,7 +126,7 @@ func (c *checker) checkJoined(kind specs.LinuxNamespaceType, have, key string) {
 
 func (c *checker) checkUserNamespace(id uint32) error {
 	var e userns.UsernsEntry
-	found, err := c.one(fmt.Sprintf("userns-%d.img", id), "USERNS", &e)
+	found, err := c.one(layout.UserNamespace.Name(id), "USERNS", &e)
 	if err != nil || c.namespace(specs.UserNamespace) == nil || id == c.inventory.root.GetUserNsId() {
 		return err
 	}
@@ -161,7 +161,7 @@ func (c *checker) checkNetwork() error {
 	ns := c.namespace(specs.NetworkNamespace)
 	id := c.init().ids.GetNetNsId()
 	var e netdev.NetnsEntry
-	found, err := c.one(fmt.Sprintf("netns-%d.img", id), "NETNS", &e)
+	found, err := c.one(layout.NetworkNamespace.Name(id), "NETNS", &e)
 	if err != nil {
 		return err
 	}

@@ -10,6 +10,8 @@ import (
 	remap "github.com/checkpoint-restore/go-criu/v8/crit/images/remap-file-path"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // paths are what a restore opens, binds, makes and deletes by name.
@@ -102,7 +104,7 @@ func (c *checker) checkPaths(rootfs string) error {
 
 func (c *checker) readPaths() (*paths, error) {
 	p := &paths{fifos: map[uint32]bool{}, others: map[uint32]uint32{}, makes: map[uint32]bool{}, procfs: map[uint32]bool{}, existing: map[uint32]bool{}}
-	err := c.each("remap-fpath.img", "REMAP_FPATH", func(msg []byte) error {
+	err := c.each(layout.RemapFilePaths, "REMAP_FPATH", func(msg []byte) error {
 		var e remap.RemapFilePathEntry
 		if err := c.decode(msg, &e); err != nil {
 			return err
@@ -120,7 +122,7 @@ func (c *checker) readPaths() (*paths, error) {
 	if err != nil {
 		return nil, err
 	}
-	return p, c.each("files.img", "FILES", func(msg []byte) error {
+	return p, c.each(layout.Files, "FILES", func(msg []byte) error {
 		var e fdinfo.FileEntry
 		if err := c.decode(msg, &e); err != nil {
 			return err

@@ -10,6 +10,8 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/seccomp"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // The OCI runtime does not apply the spec's seccomp profile in a restore: a
@@ -24,7 +26,7 @@ const maxFilters = 256
 // readFilters reads seccomp.img, and judges each chain of filters.
 func (c *checker) readFilters() error {
 	var e seccomp.SeccompEntry
-	if _, err := c.one("seccomp.img", "SECCOMP", &e); err != nil {
+	if _, err := c.one(layout.Seccomp, "SECCOMP", &e); err != nil {
 		return err
 	}
 	for _, f := range e.GetSeccompFilters() {

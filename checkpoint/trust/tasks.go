@@ -12,6 +12,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // task is one process of the checkpoint.
@@ -21,7 +22,7 @@ type task struct {
 	alive   bool
 	threads []uint32
 	ids     *core.TaskKobjIdsEntry // nil for a zombie
-	memory  layout
+	memory  addressSpace
 }
 
 // Task states, CRIU's compel/include/uapi/task-state.h. In the latter two there is
@@ -38,7 +39,7 @@ func (c *checker) checkTasks() error {
 		return err
 	}
 	seen := map[uint32]bool{}
-	err := c.each("pstree.img", "PSTREE", func(msg []byte) error {
+	err := c.each(layout.ProcessTree, "PSTREE", func(msg []byte) error {
 		var p pstree.PstreeEntry
 		if err := c.decode(msg, &p); err != nil {
 			return err
@@ -60,7 +61,7 @@ func (c *checker) checkTasks() error {
 func (c *checker) checkTask(p *pstree.PstreeEntry) (task, error) {
 	t := task{pid: p.GetPid()}
 	var e core.CoreEntry
-	name := fmt.Sprintf("core-%d.img", t.pid)
+	name := layout.Core.Name(t.pid)
 	if err := c.need(name, "CORE", &e); err != nil {
 		return t, err
 	}
@@ -90,7 +91,7 @@ func (c *checker) checkTask(p *pstree.PstreeEntry) (task, error) {
 		thread := e.GetThreadCore()
 		if tid != t.pid {
 			var other core.CoreEntry
-			if err := c.need(fmt.Sprintf("core-%d.img", tid), "CORE", &other); err != nil {
+			if err := c.need(layout.Core.Name(tid), "CORE", &other); err != nil {
 				return t, err
 			}
 			thread = other.GetThreadCore()
@@ -101,7 +102,7 @@ func (c *checker) checkTask(p *pstree.PstreeEntry) (task, error) {
 		return t, fault.Invalid("%s: has the namespaces of process %d, as in CRIU before 1.0", name, t.pid)
 	}
 	t.ids = &core.TaskKobjIdsEntry{}
-	if err := c.need(fmt.Sprintf("ids-%d.img", t.pid), "IDS", t.ids); err != nil {
+	if err := c.need(layout.IDs.Name(t.pid), "IDS", t.ids); err != nil {
 		return t, err
 	}
 	return t, c.checkMemoryMap(&t)

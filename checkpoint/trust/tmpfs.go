@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/tarcheck"
 )
 
@@ -34,7 +35,7 @@ func (c *checker) checkTmpfs() error {
 	}
 	c.tmpfsLinks, c.tmpfsWays = map[string]map[string]string{}, ways
 	for _, name := range c.img.Names() {
-		if strings.HasPrefix(name, "tmpfs-") {
+		if layout.Tmpfs.Begins(name) {
 			if err := c.checkArchive(name); err != nil {
 				return err
 			}
@@ -137,7 +138,7 @@ func (c *checker) checkArchive(name string) error {
 
 // archiveNumber is what the name of an archive has of the mount that it is of.
 func archiveNumber(name string) string {
-	return strings.TrimSuffix(strings.TrimPrefix(strings.TrimPrefix(name, "tmpfs-"), "dev-"), ".tar.gz.img")
+	return strings.TrimSuffix(strings.TrimPrefix(strings.TrimPrefix(name, string(layout.Tmpfs)), "dev-"), layout.TmpfsSuffix)
 }
 
 // archives are the numbers of the archives that may have a mount's files: that of

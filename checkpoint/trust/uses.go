@@ -9,6 +9,8 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/mm"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/pstree"
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // use is what a process has an entry of files.img for: the first that was found, and
@@ -38,7 +40,7 @@ func (c *checker) uses() (map[uint32]use, error) {
 	}
 	c.used, c.processes = map[uint32]use{}, map[uint32]bool{}
 	tables := map[uint32][]uint32{} // of descriptors, and who has each
-	err := c.each("pstree.img", "PSTREE", func(msg []byte) error {
+	err := c.each(layout.ProcessTree, "PSTREE", func(msg []byte) error {
 		var p pstree.PstreeEntry
 		if err := c.decode(msg, &p); err != nil {
 			return err
@@ -49,12 +51,12 @@ func (c *checker) uses() (map[uint32]use, error) {
 			c.processes[tid] = true
 		}
 		var ids core.TaskKobjIdsEntry
-		if _, err := c.one(fmt.Sprintf("ids-%d.img", pid), "IDS", &ids); err != nil {
+		if _, err := c.one(layout.IDs.Name(pid), "IDS", &ids); err != nil {
 			return err
 		}
 		tables[ids.GetFilesId()] = append(tables[ids.GetFilesId()], pid)
 		var dirs fs.FsEntry
-		found, err := c.one(fmt.Sprintf("fs-%d.img", pid), "FS", &dirs)
+		found, err := c.one(layout.Root.Name(pid), "FS", &dirs)
 		if found {
 			c.use(dirs.GetCwdId(), use{pid: pid, what: "cwd"})
 			c.use(dirs.GetRootId(), use{pid: pid, what: "root"})
@@ -68,7 +70,7 @@ func (c *checker) uses() (map[uint32]use, error) {
 		return nil, err
 	}
 	for table, pids := range tables {
-		err := c.each(fmt.Sprintf("fdinfo-%d.img", table), "FDINFO", func(msg []byte) error {
+		err := c.each(layout.DescriptorTable.Name(table), "FDINFO", func(msg []byte) error {
 			var e fdinfo.FdinfoEntry
 			if err := c.decode(msg, &e); err != nil {
 				return err
@@ -99,7 +101,7 @@ func (c *checker) use(id uint32, u use) {
 // usesOfMemory is for the executable and what is mapped.
 func (c *checker) usesOfMemory(pid uint32) error {
 	var m mm.MmEntry
-	found, err := c.one(fmt.Sprintf("mm-%d.img", pid), "MM", &m)
+	found, err := c.one(layout.Memory.Name(pid), "MM", &m)
 	if err != nil || !found {
 		return err
 	}

@@ -14,7 +14,7 @@ const module = "github.com/stasis-run/stasis/"
 var layers = []string{
 	"cmd/containerd-shim-stasis-v1", "cmd/stasis", "node", "shim", "task",
 	"checkpoint/image", "checkpoint/archive", "checkpoint/inspect", "checkpoint/trust", "checkpoint/policy/allow", "checkpoint",
-	"checkpoint/rootfs", "checkpoint/sign", "checkpoint/sum", "checkpoint/tarcheck", "checkpoint/capture", "checkpoint/fault", "checkpoint/api", "process",
+	"checkpoint/rootfs", "checkpoint/sign", "checkpoint/sum", "checkpoint/tarcheck", "checkpoint/capture", "checkpoint/fault", "checkpoint/layout", "checkpoint/api", "process",
 }
 
 // heavy must not come into the shim, of which one runs for every pod. Each
