@@ -77,13 +77,13 @@ func TestKilledWriter(t *testing.T) {
 		if code := cmd.ProcessState.ExitCode(); code != -1 {
 			t.Fatalf("the writer failed, exit code %d", code)
 		}
-		img, err := Open(t.Context(), dir)
+		ckpt, err := Open(t.Context(), dir)
 		switch {
 		case err == nil:
 			whole++
 			data, err := os.ReadFile(filepath.Join(dir, "core-0.img"))
-			if err != nil || string(data) != img.Manifest().Container.ID {
-				t.Fatalf("checkpoint %s holds %q, %v", img.Manifest().Container.ID, data, err)
+			if err != nil || string(data) != ckpt.Manifest().Container.ID {
+				t.Fatalf("checkpoint %s holds %q, %v", ckpt.Manifest().Container.ID, data, err)
 			}
 		case errors.Is(err, errdefs.ErrFailedPrecondition):
 			unfinished++

@@ -158,9 +158,9 @@ func TestDerivedOptions(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			dir := realFolder(t, "runc-sleep")
 			write(t, filepath.Join(dir, tc.file), tc.data)
-			img, err := Open(t.Context(), dir)
+			ckpt, err := Open(t.Context(), dir)
 			must(t, err)
-			if got := img.Options(); !equalOptions(got, tc.want) {
+			if got := ckpt.Options(); !equalOptions(got, tc.want) {
 				t.Errorf("options %+v, want %+v", got, tc.want)
 			}
 		})

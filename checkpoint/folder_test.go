@@ -64,9 +64,9 @@ func TestCommit(t *testing.T) {
 				t.Errorf("%s has mode %v", name, info.Mode())
 			}
 		}
-		img, err := Open(t.Context(), dir)
+		ckpt, err := Open(t.Context(), dir)
 		must(t, err)
-		m := img.Manifest()
+		m := ckpt.Manifest()
 		if m.Version != 3 || m.Host == "" || m.Created.Before(before) || m.Container.Namespace != "n" || m.CRIU != "4.2.1" {
 			t.Errorf("manifest %+v", m)
 		}
@@ -177,9 +177,9 @@ func TestDiscard(t *testing.T) {
 	must(t, err)
 	fill(t, f.Path(), "core-99.img")
 	must(t, f.Discard())
-	img, err := Open(t.Context(), dir)
+	ckpt, err := Open(t.Context(), dir)
 	must(t, err)
-	if img.Manifest().Container.ID != "old" || slices.Contains(names(t, dir), layout.Partial) {
+	if ckpt.Manifest().Container.ID != "old" || slices.Contains(names(t, dir), layout.Partial) {
 		t.Errorf("after Discard: %q", names(t, dir))
 	}
 }

@@ -107,16 +107,16 @@ func FuzzDerive(f *testing.F) {
 		must(t, err)
 		defer write(t, path, good)
 		write(t, path, data)
-		img, err := Open(t.Context(), dir)
+		ckpt, err := Open(t.Context(), dir)
 		if err != nil {
 			if !strings.HasPrefix(err.Error(), "checkpoint "+dir+": ") {
 				t.Fatal(err)
 			}
 			return
 		}
-		addrs, err := img.EstablishedTCP()
-		if err != nil || img.Options().OpenTCP != (len(addrs) > 0) {
-			t.Fatalf("options %+v, addresses %v, %v", img.Options(), addrs, err)
+		addrs, err := ckpt.EstablishedTCP()
+		if err != nil || ckpt.Options().OpenTCP != (len(addrs) > 0) {
+			t.Fatalf("options %+v, addresses %v, %v", ckpt.Options(), addrs, err)
 		}
 	})
 }

@@ -44,11 +44,11 @@ func (r *RestoreRequest) imagesDir() (dir string, remove func(), err error) {
 		if path == "" {
 			continue
 		}
-		for name := range r.Image.images.files {
+		for name := range r.Checkpoint.images.files {
 			if !joined.series.Has(name) {
 				continue
 			}
-			data, err := readPart(filepath.Join(r.Image.Dir(), name), maxFrame, false)
+			data, err := readPart(filepath.Join(r.Checkpoint.Dir(), name), maxFrame, false)
 			if err == nil {
 				err = InNamespace(path, joined.flag, func() (err error) {
 					changed[name], err = joined.amend(data)
@@ -61,11 +61,11 @@ func (r *RestoreRequest) imagesDir() (dir string, remove func(), err error) {
 		}
 	}
 	if len(changed) == 0 {
-		return r.Image.Dir(), func() {}, nil
+		return r.Checkpoint.Dir(), func() {}, nil
 	}
 	upper := filepath.Join(r.Bundle, joinedDir)
 	removeUpper := func() { _ = os.RemoveAll(upper) }
-	merged, err := layOver(r.Image.Dir(), upper, changed)
+	merged, err := layOver(r.Checkpoint.Dir(), upper, changed)
 	if err != nil {
 		removeUpper()
 		return "", nil, fmt.Errorf("give CRIU other images than the checkpoint's: %w", err)

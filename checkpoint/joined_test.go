@@ -26,7 +26,7 @@ func TestImagesDir(t *testing.T) {
 	if err := os.CopyFS(images, os.DirFS("testdata/runc-sleep")); err != nil {
 		t.Fatal(err)
 	}
-	img, err := Open(t.Context(), images)
+	ckpt, err := Open(t.Context(), images)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -35,7 +35,7 @@ func TestImagesDir(t *testing.T) {
 		for _, kind := range kinds {
 			spec.Linux.Namespaces = append(spec.Linux.Namespaces, specs.LinuxNamespace{Type: kind, Path: "/proc/self/ns/" + string(kind)})
 		}
-		return &RestoreRequest{Bundle: t.TempDir(), Image: img, Spec: spec}
+		return &RestoreRequest{Bundle: t.TempDir(), Checkpoint: ckpt, Spec: spec}
 	}
 	r := join()
 	r.Spec.Linux.Namespaces = []specs.LinuxNamespace{{Type: specs.UTSNamespace}, {Type: specs.IPCNamespace}}

@@ -15,14 +15,14 @@ const Unconfined = "unconfined"
 // the AppArmor profile of its spec: CRIU would bring back the one that each process
 // had, which may be none of this host's. Processes that had none get none, and are refused
 // before (package trust).
-func lsmConfig(img *Image, spec *specs.Spec) (string, error) {
+func lsmConfig(ckpt *Checkpoint, spec *specs.Spec) (string, error) {
 	if spec.Process == nil || spec.Process.ApparmorProfile == "" {
 		return "", nil
 	}
 	profile := spec.Process.ApparmorProfile
-	inv, err := img.images.inventory()
+	inv, err := ckpt.images.inventory()
 	if err != nil {
-		return "", wrap(img.dir, err)
+		return "", wrap(ckpt.dir, err)
 	}
 	if inv.GetLsmtype() != inventory.Lsmtype_APPARMOR || profile == Unconfined {
 		return "", nil

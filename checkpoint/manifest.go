@@ -171,7 +171,7 @@ func (f *File) sum() sum.Sum { return sum.Sum{Text: f.Sum, Chunks: f.Chunks} }
 // setSum is the reverse of sum.
 func (f *File) setSum(s sum.Sum) { f.Sum, f.Chunks = s.Text, s.Chunks }
 
-// check looks at each value by itself, but for sums; image.go compares them with the
+// check looks at each value by itself, but for sums; open.go compares them with the
 // folder.
 func (m *Manifest) check() error {
 	if err := m.Options.check(); err != nil {

@@ -17,14 +17,14 @@ import (
 
 // RestoreRequest is what Restore needs to know.
 type RestoreRequest struct {
-	Runtime process.Runtime
-	ID      string
-	Image   *Image
-	Bundle  string      // holds config.json and the mounted rootfs
-	Spec    *specs.Spec // config.json
-	WorkDir string      // where CRIU leaves restore.log and stats-restore
-	NoPivot bool
-	Self    string // a program that runs LoopbackHook when called with ActionLoopback, and ExecCRIU as CRIUName
+	Runtime    process.Runtime
+	ID         string
+	Checkpoint *Checkpoint
+	Bundle     string      // holds config.json and the mounted rootfs
+	Spec       *specs.Spec // config.json
+	WorkDir    string      // where CRIU leaves restore.log and stats-restore
+	NoPivot    bool
+	Self       string // a program that runs LoopbackHook when called with ActionLoopback, and ExecCRIU as CRIUName
 
 	// Check looks at the restored processes, of which the first is init, before
 	// any of them has run. An error is the restore's, and none ever runs.
@@ -41,8 +41,8 @@ func Restore(ctx context.Context, r RestoreRequest) (int, error) {
 	if err := os.MkdirAll(r.WorkDir, 0o711); err != nil {
 		return 0, fmt.Errorf("make CRIU's work folder: %w", err)
 	}
-	options := r.Image.Options()
-	closeTCP, err := mustCloseTCP(r.Image, r.Spec)
+	options := r.Checkpoint.Options()
+	closeTCP, err := mustCloseTCP(r.Checkpoint, r.Spec)
 	if err != nil {
 		return 0, err
 	}
@@ -51,7 +51,7 @@ func Restore(ctx context.Context, r RestoreRequest) (int, error) {
 		criuConfig = "tcp-close\n"
 		options.OpenTCP = false
 	}
-	profile, err := lsmConfig(r.Image, r.Spec)
+	profile, err := lsmConfig(r.Checkpoint, r.Spec)
 	if err != nil {
 		return 0, err
 	}
@@ -133,7 +133,7 @@ func (r *RestoreRequest) restore(ctx context.Context, opts *runc.RestoreOpts) (i
 // itself is in the container's group. Where this host cannot, the container runs
 // with less limits than it had set itself; those of its spec are in force.
 func (r *RestoreRequest) restoreSubGroups(ctx context.Context, pid int) {
-	m := r.Image.Manifest()
+	m := r.Checkpoint.Manifest()
 	if m == nil || len(m.Cgroups) == 0 {
 		return
 	}
@@ -174,11 +174,11 @@ func (r *RestoreRequest) cleanup(ctx context.Context) {
 // lockedByDump tells whether the network may be locked since the dump. Until a
 // further try, the lock has to keep the kernel from ending the connections.
 func (r *RestoreRequest) lockedByDump() bool {
-	m := r.Image.Manifest()
-	if !r.Image.Options().OpenTCP || m != nil && !m.Exit {
+	m := r.Checkpoint.Manifest()
+	if !r.Checkpoint.Options().OpenTCP || m != nil && !m.Exit {
 		return false
 	}
-	lacks, err := lacksAddress(r.Image, r.Spec)
+	lacks, err := lacksAddress(r.Checkpoint, r.Spec)
 	return err == nil && !lacks
 }
 

@@ -21,7 +21,7 @@ func (r *RestoreRequest) amendRoot() error {
 	if r.Spec.Root == nil || filepath.IsAbs(r.Spec.Root.Path) {
 		return nil // a folder that is not the container's only
 	}
-	want, err := r.Image.images.rootMode()
+	want, err := r.Checkpoint.images.rootMode()
 	if err != nil || want == 0 {
 		return err
 	}

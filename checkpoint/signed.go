@@ -70,11 +70,11 @@ func OwnSpec(dir string, spec []byte, trust *sign.Trust) (bool, error) {
 // CheckSigned is nil if somebody has signed the checkpoint who is trusted; else the
 // error says what would make it so, and matches ErrNotSigned. trust is that of
 // OpenOptions.
-func (i *Image) CheckSigned(trust *sign.Trust) error {
-	if len(i.verdict.Signers) > 0 {
+func (c *Checkpoint) CheckSigned(trust *sign.Trust) error {
+	if len(c.verdict.Signers) > 0 {
 		return nil
 	}
-	return wrap(i.dir, notSigned(i.verdict, trust))
+	return wrap(c.dir, notSigned(c.verdict, trust))
 }
 
 // ErrNotSigned is of OpenOptions.Require. It matches errdefs.ErrPermissionDenied.
@@ -123,11 +123,11 @@ func Sign(ctx context.Context, dir string, key *sign.Key, made Manifest) error {
 }
 
 func signFolder(ctx context.Context, dir string, key *sign.Key, made Manifest) error {
-	img, err := open(ctx, dir, OpenOptions{Reread: true, AnyHost: true})
+	ckpt, err := open(ctx, dir, OpenOptions{Reread: true, AnyHost: true})
 	if err != nil {
 		return err
 	}
-	if m := img.manifest; m != nil && m.Version >= signedVersion {
+	if m := ckpt.manifest; m != nil && m.Version >= signedVersion {
 		data, err := readManifestFile(dir)
 		if err != nil {
 			return err
@@ -143,19 +143,19 @@ func signFolder(ctx context.Context, dir string, key *sign.Key, made Manifest) e
 		return os.WriteFile(filepath.Join(dir, layout.Signature), envelope, 0o600)
 	}
 	m := made
-	if img.manifest != nil {
-		m = *img.manifest
+	if ckpt.manifest != nil {
+		m = *ckpt.manifest
 		// Of which older versions know nothing.
 		m.Container.Name, m.Container.Pod, m.Container.BaseConfig = made.Container.Name, made.Container.Pod, made.Container.BaseConfig
 		m.Container.SpecDigest = made.Container.SpecDigest
 	} else {
-		m.Options = img.options
+		m.Options = ckpt.options
 		if m.Architecture == "" {
 			m.Architecture = runtime.GOARCH
 		}
 	}
 	m.Version, m.Files = manifestVersion, nil
-	for _, file := range img.images.files {
+	for _, file := range ckpt.images.files {
 		if validName(file.name) && !layout.IsIncidental(file.name) {
 			m.Files = append(m.Files, File{Name: file.name, Size: file.size})
 		}

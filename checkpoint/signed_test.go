@@ -49,20 +49,20 @@ func TestSigned(t *testing.T) {
 	key, trust := node(t)
 	dir := signedFolder(t, key)
 	for _, reread := range []bool{false, true} {
-		img, err := OpenWith(t.Context(), dir, OpenOptions{Trust: trust, Require: true, Reread: reread})
+		ckpt, err := OpenWith(t.Context(), dir, OpenOptions{Trust: trust, Require: true, Reread: reread})
 		must(t, err)
-		if s, ok := img.Signer(); !ok || !s.Own || s.KeyID != key.ID {
+		if s, ok := ckpt.Signer(); !ok || !s.Own || s.KeyID != key.ID {
 			t.Errorf("signer %+v, %v", s, ok)
 		}
-		if !img.RanWith([]byte(` { "a" : 1, "annotations": {} } `)) || img.RanWith([]byte(`{"a":2}`)) {
+		if !ckpt.RanWith([]byte(` { "a" : 1, "annotations": {} } `)) || ckpt.RanWith([]byte(`{"a":2}`)) {
 			t.Error("RanWith")
 		}
 	}
 	// Another node does not know who that is, and takes it where it need not.
 	_, others := node(t)
-	img, err := OpenWith(t.Context(), dir, OpenOptions{Trust: others})
+	ckpt, err := OpenWith(t.Context(), dir, OpenOptions{Trust: others})
 	must(t, err)
-	if _, ok := img.Signer(); ok || img.RanWith([]byte(`{"a":1}`)) {
+	if _, ok := ckpt.Signer(); ok || ckpt.RanWith([]byte(`{"a":1}`)) {
 		t.Error("another node knows the signer")
 	}
 	_, err = OpenWith(t.Context(), dir, OpenOptions{Trust: others, Require: true})
@@ -144,10 +144,10 @@ func TestSignedIsAltered(t *testing.T) {
 			c.alter(t, dir)
 			for _, o := range []OpenOptions{{Trust: trust}, {Trust: trust, Require: true}, {Trust: others}, {}} {
 				o.Reread = true
-				img, err := OpenWith(t.Context(), dir, o)
+				ckpt, err := OpenWith(t.Context(), dir, o)
 				if c.unseen && (o.Trust == others || o.Trust == nil) {
 					must(t, err)
-					if _, ok := img.Signer(); ok {
+					if _, ok := ckpt.Signer(); ok {
 						t.Error("it has a signer")
 					}
 					continue
@@ -178,13 +178,13 @@ func TestSignLater(t *testing.T) {
 			must(t, Sign(t.Context(), dir, key, made))
 			must(t, Sign(t.Context(), dir, second, made))
 			for k, trust := range map[*sign.Key]*sign.Trust{key: trust, second: trustsSecond} {
-				img, err := OpenWith(t.Context(), dir, OpenOptions{Trust: trust, Require: true})
+				ckpt, err := OpenWith(t.Context(), dir, OpenOptions{Trust: trust, Require: true})
 				must(t, err)
-				if s, _ := img.Signer(); s.KeyID != k.ID {
+				if s, _ := ckpt.Signer(); s.KeyID != k.ID {
 					t.Errorf("signed by %+v", s)
 				}
-				if img.Options().OpenTCP != before.Options().OpenTCP || img.Manifest().Container.Pod.Namespace != "team" {
-					t.Errorf("manifest %+v", img.Manifest())
+				if ckpt.Options().OpenTCP != before.Options().OpenTCP || ckpt.Manifest().Container.Pod.Namespace != "team" {
+					t.Errorf("manifest %+v", ckpt.Manifest())
 				}
 			}
 		})
@@ -234,9 +234,9 @@ func TestAddSumSigns(t *testing.T) {
 			must(t, writeSigned(dir, m, nil, nil))
 		}
 		must(t, AddSum(t.Context(), dir, File{}, key))
-		img, err := OpenWith(t.Context(), dir, OpenOptions{Trust: trust, Reread: true})
+		ckpt, err := OpenWith(t.Context(), dir, OpenOptions{Trust: trust, Reread: true})
 		must(t, err)
-		if _, signed := img.Signer(); signed != (version == manifestVersion) {
+		if _, signed := ckpt.Signer(); signed != (version == manifestVersion) {
 			t.Errorf("version %d: signed: %v", version, signed)
 		}
 	}

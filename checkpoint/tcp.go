@@ -21,16 +21,16 @@ const AnnotationTCP = "stasis.run/tcp"
 
 // mustCloseTCP decides whether the connections of a checkpoint have to be
 // closed. CRIU knows only all or nothing.
-func mustCloseTCP(img *Image, spec *specs.Spec) (bool, error) {
-	if closed, err := img.images.closedTCP(); err != nil || closed {
-		return closed, wrap(img.dir, err)
+func mustCloseTCP(ckpt *Checkpoint, spec *specs.Spec) (bool, error) {
+	if closed, err := ckpt.images.closedTCP(); err != nil || closed {
+		return closed, wrap(ckpt.dir, err)
 	}
-	if !img.options.OpenTCP {
+	if !ckpt.options.OpenTCP {
 		return false, nil
 	}
 	how, asked := spec.Annotations[AnnotationTCP]
 	if !asked {
-		return lacksAddress(img, spec)
+		return lacksAddress(ckpt, spec)
 	}
 	return how == "close", CheckTCP(how)
 }
@@ -45,7 +45,7 @@ func CheckTCP(how string) error {
 
 // lacksAddress tells whether connections of a checkpoint have a local address
 // that the container's network namespace has not.
-func lacksAddress(img *Image, spec *specs.Spec) (bool, error) {
+func lacksAddress(ckpt *Checkpoint, spec *specs.Spec) (bool, error) {
 	var have []netip.Addr // none but loopback's in a namespace that is made anew
 	if path, own := networkNamespace(spec); !own {
 		var err error
@@ -53,7 +53,7 @@ func lacksAddress(img *Image, spec *specs.Spec) (bool, error) {
 			return false, fmt.Errorf("list the addresses of the container's network namespace: %w", err)
 		}
 	}
-	connected, err := img.EstablishedTCP()
+	connected, err := ckpt.EstablishedTCP()
 	if err != nil {
 		return false, err
 	}

@@ -59,8 +59,8 @@ func (a *authority) openOptions(src *source, found located) checkpoint.OpenOptio
 		o.Require = a.node.Restore.Unsigned == unsignedRefuse
 		// What is in a folder that root names does not tell whose it is, unless it
 		// is signed.
-		o.Allow = func(img *checkpoint.Image) error {
-			return a.node.allowNamespace(namespaceOf(img, found.info), a.namespace)
+		o.Allow = func(ckpt *checkpoint.Checkpoint) error {
+			return a.node.allowNamespace(namespaceOf(ckpt, found.info), a.namespace)
 		}
 	}
 	return o
@@ -76,9 +76,9 @@ func (a *authority) explain(err error) error {
 
 // namespaceOf is the namespace of the pod that a checkpoint is of, "" if it is of none:
 // what was signed says so; else, what came with it.
-func namespaceOf(img *checkpoint.Image, info capture.Info) string {
-	if _, signed := img.Signer(); signed {
-		if pod := img.Manifest().Container.Pod; pod != nil {
+func namespaceOf(ckpt *checkpoint.Checkpoint, info capture.Info) string {
+	if _, signed := ckpt.Signer(); signed {
+		if pod := ckpt.Manifest().Container.Pod; pod != nil {
 			return pod.Namespace
 		}
 		return ""

@@ -318,14 +318,14 @@ type fakePolicy struct {
 	processes func(ctx context.Context, pids []int) error
 }
 
-func (p *fakePolicy) Check(context.Context, *checkpoint.Image, *specs.Spec) error {
+func (p *fakePolicy) Check(context.Context, *checkpoint.Checkpoint, *specs.Spec) error {
 	if p.check == nil {
 		return nil
 	}
 	return p.check()
 }
 
-func (p *fakePolicy) CheckMounts(_ context.Context, _ *checkpoint.Image, _ *specs.Spec, rootfs string) error {
+func (p *fakePolicy) CheckMounts(_ context.Context, _ *checkpoint.Checkpoint, _ *specs.Spec, rootfs string) error {
 	p.rootfs = rootfs
 	if p.mounts == nil {
 		return nil

@@ -41,10 +41,10 @@ import (
 // The container owns its plan. It closes it when there will be no other start: after a
 // restore that succeeded, after a Create that failed, and in Delete.
 type RestorePlan struct {
-	id     string // the container's
-	bundle bundle
-	image  *checkpoint.Image
-	pipes  [3]bool // which of init's streams were pipes; see checkpoint.Image
+	id         string // the container's
+	bundle     bundle
+	checkpoint *checkpoint.Checkpoint
+	pipes      [3]bool // which of init's streams were pipes; see checkpoint.Checkpoint
 	// spec is what the container is given. It is config.json's, but for what a pod's
 	// container has in its place.
 	spec    *specs.Spec
@@ -106,7 +106,7 @@ func newRestorePlan(ctx context.Context, c *container, src *source) (_ *RestoreP
 	if err != nil {
 		return nil, err
 	}
-	img, err := checkpoint.OpenWith(ctx, found.dir, auth.openOptions(src, found))
+	ckpt, err := checkpoint.OpenWith(ctx, found.dir, auth.openOptions(src, found))
 	if err != nil {
 		return nil, auth.explain(err)
 	}
@@ -114,10 +114,10 @@ func newRestorePlan(ctx context.Context, c *container, src *source) (_ *RestoreP
 	if err != nil {
 		return nil, err
 	}
-	if err := c.service.policy.Check(ctx, img, spec); err != nil {
+	if err := c.service.policy.Check(ctx, ckpt, spec); err != nil {
 		return nil, err
 	}
-	if err := src.check(c, img, spec, found); err != nil {
+	if err := src.check(c, ckpt, spec, found); err != nil {
 		return nil, err
 	}
 	if _, inPod := c.config.podNamespace(); inPod && spec.Annotations[checkpoint.AnnotationTCP] == "" {
@@ -127,8 +127,8 @@ func newRestorePlan(ctx context.Context, c *container, src *source) (_ *RestoreP
 	return &RestorePlan{
 		id:         c.id,
 		bundle:     c.bundle,
-		image:      img,
-		pipes:      img.Pipes(),
+		checkpoint: ckpt,
+		pipes:      ckpt.Pipes(),
 		spec:       spec,
 		workDir:    c.bundle.restoreDir(c.options),
 		noPivot:    c.options.NoPivotRoot,
@@ -143,11 +143,11 @@ func newRestorePlan(ctx context.Context, c *container, src *source) (_ *RestoreP
 
 // check refuses, of a checkpoint that is open by now, what depends on its source: another
 // container's, one on another base image, or one for a pod with a user namespace.
-func (src *source) check(c *container, img *checkpoint.Image, spec *specs.Spec, found located) error {
+func (src *source) check(c *container, ckpt *checkpoint.Checkpoint, spec *specs.Spec, found located) error {
 	if src.kind == fromAnnotation {
 		name, was := c.config.Annotations[criContainerName], found.info.ContainerName
-		if _, signed := img.Signer(); signed {
-			was = cmp.Or(img.Manifest().Container.Name, was)
+		if _, signed := ckpt.Signer(); signed {
+			was = cmp.Or(ckpt.Manifest().Container.Name, was)
 		}
 		if !c.request.named && name != "" && was != "" && was != name {
 			return invalid("the checkpoint is of a container %q, and this one is %q: say which container of the pod is to be restored: annotation %s.CONTAINER",

@@ -13,9 +13,9 @@ import (
 // another, to refuse at a step of a restore.
 type policy interface {
 	// Check looks at the CRIU images, in Create.
-	Check(ctx context.Context, img *checkpoint.Image, spec *specs.Spec) error
+	Check(ctx context.Context, ckpt *checkpoint.Checkpoint, spec *specs.Spec) error
 	// CheckMounts looks at them again when the root filesystem is complete, in Start.
-	CheckMounts(ctx context.Context, img *checkpoint.Image, spec *specs.Spec, rootfs string) error
+	CheckMounts(ctx context.Context, ckpt *checkpoint.Checkpoint, spec *specs.Spec, rootfs string) error
 	// CheckProcesses looks at the restored processes, none of which has run.
 	CheckProcesses(ctx context.Context, spec *specs.Spec, pids []int) error
 }
@@ -23,12 +23,12 @@ type policy interface {
 // trustPolicy is package trust.
 type trustPolicy struct{}
 
-func (trustPolicy) Check(ctx context.Context, img *checkpoint.Image, spec *specs.Spec) error {
-	return trust.Check(ctx, img, spec)
+func (trustPolicy) Check(ctx context.Context, ckpt *checkpoint.Checkpoint, spec *specs.Spec) error {
+	return trust.Check(ctx, ckpt, spec)
 }
 
-func (trustPolicy) CheckMounts(ctx context.Context, img *checkpoint.Image, spec *specs.Spec, rootfs string) error {
-	return trust.CheckMounts(ctx, img, spec, rootfs)
+func (trustPolicy) CheckMounts(ctx context.Context, ckpt *checkpoint.Checkpoint, spec *specs.Spec, rootfs string) error {
+	return trust.CheckMounts(ctx, ckpt, spec, rootfs)
 }
 
 func (trustPolicy) CheckProcesses(ctx context.Context, spec *specs.Spec, pids []int) error {

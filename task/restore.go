@@ -20,7 +20,7 @@ import (
 // may have changed files; that the restore has begun stays recorded then.
 func (c *container) restore(ctx context.Context, p *RestorePlan) error {
 	// Only now is the root filesystem what it is going to be.
-	if err := c.service.policy.CheckMounts(ctx, p.image, p.spec, p.bundle.rootOf(p.spec)); err != nil {
+	if err := c.service.policy.CheckMounts(ctx, p.checkpoint, p.spec, p.bundle.rootOf(p.spec)); err != nil {
 		return fmt.Errorf("restore container %s: %w", c.id, err)
 	}
 	pio, err := c.init.openIO(ctx, p.pipes)
@@ -35,13 +35,13 @@ func (c *container) restore(ctx context.Context, p *RestorePlan) error {
 	outOfMemory := c.watchRestore()
 	child, err := c.service.reaper.Launch(func() (int, error) {
 		return checkpoint.Restore(ctx, checkpoint.RestoreRequest{
-			Runtime: c.runtime,
-			ID:      c.id,
-			Image:   p.image,
-			Bundle:  string(p.bundle),
-			Spec:    p.spec,
-			WorkDir: p.workDir,
-			NoPivot: p.noPivot,
+			Runtime:    c.runtime,
+			ID:         c.id,
+			Checkpoint: p.checkpoint,
+			Bundle:     string(p.bundle),
+			Spec:       p.spec,
+			WorkDir:    p.workDir,
+			NoPivot:    p.noPivot,
 			// The link is right even if the file was replaced.
 			Self:          fmt.Sprintf("/proc/%d/exe", os.Getpid()),
 			Check:         func(ctx context.Context, pids []int) error { return c.service.policy.CheckProcesses(ctx, p.spec, pids) },

@@ -76,9 +76,9 @@ func TestCheckpoint(t *testing.T) {
 				}
 				must(t, err)
 				f.wantEvents(append(published, "checkpointed")...)
-				img, err := checkpoint.Open(t.Context(), dir)
+				ckpt, err := checkpoint.Open(t.Context(), dir)
 				must(t, err)
-				if m := img.Manifest(); m.Container.ID != "c" || m.Container.Namespace != "test" || m.Exit || m.Runtime != (checkpoint.Runtime{Name: "fake", Version: "1.0"}) {
+				if m := ckpt.Manifest(); m.Container.ID != "c" || m.Container.Namespace != "test" || m.Exit || m.Runtime != (checkpoint.Runtime{Name: "fake", Version: "1.0"}) {
 					t.Errorf("manifest %+v", m)
 				}
 			})
@@ -114,9 +114,9 @@ func TestCheckpointExit(t *testing.T) {
 		if got := f.log.all(); !slices.Contains(got, "exit c 137") || !slices.Contains(got, "checkpointed") {
 			t.Errorf("events %q", got)
 		}
-		img, err := checkpoint.Open(t.Context(), dir)
+		ckpt, err := checkpoint.Open(t.Context(), dir)
 		must(t, err)
-		if !img.Manifest().Exit {
+		if !ckpt.Manifest().Exit {
 			t.Error("the manifest does not say that the container has ended")
 		}
 		if _, err := f.delete(""); err != nil {
@@ -259,12 +259,12 @@ func TestCheckpointOfAPod(t *testing.T) {
 	f.run()
 	dir := filepath.Join(t.TempDir(), "checkpoint")
 	must(t, f.dump(dir, &options.CheckpointOptions{}))
-	img, err := checkpoint.OpenWith(t.Context(), dir, checkpoint.OpenOptions{Trust: f.trust()})
+	ckpt, err := checkpoint.OpenWith(t.Context(), dir, checkpoint.OpenOptions{Trust: f.trust()})
 	must(t, err)
-	if _, signed := img.Signer(); !signed {
+	if _, signed := ckpt.Signer(); !signed {
 		t.Error("it is not signed")
 	}
-	if c := img.Manifest().Container; c.Name != "app" || c.Pod == nil || c.Pod.Namespace != "default" {
+	if c := ckpt.Manifest().Container; c.Name != "app" || c.Pod == nil || c.Pod.Namespace != "default" {
 		t.Errorf("container %+v", c)
 	}
 }

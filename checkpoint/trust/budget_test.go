@@ -20,7 +20,7 @@ import (
 // container has is refused if the budget is too small.
 func TestBudget(t *testing.T) {
 	f := newForgery(t)
-	img, err := checkpoint.Open(t.Context(), f.dir)
+	ckpt, err := checkpoint.Open(t.Context(), f.dir)
 	must(t, err)
 	for _, tc := range []struct {
 		name string
@@ -31,7 +31,7 @@ func TestBudget(t *testing.T) {
 		{"steps", func(b *budget) { b.steps = 3 }},
 		{"runs", func(b *budget) { b.runs = 3 }},
 	} {
-		c := newChecker(t.Context(), img, f.spec)
+		c := newChecker(t.Context(), ckpt, f.spec)
 		tc.cut(&c.budget)
 		err := errors.Join(c.checkInventory(), c.checkTasks(), c.checkLimits(), c.checkMounts(f.root), c.checkPaths(f.root))
 		if !errors.Is(err, errBudget) || !errdefs.IsInvalidArgument(err) {

@@ -84,7 +84,7 @@ func (c *checker) checkProperty(prop *cgroup.CgroupPropEntry, top bool) {
 	if name != "freezer.state" {
 		c.checkCgroupPerms(quote(name), prop.GetPerms(), 0o644)
 	}
-	all := c.img.Options().CgroupsMode == "full" || c.img.Options().CgroupsMode == "strict"
+	all := c.ckpt.Options().CgroupsMode == "full" || c.ckpt.Options().CgroupsMode == "strict"
 	for line := range strings.Lines(value) {
 		line = strings.TrimSpace(line)
 		switch {

@@ -27,7 +27,7 @@ func (c *checker) checkCgroups() error {
 	if _, err := c.one(layout.Cgroups, "CGROUP", &e); err != nil {
 		return err
 	}
-	if c.img.Options().CgroupsMode == "ignore" {
+	if c.ckpt.Options().CgroupsMode == "ignore" {
 		return nil // CRIU leaves them where the runtime has put them
 	}
 	roots := map[string]string{} // the group of each controller
@@ -164,7 +164,7 @@ const annotationSandboxID = "io.kubernetes.cri.sandbox-id"
 
 // checkMode refuses that a checkpoint brings limits of its own into a pod.
 func (c *checker) checkMode() error {
-	mode := c.img.Options().CgroupsMode
+	mode := c.ckpt.Options().CgroupsMode
 	if _, pod := c.spec.Annotations[annotationSandboxID]; pod && (mode == "full" || mode == "strict") {
 		c.refuse("the checkpoint's own limits (cgroups_mode %s) in place of the pod's", mode)
 	}

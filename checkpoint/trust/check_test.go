@@ -137,14 +137,14 @@ func (f *forgery) read(name string) []byte {
 }
 
 func (f *forgery) check() error {
-	img, err := checkpoint.Open(f.t.Context(), f.dir)
+	ckpt, err := checkpoint.Open(f.t.Context(), f.dir)
 	if err != nil {
 		return err
 	}
-	if err := Check(f.t.Context(), img, f.spec); err != nil {
+	if err := Check(f.t.Context(), ckpt, f.spec); err != nil {
 		return err
 	}
-	return CheckMounts(f.t.Context(), img, f.spec, f.root)
+	return CheckMounts(f.t.Context(), ckpt, f.spec, f.root)
 }
 
 // seal gives the forgery a manifest, as for a checkpoint made by Stasis.

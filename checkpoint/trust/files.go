@@ -291,7 +291,7 @@ func (c *checker) checkRemaps(regular map[uint32]string) error {
 
 // checkGhosts looks at deleted files, which CRIU makes again for a moment.
 func (c *checker) checkGhosts() error {
-	for _, name := range c.img.Names() {
+	for _, name := range c.ckpt.Names() {
 		if !layout.GhostFile.Begins(name) {
 			continue
 		}
@@ -351,7 +351,7 @@ func (c *checker) checkMemfds() error {
 
 // checkLabels looks at the SELinux labels of sockets.
 func (c *checker) checkLabels() error {
-	for _, name := range c.img.Names() {
+	for _, name := range c.ckpt.Names() {
 		if !strings.HasPrefix(name, "fdinfo-") {
 			continue
 		}

@@ -55,7 +55,7 @@ func (c *checker) checkLimits() error {
 		memory[layout.Pagemap.Name(t.pid)] = t.memory
 	}
 	var largest, shared uint64
-	for _, name := range c.img.Names() {
+	for _, name := range c.ckpt.Names() {
 		if !layout.Pagemap.Begins(name) {
 			continue
 		}
@@ -84,7 +84,7 @@ func (c *checker) pages(name string, in addressSpace, private bool) (pages uint6
 	size := uint64(os.Getpagesize())
 	end := uint64(0) // of the run before
 	areas := in.areas
-	err = c.img.Each(name, "PAGEMAP", checkpoint.Pagemap(&id, func(r checkpoint.PageRun) error {
+	err = c.ckpt.Each(name, "PAGEMAP", checkpoint.Pagemap(&id, func(r checkpoint.PageRun) error {
 		if err := c.budget.run(); err != nil {
 			return err
 		}

@@ -30,8 +30,8 @@ import (
 // CRIU mounts what the images say, and nothing else. A mount of the spec that the
 // checkpoint lacks is missing in the container, and so is a path that would be
 // masked or read-only.
-func CheckMounts(ctx context.Context, img *checkpoint.Image, spec *specs.Spec, rootfs string) error {
-	c := newChecker(ctx, img, spec)
+func CheckMounts(ctx context.Context, ckpt *checkpoint.Checkpoint, spec *specs.Spec, rootfs string) error {
+	c := newChecker(ctx, ckpt, spec)
 	err := c.checkMounts(rootfs)
 	for _, step := range []func() error{
 		c.checkTmpfs,
@@ -44,7 +44,7 @@ func CheckMounts(ctx context.Context, img *checkpoint.Image, spec *specs.Spec, r
 		err = step()
 	}
 	if err != nil {
-		return fmt.Errorf("checkpoint %s: %w", img.Dir(), err)
+		return fmt.Errorf("checkpoint %s: %w", ckpt.Dir(), err)
 	}
 	return c.verdict()
 }
@@ -78,7 +78,7 @@ func (c *checker) readMounts() error {
 	}
 	c.mounts = map[string][]mountEntry{}
 	var names []string
-	for _, name := range c.img.Names() {
+	for _, name := range c.ckpt.Names() {
 		if layout.Mounts.Begins(name) {
 			names = append(names, name)
 		}

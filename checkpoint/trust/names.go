@@ -35,7 +35,7 @@ var knownImages = sync.OnceValue(func() *regexp.Regexp {
 var imageName = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`\.img$`) })
 
 func (c *checker) checkNames() error {
-	for _, name := range c.img.Names() {
+	for _, name := range c.ckpt.Names() {
 		if imageName().MatchString(name) && !knownImages().MatchString(name) {
 			c.refuse("image %s is of a kind that no container needs", quote(name))
 		}
@@ -47,7 +47,7 @@ func (c *checker) checkNames() error {
 // own descriptors to the processes: from the fourth on, that would be its socket
 // to CRIU, and its namespaces.
 func (c *checker) checkDescriptors() error {
-	f, err := c.img.OpenFile(layout.Descriptors)
+	f, err := c.ckpt.OpenFile(layout.Descriptors)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

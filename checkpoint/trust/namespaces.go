@@ -169,7 +169,7 @@ func (c *checker) checkNetwork() error {
 		c.checkJoined(specs.NetworkNamespace, e.GetExtKey(), "extRootNetNS")
 	}
 	own := ns != nil && ns.Path == ""
-	for _, name := range c.img.Names() {
+	for _, name := range c.ckpt.Names() {
 		prefix, _, _ := strings.Cut(name, "-")
 		switch prefix {
 		case "netdev":
@@ -230,7 +230,7 @@ var (
 // checkRules refuses firewall rules: CRIU gives the text to iptables-restore or nft.
 // Tables, chains and policies without a rule are what a namespace has by itself.
 func (c *checker) checkRules(name string) error {
-	f, err := c.img.OpenFile(name)
+	f, err := c.ckpt.OpenFile(name)
 	if err != nil {
 		return err
 	}

@@ -34,7 +34,7 @@ func (c *checker) checkTmpfs() error {
 		}
 	}
 	c.tmpfsLinks, c.tmpfsWays = map[string]map[string]string{}, ways
-	for _, name := range c.img.Names() {
+	for _, name := range c.ckpt.Names() {
 		if layout.Tmpfs.Begins(name) {
 			if err := c.checkArchive(name); err != nil {
 				return err
@@ -45,7 +45,7 @@ func (c *checker) checkTmpfs() error {
 }
 
 func (c *checker) checkArchive(name string) error {
-	f, err := c.img.OpenFile(name)
+	f, err := c.ckpt.OpenFile(name)
 	if err != nil {
 		return err
 	}

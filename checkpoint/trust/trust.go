@@ -37,8 +37,8 @@ const (
 // root filesystem. The error names every process and field, up to a handful; it
 // matches errdefs.ErrPermissionDenied, or ErrInvalidArgument if an image cannot
 // be understood.
-func Check(ctx context.Context, img *checkpoint.Image, spec *specs.Spec) error {
-	c := newChecker(ctx, img, spec)
+func Check(ctx context.Context, ckpt *checkpoint.Checkpoint, spec *specs.Spec) error {
+	c := newChecker(ctx, ckpt, spec)
 	for _, step := range []func() error{
 		c.checkNames, c.checkDescriptors, c.checkInventory, c.checkTasks, c.checkNamespaces, c.checkNetwork,
 		c.checkFiles, c.checkCgroups, c.checkLimits,
@@ -47,7 +47,7 @@ func Check(ctx context.Context, img *checkpoint.Image, spec *specs.Spec) error {
 			return err
 		}
 		if err := step(); err != nil {
-			return fmt.Errorf("checkpoint %s: %w", img.Dir(), err)
+			return fmt.Errorf("checkpoint %s: %w", ckpt.Dir(), err)
 		}
 	}
 	return c.verdict()
@@ -56,7 +56,7 @@ func Check(ctx context.Context, img *checkpoint.Image, spec *specs.Spec) error {
 // checker is one check.
 type checker struct {
 	ctx    context.Context
-	img    *checkpoint.Image
+	ckpt   *checkpoint.Checkpoint
 	spec   *specs.Spec
 	grant  grant
 	budget budget
@@ -80,10 +80,10 @@ type checker struct {
 	tmpfsWays  map[string][]*mountTree      // the namespaces that have a mount of it
 }
 
-func newChecker(ctx context.Context, img *checkpoint.Image, spec *specs.Spec) *checker {
-	c := &checker{ctx: ctx, img: img, spec: spec, grant: grantOf(spec), names: map[string]bool{},
+func newChecker(ctx context.Context, ckpt *checkpoint.Checkpoint, spec *specs.Spec) *checker {
+	c := &checker{ctx: ctx, ckpt: ckpt, spec: spec, grant: grantOf(spec), names: map[string]bool{},
 		filters: map[uint32]verdict{}, threads: map[uint32]bool{}, portStart: -1, budget: newBudget(ctx)}
-	for _, name := range img.Names() {
+	for _, name := range ckpt.Names() {
 		c.names[name] = true
 	}
 	return c
@@ -106,10 +106,10 @@ func (c *checker) verdict() error {
 	if c.more > 0 {
 		text += fmt.Sprintf("; and %d more", c.more)
 	}
-	return fault.New(errdefs.ErrPermissionDenied, "checkpoint %s does not fit what the container's spec grants: %s", c.img.Dir(), text)
+	return fault.New(errdefs.ErrPermissionDenied, "checkpoint %s does not fit what the container's spec grants: %s", c.ckpt.Dir(), text)
 }
 
-// each is Image.Each for an image that may be missing.
+// each is Checkpoint.Each for an image that may be missing.
 func (c *checker) each(name, kind string, fn func(msg []byte) error) error {
 	if !c.names[name] {
 		return nil
@@ -117,7 +117,7 @@ func (c *checker) each(name, kind string, fn func(msg []byte) error) error {
 	if err := c.budget.spend(1, 0); err != nil {
 		return err
 	}
-	return c.img.Each(name, kind, func(msg []byte) error {
+	return c.ckpt.Each(name, kind, func(msg []byte) error {
 		if err := c.budget.spend(1, len(msg)); err != nil {
 			return err
 		}
@@ -150,7 +150,7 @@ func (c *checker) need(name, kind string, into proto.Message) error {
 // firstOnly is one for an image that has other bytes after the first message.
 func (c *checker) firstOnly(name, kind string, into proto.Message) error {
 	found := false
-	err := c.img.Each(name, kind, func(msg []byte) error {
+	err := c.ckpt.Each(name, kind, func(msg []byte) error {
 		found = true
 		if err := c.budget.spend(1, len(msg)); err != nil {
 			return err

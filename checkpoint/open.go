@@ -26,9 +26,9 @@ import (
 	"github.com/stasis-run/stasis/checkpoint/sign"
 )
 
-// Image is a checkpoint that was opened and found good. Nothing restores from a
-// folder that was not opened as an Image.
-type Image struct {
+// Checkpoint is a checkpoint that was opened and found good. Nothing restores from a
+// folder that was not opened as a Checkpoint.
+type Checkpoint struct {
 	dir      string
 	manifest *Manifest // nil: made by other software
 	verdict  sign.Verdict
@@ -38,41 +38,41 @@ type Image struct {
 }
 
 // Dir is the folder that holds the images.
-func (i *Image) Dir() string { return i.dir }
+func (c *Checkpoint) Dir() string { return c.dir }
 
 // Manifest returns stasis.json, or nil for a checkpoint made by other software.
-func (i *Image) Manifest() *Manifest { return i.manifest }
+func (c *Checkpoint) Manifest() *Manifest { return c.manifest }
 
 // Signer is who has signed the checkpoint, of those whom OpenOptions.Trust trusts:
 // this node itself if it has, else another. ok is false if none of them has.
-func (i *Image) Signer() (_ sign.Signer, ok bool) {
-	if len(i.verdict.Signers) == 0 {
+func (c *Checkpoint) Signer() (_ sign.Signer, ok bool) {
+	if len(c.verdict.Signers) == 0 {
 		return sign.Signer{}, false
 	}
-	return i.verdict.Signers[0], true
+	return c.verdict.Signers[0], true
 }
 
 // Verdict is all that is known of the signatures.
-func (i *Image) Verdict() sign.Verdict { return i.verdict }
+func (c *Checkpoint) Verdict() sign.Verdict { return c.verdict }
 
 // RanWith tells whether a spec, which came with the checkpoint, is the one that the
 // container ran with when it was made. That is known of a checkpoint that is signed;
 // the files of other forms may be anybody's.
-func (i *Image) RanWith(spec []byte) bool {
-	if i.manifest == nil || len(i.verdict.Signers) == 0 {
+func (c *Checkpoint) RanWith(spec []byte) bool {
+	if c.manifest == nil || len(c.verdict.Signers) == 0 {
 		return false
 	}
 	digest, err := SpecDigest(spec)
-	return err == nil && digest == i.manifest.Container.SpecDigest
+	return err == nil && digest == c.manifest.Container.SpecDigest
 }
 
 // Options are those that a restore has to use.
-func (i *Image) Options() Options { return i.options }
+func (c *Checkpoint) Options() Options { return c.options }
 
 // Pipes tells which of stdin, stdout and stderr were pipes to outside of the
 // container, in whose place a restore puts what the runtime has.
-func (i *Image) Pipes() (pipes [3]bool) {
-	data, err := readPart(filepath.Join(i.dir, layout.Descriptors), 64<<10, false)
+func (c *Checkpoint) Pipes() (pipes [3]bool) {
+	data, err := readPart(filepath.Join(c.dir, layout.Descriptors), 64<<10, false)
 	if err != nil {
 		return pipes // then the runtime replaces none
 	}
@@ -88,23 +88,23 @@ func (i *Image) Pipes() (pipes [3]bool) {
 }
 
 // Names returns the names of the files of the checkpoint, sorted.
-func (i *Image) Names() []string { return slices.Sorted(maps.Keys(i.images.files)) }
+func (c *Checkpoint) Names() []string { return slices.Sorted(maps.Keys(c.images.files)) }
 
 // Each calls fn with each message of one of CRIU's images, which has to be of
 // the given kind, such as "PSTREE". A message is valid until fn returns; io.EOF
 // ends it without an error. An image that is not there is an error of
 // fs.ErrNotExist.
-func (i *Image) Each(name, kind string, fn func(msg []byte) error) error {
-	return i.images.each(name, kind, fn)
+func (c *Checkpoint) Each(name, kind string, fn func(msg []byte) error) error {
+	return c.images.each(name, kind, fn)
 }
 
 // OpenFile opens one of the checkpoint's files for reading.
-func (i *Image) OpenFile(name string) (*os.File, error) { return openIn(i.dir, name) }
+func (c *Checkpoint) OpenFile(name string) (*os.File, error) { return openIn(c.dir, name) }
 
 // EstablishedTCP returns the distinct local addresses of the TCP sockets that
 // are connected, being connected, or being closed. IPv4 addresses of IPv6
 // sockets are returned as IPv4 addresses.
-func (i *Image) EstablishedTCP() ([]netip.Addr, error) { return i.tcp() }
+func (c *Checkpoint) EstablishedTCP() ([]netip.Addr, error) { return c.tcp() }
 
 // OpenOptions are the options of OpenWith.
 type OpenOptions struct {
@@ -116,7 +116,7 @@ type OpenOptions struct {
 	Require bool
 	// Allow, if not nil, is asked when it is known who has signed the checkpoint, and
 	// before the files are read.
-	Allow func(*Image) error
+	Allow func(*Checkpoint) error
 	// Reread sums every file. Else one that the folder has as it was made there is
 	// not read again (File.Inode), which a file system can only tell that is written
 	// to by this host: not one that is itself an image, which whoever made it gave
@@ -127,7 +127,7 @@ type OpenOptions struct {
 }
 
 // Open is OpenWith without options.
-func Open(ctx context.Context, dir string) (*Image, error) {
+func Open(ctx context.Context, dir string) (*Checkpoint, error) {
 	return OpenWith(ctx, dir, OpenOptions{})
 }
 
@@ -137,15 +137,15 @@ func Open(ctx context.Context, dir string) (*Image, error) {
 // for each GB, and ends with ctx. Of one without, the images have to be complete
 // as far as they tell themselves. An envelope that is there has to be of the manifest,
 // and what it has of keys that are trusted has to be right.
-func OpenWith(ctx context.Context, dir string, o OpenOptions) (*Image, error) {
-	img, err := open(ctx, dir, o)
+func OpenWith(ctx context.Context, dir string, o OpenOptions) (*Checkpoint, error) {
+	ckpt, err := open(ctx, dir, o)
 	if err != nil {
 		return nil, wrap(dir, err)
 	}
-	return img, nil
+	return ckpt, nil
 }
 
-func open(ctx context.Context, dir string, o OpenOptions) (*Image, error) {
+func open(ctx context.Context, dir string, o OpenOptions) (*Checkpoint, error) {
 	files, err := listFolder(dir)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -175,15 +175,15 @@ func open(ctx context.Context, dir string, o OpenOptions) (*Image, error) {
 		return nil, err
 	}
 	images := images{dir: dir, files: files}
-	img := &Image{dir: dir, manifest: manifest, images: images}
-	if img.verdict, err = verifySignature(dir, manifest, data, o.Trust); err != nil {
+	ckpt := &Checkpoint{dir: dir, manifest: manifest, images: images}
+	if ckpt.verdict, err = verifySignature(dir, manifest, data, o.Trust); err != nil {
 		return nil, err
 	}
-	if o.Require && len(img.verdict.Signers) == 0 {
-		return nil, notSigned(img.verdict, o.Trust)
+	if o.Require && len(ckpt.verdict.Signers) == 0 {
+		return nil, notSigned(ckpt.verdict, o.Trust)
 	}
 	if o.Allow != nil {
-		if err := o.Allow(img); err != nil {
+		if err := o.Allow(ckpt); err != nil {
 			return nil, err
 		}
 	}
@@ -195,9 +195,9 @@ func open(ctx context.Context, dir string, o OpenOptions) (*Image, error) {
 		if err := checkHost(found.arch, nil); err != nil && !o.AnyHost {
 			return nil, err
 		}
-		img.options = found.options
-		img.tcp = func() ([]netip.Addr, error) { return found.tcp, nil }
-		return img, nil
+		ckpt.options = found.options
+		ckpt.tcp = func() ([]netip.Addr, error) { return found.tcp, nil }
+		return ckpt, nil
 	}
 	if err := checkHost(manifest.Architecture, manifest.CPUFeatures); err != nil && !o.AnyHost {
 		return nil, err
@@ -205,12 +205,12 @@ func open(ctx context.Context, dir string, o OpenOptions) (*Image, error) {
 	if err := verify(ctx, dir, files, manifest, o.Reread); err != nil {
 		return nil, err
 	}
-	img.options = manifest.Options
-	img.tcp = sync.OnceValues(func() ([]netip.Addr, error) {
+	ckpt.options = manifest.Options
+	ckpt.tcp = sync.OnceValues(func() ([]netip.Addr, error) {
 		addrs, err := images.establishedTCP()
 		return addrs, wrap(dir, err)
 	})
-	return img, nil
+	return ckpt, nil
 }
 
 // entry is what a folder holds under one name.

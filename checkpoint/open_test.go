@@ -110,12 +110,12 @@ func TestOpenWithoutManifest(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			dir := realFolder(t, tc.name)
-			img, err := Open(t.Context(), dir)
+			ckpt, err := Open(t.Context(), dir)
 			must(t, err)
-			if got := img.Options(); !equalOptions(got, tc.options) {
+			if got := ckpt.Options(); !equalOptions(got, tc.options) {
 				t.Errorf("options %+v, want %+v", got, tc.options)
 			}
-			addrs, err := img.EstablishedTCP()
+			addrs, err := ckpt.EstablishedTCP()
 			must(t, err)
 			var got []string
 			for _, a := range addrs {
@@ -124,8 +124,8 @@ func TestOpenWithoutManifest(t *testing.T) {
 			if s := "[" + strings.Join(got, " ") + "]"; s != tc.tcp {
 				t.Errorf("addresses %s, want %s", s, tc.tcp)
 			}
-			if img.Dir() != dir || img.Manifest() != nil {
-				t.Errorf("Dir %q, Manifest %v", img.Dir(), img.Manifest())
+			if ckpt.Dir() != dir || ckpt.Manifest() != nil {
+				t.Errorf("Dir %q, Manifest %v", ckpt.Dir(), ckpt.Manifest())
 			}
 		})
 	}
@@ -138,17 +138,17 @@ func equalOptions(a, b Options) bool {
 
 func TestOpenWithManifest(t *testing.T) {
 	dir := committed(t, "runc-tcp")
-	img, err := Open(t.Context(), dir)
+	ckpt, err := Open(t.Context(), dir)
 	must(t, err)
-	m := img.Manifest()
+	m := ckpt.Manifest()
 	if m == nil || m.Container.ID != "runc-tcp" || m.Kernel != KernelRelease() || m.Architecture != runtime.GOARCH {
 		t.Errorf("manifest %+v", m)
 	}
 	// The manifest's options, not those of the images.
-	if o := img.Options(); !o.OpenTCP || o.FileLocks {
+	if o := ckpt.Options(); !o.OpenTCP || o.FileLocks {
 		t.Errorf("options %+v", o)
 	}
-	if addrs, err := img.EstablishedTCP(); err != nil || len(addrs) != 2 {
+	if addrs, err := ckpt.EstablishedTCP(); err != nil || len(addrs) != 2 {
 		t.Errorf("EstablishedTCP: %v, %v", addrs, err)
 	}
 	// A second checkpoint that was killed does not spoil this one.
@@ -203,9 +203,9 @@ func TestOpenRefuses(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			dir := committed(t, "runc-sleep")
 			tc.damage(t, dir)
-			img, err := Open(t.Context(), dir)
+			ckpt, err := Open(t.Context(), dir)
 			if err == nil {
-				t.Fatalf("opened %+v", img)
+				t.Fatalf("opened %+v", ckpt)
 			}
 			wantError(t, err, tc.kind, append(tc.parts, "checkpoint "+dir)...)
 		})
@@ -232,14 +232,14 @@ func TestOpenTrustsInodeAndCtime(t *testing.T) {
 	write(t, filepath.Join(f.Path(), "pages-9.img"), big)
 	must(t, f.Commit(Manifest{}, true))
 
-	img, err := Open(t.Context(), dir)
+	ckpt, err := Open(t.Context(), dir)
 	must(t, err)
-	i := slices.IndexFunc(img.Manifest().Files, func(f File) bool { return f.Name == "pages-9.img" })
-	file := img.Manifest().Files[i]
+	i := slices.IndexFunc(ckpt.Manifest().Files, func(f File) bool { return f.Name == "pages-9.img" })
+	file := ckpt.Manifest().Files[i]
 	if file.Inode == 0 || file.CtimeNs == 0 {
 		t.Fatalf("no inode or ctime: %+v", file)
 	}
-	for _, small := range img.Manifest().Files {
+	for _, small := range ckpt.Manifest().Files {
 		if small.Size < recheckSize && small.Inode != 0 {
 			t.Errorf("%s has an inode", small.Name)
 		}
