@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/criu/img"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/sign"
@@ -212,14 +213,14 @@ func (f *Folder) commit(m Manifest, durable bool) error {
 	if err := os.Remove(filepath.Join(f.Path(), layout.Reserve)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if err := repairTimers(f.Path()); err != nil {
+	if err := img.RepairTimers(f.Path()); err != nil {
 		return err
 	}
-	if err := thawGroups(f.Path()); err != nil {
+	if err := img.ThawGroups(f.Path()); err != nil {
 		log.L.WithError(err).Warn("a checkpoint says that its container is frozen, and can be restored with other cgroups_modes than full")
 	}
 	if chain := f.preDumps(); len(chain) > 0 {
-		if err := flatten(f.Path(), chain); err != nil {
+		if err := img.Flatten(f.Path(), chain); err != nil {
 			return err
 		}
 		for _, dir := range chain {

@@ -2,13 +2,12 @@ package checkpoint
 
 import (
 	"bytes"
-	"errors"
-	"io"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/stasis-run/stasis/checkpoint/criu/img/imgtest"
 	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
@@ -57,35 +56,6 @@ func FuzzManifest(f *testing.F) {
 	})
 }
 
-// Messages lie within the image, whatever their lengths say.
-func FuzzFrames(f *testing.F) {
-	seeds(f, "*/*.img")
-	f.Fuzz(func(t *testing.T, data []byte) {
-		read := func(step func(*frames) (int, error)) {
-			frames, err := newFrames(bytes.NewReader(data), int64(len(data)))
-			if err != nil {
-				return
-			}
-			total := 0
-			for {
-				n, err := step(frames)
-				total += n
-				if total > len(data) {
-					t.Fatalf("%d bytes of messages in %d", total, len(data))
-				}
-				if errors.Is(err, io.EOF) && frames.left != 0 {
-					t.Fatalf("ends with %d bytes left", frames.left)
-				}
-				if err != nil {
-					return
-				}
-			}
-		}
-		read(func(f *frames) (int, error) { msg, err := f.next(); return len(msg), err })
-		read(func(f *frames) (int, error) { return 0, f.skip() })
-	})
-}
-
 // Whatever one of a checkpoint's images holds, Open neither panics nor hangs.
 func FuzzDerive(f *testing.F) {
 	targets := []string{layout.Inventory, layout.ProcessTree, "core-1.img", layout.Files, "pagemap-1.img", layout.FileLocks, layout.Terminals}
@@ -99,7 +69,7 @@ func FuzzDerive(f *testing.F) {
 		}
 	}
 	dir := realFolder(f, "runc-terminal")
-	write(f, filepath.Join(dir, layout.FileLocks), image(f, "FILE_LOCKS"))
+	write(f, filepath.Join(dir, layout.FileLocks), imgtest.Encode(f, "FILE_LOCKS"))
 	f.Fuzz(func(t *testing.T, target uint8, data []byte) {
 		name := targets[int(target)%len(targets)]
 		path := filepath.Join(dir, name)

@@ -1,7 +1,6 @@
 package checkpoint
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -15,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/stasis-run/stasis/checkpoint/criu/img"
 	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
@@ -44,11 +44,11 @@ func (r *RestoreRequest) imagesDir() (dir string, remove func(), err error) {
 		if path == "" {
 			continue
 		}
-		for name := range r.Checkpoint.images.files {
+		for name := range r.Checkpoint.files {
 			if !joined.series.Has(name) {
 				continue
 			}
-			data, err := readPart(filepath.Join(r.Checkpoint.Dir(), name), maxFrame, false)
+			data, err := readPart(filepath.Join(r.Checkpoint.Dir(), name), img.MaxMessage, false)
 			if err == nil {
 				err = InNamespace(path, joined.flag, func() (err error) {
 					changed[name], err = joined.amend(data)
@@ -135,30 +135,13 @@ func joinedNamespace(spec *specs.Spec, kind specs.LinuxNamespaceType) string {
 	return ""
 }
 
-// imageHead is how long the magic numbers of an image are, in bytes.
-const imageHead = 8
-
-// reencode is an image with one message that has the head of another.
-func reencode(image []byte, m proto.Message) ([]byte, error) {
-	if len(image) < imageHead {
-		return nil, errNoMagic
-	}
-	msg, err := proto.Marshal(m)
-	if err != nil {
-		return nil, err
-	}
-	out := append([]byte{}, image[:imageHead]...)
-	out = binary.LittleEndian.AppendUint32(out, uint32(len(msg)))
-	return append(out, msg...), nil
-}
-
 // amendUTS is called in the namespace.
 func amendUTS(image []byte) ([]byte, error) {
 	var name unix.Utsname
 	if err := unix.Uname(&name); err != nil {
 		return nil, err
 	}
-	return reencode(image, &utsns.UtsnsEntry{
+	return img.WithMessage(image, &utsns.UtsnsEntry{
 		Nodename:   proto.String(unix.ByteSliceToString(name.Nodename[:])),
 		Domainname: proto.String(unix.ByteSliceToString(name.Domainname[:])),
 	})
@@ -189,7 +172,7 @@ func amendIPC(image []byte) ([]byte, error) {
 	if s.err != nil {
 		return nil, s.err
 	}
-	return reencode(image, e)
+	return img.WithMessage(image, e)
 }
 
 // sysctls reads settings of the kernel, and keeps the first error.

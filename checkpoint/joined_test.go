@@ -10,6 +10,8 @@ import (
 	ipcvar "github.com/checkpoint-restore/go-criu/v8/crit/images/ipc-var"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/utsns"
 	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/stasis-run/stasis/checkpoint/criu/img"
 )
 
 // TestImagesDir gives CRIU the names and limits of namespaces that a container
@@ -57,15 +59,15 @@ func TestImagesDir(t *testing.T) {
 	var uts utsns.UtsnsEntry
 	var ipc ipcvar.IpcVarEntry
 	for name, into := range map[string]func([]byte) error{
-		"utsns-12.img":     func(msg []byte) error { return decode(msg, &uts) },
-		"ipcns-var-11.img": func(msg []byte) error { return decode(msg, &ipc) },
+		"utsns-12.img":     func(msg []byte) error { return img.Decode(msg, &uts) },
+		"ipcns-var-11.img": func(msg []byte) error { return img.Decode(msg, &ipc) },
 	} {
 		kind := map[string]string{"utsns-12.img": "UTSNS", "ipcns-var-11.img": "IPC_VAR"}[name]
 		data, err := os.ReadFile(filepath.Join(dir, name))
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := EachMessage(strings.NewReader(string(data)), int64(len(data)), kind, into); err != nil {
+		if err := img.Each(strings.NewReader(string(data)), int64(len(data)), kind, into); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

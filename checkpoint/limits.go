@@ -16,10 +16,6 @@ const (
 	maxFiles = 1 << 16
 	// maxManifest is in bytes; an entry of a file takes about 150.
 	maxManifest = 16 << 20
-	// maxFrame is in bytes, of one protobuf message that is decoded. The
-	// largest real ones list all descriptors of an epoll instance, at some
-	// 30 bytes each. Decoding can take many times as much memory.
-	maxFrame = 4 << 20
 	// maxImage is in bytes, of an image that CRIU or we decode;
 	// maxPagemap likewise, of one of the lists of memory pages, which
 	// grow with the container's memory. Images that hold content (memory,
@@ -31,23 +27,11 @@ const (
 	recheckSize = 4 << 20
 )
 
-// rawImages are the images that are no sequence of messages but some other
-// tool's bytes (CRIU's image-desc.c, RAW_IMAGE_MAGIC). They can be empty.
-var rawImages = []layout.Series{
-	layout.Pages, layout.Tmpfs, layout.Addresses, layout.Routes, layout.RoutesIPv6, layout.Rules,
-	layout.IPTables, layout.IP6Tables, layout.NFTables, layout.Connections, layout.ConnectionExpectation,
-}
-
 // contentImages are the images that hold content besides messages: bytes of
 // files, pipes, sockets and queues.
 var contentImages = []layout.Series{
 	layout.Pages, layout.Tmpfs, layout.GhostFile, layout.PipesData, layout.FIFOData, layout.SocketQueues,
 	layout.TCPStream, layout.TerminalData, layout.BPFMapData, layout.IPCSharedMemory, layout.IPCMessages, layout.AMDGPU,
-}
-
-// isOf tells whether a name begins like those of one of the series.
-func isOf(name string, series []layout.Series) bool {
-	return slices.ContainsFunc(series, func(s layout.Series) bool { return s.Begins(name) })
 }
 
 // checkSize refuses a file that is larger than the limits allow.
@@ -67,7 +51,7 @@ func sizeLimit(name string) int64 {
 		return sign.MaxEnvelope
 	case layout.Pagemap.Has(name):
 		return maxPagemap
-	case layout.IsImage(name) && isOf(name, contentImages), layout.IsIncidental(name):
+	case layout.IsImage(name) && slices.ContainsFunc(contentImages, func(s layout.Series) bool { return s.Begins(name) }), layout.IsIncidental(name):
 		return -1
 	}
 	return maxImage

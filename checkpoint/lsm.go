@@ -20,9 +20,9 @@ func lsmConfig(ckpt *Checkpoint, spec *specs.Spec) (string, error) {
 		return "", nil
 	}
 	profile := spec.Process.ApparmorProfile
-	inv, err := ckpt.images.inventory()
+	inv, err := ckpt.Inventory()
 	if err != nil {
-		return "", wrap(ckpt.dir, err)
+		return "", err
 	}
 	if inv.GetLsmtype() != inventory.Lsmtype_APPARMOR || profile == Unconfined {
 		return "", nil

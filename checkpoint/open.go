@@ -17,10 +17,12 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/criu/img"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/sign"
@@ -33,7 +35,7 @@ type Checkpoint struct {
 	manifest *Manifest // nil: made by other software
 	verdict  sign.Verdict
 	options  Options
-	images   images
+	files    map[string]entry
 	tcp      func() ([]netip.Addr, error)
 }
 
@@ -88,18 +90,24 @@ func (c *Checkpoint) Pipes() (pipes [3]bool) {
 }
 
 // Names returns the names of the files of the checkpoint, sorted.
-func (c *Checkpoint) Names() []string { return slices.Sorted(maps.Keys(c.images.files)) }
+func (c *Checkpoint) Names() []string { return slices.Sorted(maps.Keys(c.files)) }
 
 // Each calls fn with each message of one of CRIU's images, which has to be of
 // the given kind, such as "PSTREE". A message is valid until fn returns; io.EOF
 // ends it without an error. An image that is not there is an error of
 // fs.ErrNotExist.
 func (c *Checkpoint) Each(name, kind string, fn func(msg []byte) error) error {
-	return c.images.each(name, kind, fn)
+	return img.EachIn(c.dir, name, kind, fn)
 }
 
 // OpenFile opens one of the checkpoint's files for reading.
 func (c *Checkpoint) OpenFile(name string) (*os.File, error) { return openIn(c.dir, name) }
+
+// Inventory is CRIU's inventory.img.
+func (c *Checkpoint) Inventory() (*inventory.InventoryEntry, error) {
+	inv, err := img.ReadInventory(c.dir)
+	return inv, wrap(c.dir, err)
+}
 
 // EstablishedTCP returns the distinct local addresses of the TCP sockets that
 // are connected, being connected, or being closed. IPv4 addresses of IPv6
@@ -174,8 +182,7 @@ func open(ctx context.Context, dir string, o OpenOptions) (*Checkpoint, error) {
 	if err := checkNames(files, manifest); err != nil {
 		return nil, err
 	}
-	images := images{dir: dir, files: files}
-	ckpt := &Checkpoint{dir: dir, manifest: manifest, images: images}
+	ckpt := &Checkpoint{dir: dir, manifest: manifest, files: files}
 	if ckpt.verdict, err = verifySignature(dir, manifest, data, o.Trust); err != nil {
 		return nil, err
 	}
@@ -188,15 +195,15 @@ func open(ctx context.Context, dir string, o OpenOptions) (*Checkpoint, error) {
 		}
 	}
 	if manifest == nil {
-		found, err := images.derive()
+		found, err := ckpt.images().Derive()
 		if err != nil {
 			return nil, err
 		}
-		if err := checkHost(found.arch, nil); err != nil && !o.AnyHost {
+		if err := checkHost(found.Arch, nil); err != nil && !o.AnyHost {
 			return nil, err
 		}
-		ckpt.options = found.options
-		ckpt.tcp = func() ([]netip.Addr, error) { return found.tcp, nil }
+		ckpt.options = optionsOf(found)
+		ckpt.tcp = func() ([]netip.Addr, error) { return found.TCP, nil }
 		return ckpt, nil
 	}
 	if err := checkHost(manifest.Architecture, manifest.CPUFeatures); err != nil && !o.AnyHost {
@@ -207,10 +214,23 @@ func open(ctx context.Context, dir string, o OpenOptions) (*Checkpoint, error) {
 	}
 	ckpt.options = manifest.Options
 	ckpt.tcp = sync.OnceValues(func() ([]netip.Addr, error) {
-		addrs, err := images.establishedTCP()
+		addrs, err := img.EstablishedTCP(dir)
 		return addrs, wrap(dir, err)
 	})
 	return ckpt, nil
+}
+
+func (c *Checkpoint) images() img.Set {
+	set := img.Set{Dir: c.dir, Sizes: make(map[string]int64, len(c.files))}
+	for name, file := range c.files {
+		set.Sizes[name] = file.size
+	}
+	return set
+}
+
+// optionsOf are the options that a manifest would have.
+func optionsOf(f *img.Facts) Options {
+	return Options{OpenTCP: f.OpenTCP, ExternalUnixSockets: f.ExternalUnixSockets, FileLocks: f.FileLocks, Terminal: f.Terminal}
 }
 
 // entry is what a folder holds under one name.

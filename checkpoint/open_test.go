@@ -13,6 +13,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/stasis-run/stasis/checkpoint/criu/img"
 	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
@@ -31,12 +32,18 @@ func realFolder(t testing.TB, name string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	im := images{dir: dir, files: files}
 	for name := range files {
 		if !layout.Pagemap.Has(name) {
 			continue
 		}
-		id, pages, err := im.pagemap(name)
+		var id uint32
+		var pages int64
+		err := img.EachIn(dir, name, "PAGEMAP", img.Pagemap(&id, func(r img.PageRun) error {
+			if r.Present() {
+				pages += int64(r.Pages)
+			}
+			return nil
+		}))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -12,6 +12,7 @@ import (
 	runc "github.com/containerd/go-runc"
 	"golang.org/x/sys/unix"
 
+	"github.com/stasis-run/stasis/checkpoint/criu/img"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 	"github.com/stasis-run/stasis/checkpoint/layout"
 )
@@ -56,8 +57,8 @@ func (r *DumpRequest) preDump(ctx, callCtx context.Context, folder *Folder) (don
 		if err := r.Runtime.Checkpoint(callCtx, opts, runc.PreDump); err != nil {
 			return nil, fmt.Errorf("pre-dump %d: %w", n, err)
 		}
-		// What flatten could not read is refused as long as the container runs.
-		if _, err := pageLists(dir); err != nil {
+		// What img.Flatten could not read is refused as long as the container runs.
+		if _, err := img.PageLists(dir); err != nil {
 			return nil, &ownError{fmt.Errorf("read pre-dump %d, on which the dump is to build: %w", n, err)}
 		}
 		round := PreDump{Took: time.Since(started)}

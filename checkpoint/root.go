@@ -1,16 +1,12 @@
 package checkpoint
 
 import (
-	"errors"
 	"fmt"
-	"io"
-	"os"
 	"path/filepath"
 
-	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
 	"golang.org/x/sys/unix"
 
-	"github.com/stasis-run/stasis/checkpoint/layout"
+	"github.com/stasis-run/stasis/checkpoint/criu/img"
 )
 
 // amendRoot gives the root folder of a restored container the mode that it had,
@@ -21,7 +17,7 @@ func (r *RestoreRequest) amendRoot() error {
 	if r.Spec.Root == nil || filepath.IsAbs(r.Spec.Root.Path) {
 		return nil // a folder that is not the container's only
 	}
-	want, err := r.Checkpoint.images.rootMode()
+	want, err := img.RootMode(r.Checkpoint.Dir())
 	if err != nil || want == 0 {
 		return err
 	}
@@ -37,24 +33,4 @@ func (r *RestoreRequest) amendRoot() error {
 		return fmt.Errorf("give the root folder %s its mode: %w", path, err)
 	}
 	return nil
-}
-
-// rootMode returns st_mode of the processes' root folder, or 0 if the images do
-// not have it.
-func (im images) rootMode() (mode uint32, err error) {
-	err = im.each(layout.Files, "FILES", func(msg []byte) error {
-		var f fdinfo.FileEntry
-		if err := decode(msg, &f); err != nil {
-			return err
-		}
-		if reg := f.GetReg(); reg.GetName() == "/" && reg.GetMode()&unix.S_IFMT == unix.S_IFDIR {
-			mode = reg.GetMode()
-			return io.EOF
-		}
-		return nil
-	})
-	if errors.Is(err, os.ErrNotExist) {
-		err = nil // CRIU will say so
-	}
-	return mode, err
 }

@@ -155,7 +155,7 @@ func signFolder(ctx context.Context, dir string, key *sign.Key, made Manifest) e
 		}
 	}
 	m.Version, m.Files = manifestVersion, nil
-	for _, file := range ckpt.images.files {
+	for _, file := range ckpt.files {
 		if validName(file.name) && !layout.IsIncidental(file.name) {
 			m.Files = append(m.Files, File{Name: file.name, Size: file.size})
 		}

@@ -4,6 +4,8 @@ import (
 	"os"
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/stats"
+
+	"github.com/stasis-run/stasis/checkpoint/criu/img"
 )
 
 // DumpStats are CRIU's figures of a dump: times are in microseconds, and a page
@@ -22,16 +24,16 @@ func ReadDumpStats(path string) *DumpStats {
 	if err != nil {
 		return nil
 	}
-	in, err := newFrames(f, st.Size())
-	if err != nil || in.kind != "STATS" {
+	in, err := img.NewReader(f, st.Size())
+	if err != nil || in.Kind() != "STATS" {
 		return nil
 	}
-	msg, err := in.next()
+	msg, err := in.Next()
 	if err != nil {
 		return nil
 	}
 	var entry stats.StatsEntry
-	if decode(msg, &entry) != nil {
+	if img.Decode(msg, &entry) != nil {
 		return nil
 	}
 	return entry.Dump

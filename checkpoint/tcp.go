@@ -22,8 +22,9 @@ const AnnotationTCP = "stasis.run/tcp"
 // mustCloseTCP decides whether the connections of a checkpoint have to be
 // closed. CRIU knows only all or nothing.
 func mustCloseTCP(ckpt *Checkpoint, spec *specs.Spec) (bool, error) {
-	if closed, err := ckpt.images.closedTCP(); err != nil || closed {
-		return closed, wrap(ckpt.dir, err)
+	// Connections that CRIU was told to leave out, a restore has to tell it again.
+	if inv, err := ckpt.Inventory(); err != nil || inv.GetTcpClose() {
+		return inv.GetTcpClose(), err
 	}
 	if !ckpt.options.OpenTCP {
 		return false, nil

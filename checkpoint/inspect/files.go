@@ -14,7 +14,7 @@ import (
 	skunix "github.com/checkpoint-restore/go-criu/v8/crit/images/sk-unix"
 	"golang.org/x/sys/unix"
 
-	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/criu/img"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 	"github.com/stasis-run/stasis/checkpoint/layout"
 )
@@ -40,7 +40,7 @@ func (r *reader) readFiles() error {
 	var unixSockets []*skunix.UnixSkEntry
 	err := r.folder.each(layout.Files, "FILES", func(msg []byte) error {
 		var e fdinfo.FileEntry
-		if err := checkpoint.DecodeMessage(msg, &e); err != nil {
+		if err := img.Decode(msg, &e); err != nil {
 			return err
 		}
 		if err := r.take(1); err != nil {
@@ -125,7 +125,7 @@ func (r *reader) readFiles() error {
 func (r *reader) readRemaps() error {
 	err := r.folder.each(layout.RemapFilePaths, "REMAP_FPATH", func(msg []byte) error {
 		var e remap.RemapFilePathEntry
-		if err := checkpoint.DecodeMessage(msg, &e); err != nil {
+		if err := img.Decode(msg, &e); err != nil {
 			return err
 		}
 		if d, ok := r.files.open[e.GetOrigId()]; ok && e.GetRemapType() != remap.RemapType_PROCFS {
@@ -144,7 +144,7 @@ func (r *reader) readRemaps() error {
 func (r *reader) readDescriptors(filesID uint32) (list []Descriptor, err error) {
 	err = r.folder.each(layout.DescriptorTable.Name(filesID), "FDINFO", func(msg []byte) error {
 		var e fdinfo.FdinfoEntry
-		if err := checkpoint.DecodeMessage(msg, &e); err != nil {
+		if err := img.Decode(msg, &e); err != nil {
 			return err
 		}
 		d, ok := r.files.open[e.GetId()]

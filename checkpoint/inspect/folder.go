@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
-	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/criu/img"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 	"github.com/stasis-run/stasis/checkpoint/layout"
 )
@@ -120,7 +120,7 @@ func (f *folder) each(name, kind string, fn func(msg []byte) error) error {
 	if size := f.files[name]; size > limit {
 		return fault.Invalid("%s: %d bytes, at most %d are allowed", name, size, limit)
 	}
-	err = checkpoint.EachMessage(file, f.files[name], kind, fn)
+	err = img.Each(file, f.files[name], kind, fn)
 	if err == nil || err == stop {
 		return nil
 	}
@@ -132,7 +132,7 @@ func (f *folder) one(name, kind string, into proto.Message) error {
 	found := false
 	err := f.each(name, kind, func(msg []byte) error {
 		found = true
-		if err := checkpoint.DecodeMessage(msg, into); err != nil {
+		if err := img.Decode(msg, into); err != nil {
 			return err
 		}
 		return stop

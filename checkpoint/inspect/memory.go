@@ -13,7 +13,7 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/vma"
 	"golang.org/x/sys/unix"
 
-	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/criu/img"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 	"github.com/stasis-run/stasis/checkpoint/layout"
 )
@@ -177,7 +177,7 @@ func (r *reader) readPages(p *Process, m *mm.MmEntry) error {
 func (r *reader) eachRun(name string, page int64, fn func(id uint32, start uint64, size, at int64) error) error {
 	var id uint32
 	var at int64
-	return r.folder.each(name, "PAGEMAP", checkpoint.Pagemap(&id, func(run checkpoint.PageRun) error {
+	return r.folder.each(name, "PAGEMAP", img.Pagemap(&id, func(run img.PageRun) error {
 		if run.Pages > 1<<36 {
 			return fault.Invalid("lists more memory than there can be")
 		}

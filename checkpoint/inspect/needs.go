@@ -11,7 +11,7 @@ import (
 	inet "github.com/checkpoint-restore/go-criu/v8/crit/images/sk-inet"
 	"golang.org/x/sys/unix"
 
-	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/criu/img"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 	"github.com/stasis-run/stasis/checkpoint/layout"
 )
@@ -25,7 +25,7 @@ func (r *reader) readMounts() error {
 		first := len(r.report.Mounts)
 		err := r.folder.each(name, "MNTS", func(msg []byte) error {
 			var e mnt.MntEntry
-			if err := checkpoint.DecodeMessage(msg, &e); err != nil {
+			if err := img.Decode(msg, &e); err != nil {
 				return err
 			}
 			for _, s := range []string{e.GetMountpoint(), e.GetSource(), e.GetRoot(), e.GetExtKey()} {

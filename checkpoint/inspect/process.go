@@ -12,7 +12,7 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/pstree"
 	"github.com/containerd/containerd/v2/pkg/cap"
 
-	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/criu/img"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 	"github.com/stasis-run/stasis/checkpoint/layout"
 )
@@ -34,7 +34,7 @@ func (r *reader) readProcesses() error {
 	seen := map[uint32]bool{}
 	err := r.folder.each(layout.ProcessTree, "PSTREE", func(msg []byte) error {
 		var e pstree.PstreeEntry
-		if err := checkpoint.DecodeMessage(msg, &e); err != nil {
+		if err := img.Decode(msg, &e); err != nil {
 			return err
 		}
 		if err := r.take(1 + len(e.GetThreads())); err != nil {

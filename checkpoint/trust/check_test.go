@@ -21,6 +21,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/criu/img"
 )
 
 // forgery is a copy of a checkpoint that containerd's CRI has made of a pod's
@@ -79,10 +80,10 @@ func alter[M any, P interface {
 		defer in.Close()
 		info, err := in.Stat()
 		must(f.t, err)
-		must(f.t, checkpoint.EachMessage(in, info.Size(), kind, func(msg []byte) error {
+		must(f.t, img.Each(in, info.Size(), kind, func(msg []byte) error {
 			m := P(new(M))
 			all = append(all, m)
-			return checkpoint.DecodeMessage(msg, m)
+			return img.Decode(msg, m)
 		}))
 	} else if !os.IsNotExist(err) {
 		f.t.Fatal(err)

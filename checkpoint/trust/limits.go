@@ -4,7 +4,7 @@ import (
 	"io"
 	"os"
 
-	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/criu/img"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 	"github.com/stasis-run/stasis/checkpoint/layout"
 )
@@ -84,7 +84,7 @@ func (c *checker) pages(name string, in addressSpace, private bool) (pages uint6
 	size := uint64(os.Getpagesize())
 	end := uint64(0) // of the run before
 	areas := in.areas
-	err = c.ckpt.Each(name, "PAGEMAP", checkpoint.Pagemap(&id, func(r checkpoint.PageRun) error {
+	err = c.ckpt.Each(name, "PAGEMAP", img.Pagemap(&id, func(r img.PageRun) error {
 		if err := c.budget.run(); err != nil {
 			return err
 		}

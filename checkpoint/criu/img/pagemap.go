@@ -1,4 +1,4 @@
-package checkpoint
+package img
 
 import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/pagemap"
@@ -43,12 +43,12 @@ func Pagemap(pagesID *uint32, fn func(PageRun) error) func(msg []byte) error {
 		if first {
 			first = false
 			var head pagemap.PagemapHead
-			err := decode(msg, &head)
+			err := Decode(msg, &head)
 			*pagesID = head.GetPagesId()
 			return err
 		}
 		var e pagemap.PagemapEntry
-		if err := decode(msg, &e); err != nil {
+		if err := Decode(msg, &e); err != nil {
 			return err
 		}
 		r := PageRun{Addr: e.GetVaddr(), Pages: e.GetNrPages(), flags: pageFlags(&e), newer: len(e.ProtoReflect().GetUnknown()) > 0}

@@ -1,4 +1,4 @@
-package checkpoint
+package img
 
 import (
 	"encoding/binary"
@@ -9,6 +9,7 @@ import (
 	"maps"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 
 	core "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
@@ -19,31 +20,45 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/tty"
 	"golang.org/x/sys/unix"
 
+	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
-// facts is what the images themselves say of a checkpoint.
-type facts struct {
-	arch    string // a GOARCH
-	options Options
-	tcp     []netip.Addr
+// Facts is what CRIU images say of themselves.
+type Facts struct {
+	Arch string // a GOARCH
+
+	OpenTCP             bool // there are TCP connections
+	ExternalUnixSockets bool // unix datagram sockets have peers outside of the container
+	FileLocks           bool // file locks were held
+	Terminal            bool // a terminal belongs to a session whose leader is outside of the container
+
+	// TCP are the distinct local addresses of the connections.
+	TCP []netip.Addr
 }
 
-// images reads the images in a folder.
-type images struct {
-	dir   string
-	files map[string]entry
+// Set is the CRIU images of one dump, with what else is in their folder.
+type Set struct {
+	Dir   string
+	Sizes map[string]int64 // of all files in Dir, in bytes, by name
 }
 
-// derive checks that the images are complete, as far as they tell, and finds
+// rawImages are the images that are no sequence of messages but some other
+// tool's bytes (CRIU's image-desc.c, RAW_IMAGE_MAGIC). They can be empty.
+var rawImages = []layout.Series{
+	layout.Pages, layout.Tmpfs, layout.Addresses, layout.Routes, layout.RoutesIPv6, layout.Rules,
+	layout.IPTables, layout.IP6Tables, layout.NFTables, layout.Connections, layout.ConnectionExpectation,
+}
+
+// Derive checks that the images are complete, as far as they tell, and finds
 // what a manifest would say.
-func (im images) derive() (*facts, error) {
-	inv, err := im.inventory()
+func (im Set) Derive() (*Facts, error) {
+	inv, err := ReadInventory(im.Dir)
 	if err != nil {
 		return nil, err
 	}
-	for _, name := range slices.Sorted(maps.Keys(im.files)) {
+	for _, name := range slices.Sorted(maps.Keys(im.Sizes)) {
 		if err := im.checkComplete(name); err != nil {
 			return nil, err
 		}
@@ -52,88 +67,49 @@ func (im images) derive() (*facts, error) {
 	if err != nil {
 		return nil, err
 	}
-	found := &facts{arch: arch}
-	if err := im.descriptors(found); err != nil {
+	found := &Facts{Arch: arch}
+	if err := descriptors(im.Dir, found); err != nil {
 		return nil, err
 	}
 	if inv.GetTcpClose() {
-		found.options.OpenTCP, found.tcp = false, nil
+		found.OpenTCP, found.TCP = false, nil
 	}
 	if err := im.memory(); err != nil {
 		return nil, err
 	}
-	if found.options.FileLocks, err = im.anyMessage(layout.FileLocks, "FILE_LOCKS"); err != nil {
+	if found.FileLocks, err = im.anyMessage(layout.FileLocks, "FILE_LOCKS"); err != nil {
 		return nil, err
 	}
-	found.options.Terminal, err = im.foreignTerminal(sessions)
+	found.Terminal, err = im.foreignTerminal(sessions)
 	return found, err
 }
 
-// establishedTCP is for a checkpoint with a manifest, which says the rest.
-func (im images) establishedTCP() ([]netip.Addr, error) {
-	inv, err := im.inventory()
+// EstablishedTCP returns Facts.TCP alone, of the images in a folder.
+func EstablishedTCP(dir string) ([]netip.Addr, error) {
+	inv, err := ReadInventory(dir)
 	if err != nil || inv.GetTcpClose() {
 		return nil, err
 	}
-	var found facts
-	err = im.descriptors(&found)
-	return found.tcp, err
-}
-
-// closedTCP tells whether CRIU was told to leave connections out (tcp-close). A
-// restore then has to tell it again.
-func (im images) closedTCP() (bool, error) {
-	inv, err := im.inventory()
-	return inv.GetTcpClose(), err
-}
-
-// each calls fn with each message of an image of the given kind. The first
-// error ends it; an image that is not there is an error of fs.ErrNotExist.
-func (im images) each(name, kind string, fn func(msg []byte) error) error {
-	f, err := openIn(im.dir, name)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	frames, err := framesOf(f)
-	if err == nil && frames.kind != kind {
-		err = fault.Invalid("is no image of kind %s", kind)
-	}
-	for err == nil {
-		var msg []byte
-		if msg, err = frames.next(); err == nil {
-			err = fn(msg)
-		}
-	}
-	if errors.Is(err, io.EOF) {
-		return nil
-	}
-	return fmt.Errorf("%s: %w", name, err)
-}
-
-func framesOf(f *os.File) (*frames, error) {
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	return newFrames(f, info.Size())
+	var found Facts
+	err = descriptors(dir, &found)
+	return found.TCP, err
 }
 
 // checkComplete refuses an image whose last message is cut off. Images that are
 // not made of messages only are left to CRIU.
-func (im images) checkComplete(name string) error {
-	if !layout.IsImage(name) || isOf(name, rawImages) {
+func (im Set) checkComplete(name string) error {
+	if !layout.IsImage(name) || slices.ContainsFunc(rawImages, func(s layout.Series) bool { return s.Begins(name) }) {
 		return nil
 	}
-	f, err := openIn(im.dir, name)
+	f, err := capture.OpenPlain(filepath.Join(im.Dir, name))
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	frames, err := framesOf(f)
-	if err == nil && frames.kind != "" && !mixedImages[frames.kind] {
+	in, err := readerOf(f)
+	if err == nil && in.kind != "" && !mixedImages[in.kind] {
 		for err == nil {
-			err = frames.skip()
+			err = in.Skip()
 		}
 	}
 	if err == nil || errors.Is(err, io.EOF) {
@@ -143,8 +119,8 @@ func (im images) checkComplete(name string) error {
 }
 
 // anyMessage reports whether an image is there and has a message.
-func (im images) anyMessage(name, kind string) (some bool, err error) {
-	err = im.each(name, kind, func([]byte) error {
+func (im Set) anyMessage(name, kind string) (some bool, err error) {
+	err = EachIn(im.Dir, name, kind, func([]byte) error {
 		some = true
 		return io.EOF
 	})
@@ -154,12 +130,13 @@ func (im images) anyMessage(name, kind string) (some bool, err error) {
 	return some, err
 }
 
-func (im images) inventory() (*inventory.InventoryEntry, error) {
+// ReadInventory reads and checks the image with which CRIU begins, of those in a folder.
+func ReadInventory(dir string) (*inventory.InventoryEntry, error) {
 	entry := &inventory.InventoryEntry{}
 	n := 0
-	err := im.each(layout.Inventory, "INVENTORY", func(msg []byte) error {
+	err := EachIn(dir, layout.Inventory, "INVENTORY", func(msg []byte) error {
 		n++
-		return decode(msg, entry)
+		return Decode(msg, entry)
 	})
 	if err != nil {
 		return nil, err
@@ -188,18 +165,18 @@ const (
 // tasks checks that every process is there with its threads and memory. It
 // returns the architecture, and which pids are processes: each may lead a
 // session.
-func (im images) tasks() (arch string, pids map[uint32]bool, err error) {
+func (im Set) tasks() (arch string, pids map[uint32]bool, err error) {
 	pids = map[uint32]bool{}
 	need := func(series layout.Series, id uint32) error {
 		name := series.Name(id)
-		if _, ok := im.files[name]; !ok {
+		if _, ok := im.Sizes[name]; !ok {
 			return fault.Invalid("%s: missing; %s lists process or thread %d", name, layout.ProcessTree, id)
 		}
 		return nil
 	}
-	err = im.each(layout.ProcessTree, "PSTREE", func(msg []byte) error {
+	err = EachIn(im.Dir, layout.ProcessTree, "PSTREE", func(msg []byte) error {
 		var p pstree.PstreeEntry
-		if err := decode(msg, &p); err != nil {
+		if err := Decode(msg, &p); err != nil {
 			return err
 		}
 		pids[p.GetPid()] = true
@@ -235,10 +212,10 @@ func (im images) tasks() (arch string, pids map[uint32]bool, err error) {
 	return arch, pids, err
 }
 
-func (im images) core(pid uint32) (arch string, state uint32, err error) {
+func (im Set) core(pid uint32) (arch string, state uint32, err error) {
 	var c core.CoreEntry
-	err = im.each(layout.Core.Name(pid), "CORE", func(msg []byte) error {
-		return decode(msg, &c)
+	err = EachIn(im.Dir, layout.Core.Name(pid), "CORE", func(msg []byte) error {
+		return Decode(msg, &c)
 	})
 	arch = machines[c.GetMtype()]
 	if err == nil && arch == "" {
@@ -258,23 +235,23 @@ const (
 const unixExternal = 1 << 0
 
 // descriptors finds the sockets that need options.
-func (im images) descriptors(found *facts) error {
-	err := im.each(layout.Files, "FILES", func(msg []byte) error {
+func descriptors(dir string, found *Facts) error {
+	err := EachIn(dir, layout.Files, "FILES", func(msg []byte) error {
 		var f fdinfo.FileEntry
-		if err := decode(msg, &f); err != nil {
+		if err := Decode(msg, &f); err != nil {
 			return err
 		}
 		if f.GetUsk().GetUflags()&unixExternal != 0 {
-			found.options.ExternalUnixSockets = true
+			found.ExternalUnixSockets = true
 		}
 		sk := f.GetIsk()
 		if sk == nil || sk.GetProto() != unix.IPPROTO_TCP || sk.GetState() == tcpClose || sk.GetState() == tcpListen {
 			return nil
 		}
-		found.options.OpenTCP = true
+		found.OpenTCP = true
 		addr, err := localAddress(sk)
-		if err == nil && !slices.Contains(found.tcp, addr) {
-			found.tcp = append(found.tcp, addr)
+		if err == nil && !slices.Contains(found.TCP, addr) {
+			found.TCP = append(found.TCP, addr)
 		}
 		return err
 	})
@@ -302,10 +279,10 @@ func localAddress(sk *inet.InetSkEntry) (netip.Addr, error) {
 // is none of the processes: only then CRIU wants --shell-job (its tty.c,
 // dump_verify_tty_sids). The terminal of a container is its own; that its other
 // end is outside, runc and crun tell CRIU by themselves.
-func (im images) foreignTerminal(pids map[uint32]bool) (foreign bool, err error) {
-	err = im.each(layout.Terminals, "TTY_INFO", func(msg []byte) error {
+func (im Set) foreignTerminal(pids map[uint32]bool) (foreign bool, err error) {
+	err = EachIn(im.Dir, layout.Terminals, "TTY_INFO", func(msg []byte) error {
 		var t tty.TtyInfoEntry
-		if err := decode(msg, &t); err != nil {
+		if err := Decode(msg, &t); err != nil {
 			return err
 		}
 		if sid := t.GetSid(); sid != 0 && !pids[sid] {
@@ -320,8 +297,8 @@ func (im images) foreignTerminal(pids map[uint32]bool) (foreign bool, err error)
 }
 
 // memory checks that the page images are as long as the lists say.
-func (im images) memory() error {
-	for name := range im.files {
+func (im Set) memory() error {
+	for name := range im.Sizes {
 		if !layout.Pagemap.Has(name) {
 			continue
 		}
@@ -332,12 +309,12 @@ func (im images) memory() error {
 		if pages == 0 {
 			continue
 		}
-		file, ok := im.files[layout.Pages.Name(id)]
+		size, ok := im.Sizes[layout.Pages.Name(id)]
 		if !ok {
 			return fault.Invalid("%s: missing; %s refers to it", layout.Pages.Name(id), name)
 		}
-		if need := pages * int64(os.Getpagesize()); file.size < need {
-			return fault.Invalid("%s: expected %d bytes, has %d (truncated)", file.name, need, file.size)
+		if need := pages * int64(os.Getpagesize()); size < need {
+			return fault.Invalid("%s: expected %d bytes, has %d (truncated)", layout.Pages.Name(id), need, size)
 		}
 	}
 	return nil
@@ -345,9 +322,9 @@ func (im images) memory() error {
 
 // pagemap reads one list of memory pages: which image has them, and how many
 // pages long that is; 0 if that cannot be told.
-func (im images) pagemap(name string) (id uint32, pages int64, err error) {
+func (im Set) pagemap(name string) (id uint32, pages int64, err error) {
 	untold := false
-	err = im.each(name, "PAGEMAP", Pagemap(&id, func(r PageRun) error {
+	err = EachIn(im.Dir, name, "PAGEMAP", Pagemap(&id, func(r PageRun) error {
 		switch {
 		case r.InParent():
 			return fault.Invalid("some of the memory is in an older checkpoint that this one builds on; make one without pre-dump")
@@ -366,4 +343,24 @@ func (im images) pagemap(name string) (id uint32, pages int64, err error) {
 		pages = 0
 	}
 	return id, pages, err
+}
+
+// RootMode returns st_mode of the processes' root folder, by the images in a folder, or
+// 0 if they do not have it.
+func RootMode(dir string) (mode uint32, err error) {
+	err = EachIn(dir, layout.Files, "FILES", func(msg []byte) error {
+		var f fdinfo.FileEntry
+		if err := Decode(msg, &f); err != nil {
+			return err
+		}
+		if reg := f.GetReg(); reg.GetName() == "/" && reg.GetMode()&unix.S_IFMT == unix.S_IFDIR {
+			mode = reg.GetMode()
+			return io.EOF
+		}
+		return nil
+	})
+	if errors.Is(err, os.ErrNotExist) {
+		err = nil // CRIU will say so
+	}
+	return mode, err
 }

@@ -1,4 +1,4 @@
-package checkpoint
+package img
 
 import (
 	"bytes"
@@ -11,6 +11,7 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/timerfd"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/stasis-run/stasis/checkpoint/criu/img/imgtest"
 	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
@@ -33,11 +34,11 @@ func TestRepairTimers(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
 			path := filepath.Join(dir, layout.Files)
-			must(t, os.WriteFile(path, image(t, "FILES", socket, c.written, socket), 0o600))
-			must(t, repairTimers(dir))
+			must(t, os.WriteFile(path, imgtest.Encode(t, "FILES", socket, c.written, socket), 0o600))
+			must(t, RepairTimers(dir))
 			got, err := os.ReadFile(path)
 			must(t, err)
-			if !bytes.Equal(got, image(t, "FILES", socket, c.want, socket)) {
+			if !bytes.Equal(got, imgtest.Encode(t, "FILES", socket, c.want, socket)) {
 				t.Errorf("got %q", got)
 			}
 		})

@@ -1,4 +1,4 @@
-package checkpoint
+package img
 
 import (
 	"errors"
@@ -15,21 +15,22 @@ import (
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/pagemap"
 
+	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // A dump after a pre-dump has the pages that were written to since, and says of the
-// others that its parent has them. flatten puts all of them into the one folder:
+// others that its parent has them. Flatten puts all of them into the one folder:
 // whatever reads, checks, stores or ships a checkpoint has to know one kind only,
 // and none depends on another that somebody may remove.
 
-// flatten makes the checkpoint in dir one that needs no parent. chain are the
+// Flatten makes the checkpoint in dir one that needs no parent. chain are the
 // folders of the pre-dumps that it builds on, the oldest first, each of which
 // builds on the one before. After an error dir is a whole checkpoint still, with
 // the chain, of which it may need less.
-func flatten(dir string, chain []string) error {
-	ids, err := pageLists(dir)
+func Flatten(dir string, chain []string) error {
+	ids, err := PageLists(dir)
 	if err != nil {
 		return err
 	}
@@ -50,9 +51,9 @@ func flatten(dir string, chain []string) error {
 	return nil
 }
 
-// pageLists returns the lists of pages in a folder, and the number of the image that
+// PageLists returns the lists of pages in a folder, and the number of the image that
 // each refers to.
-func pageLists(dir string) (map[string]uint32, error) {
+func PageLists(dir string) (map[string]uint32, error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return nil, err
@@ -171,7 +172,7 @@ func (r placedRun) end() uint64 { return r.Addr + r.Pages*uint64(os.Getpagesize(
 func openPageList(dir, name string) (*pageList, error) {
 	l := &pageList{}
 	at := int64(0)
-	err := images{dir: dir}.each(name, "PAGEMAP", Pagemap(&l.id, func(r PageRun) error {
+	err := EachIn(dir, name, "PAGEMAP", Pagemap(&l.id, func(r PageRun) error {
 		if n := len(l.runs); n > 0 && l.runs[n-1].end() > r.Addr {
 			return fault.Invalid("its runs of pages are not in order")
 		}
@@ -187,7 +188,7 @@ func openPageList(dir, name string) (*pageList, error) {
 	if err != nil {
 		return nil, err
 	}
-	if l.pages, err = openIn(dir, layout.Pages.Name(l.id)); errors.Is(err, fs.ErrNotExist) && at == 0 {
+	if l.pages, err = capture.OpenPlain(filepath.Join(dir, layout.Pages.Name(l.id))); errors.Is(err, fs.ErrNotExist) && at == 0 {
 		err = nil // CRIU makes none for no pages
 	}
 	return l, err
@@ -232,11 +233,11 @@ func (l *pageList) copy(w *pageWriter, addr, end uint64, parents []*pageList) er
 // rewritePageList makes a list one that has all its pages in the image with a number.
 func rewritePageList(path string, id uint32) error {
 	first := true
-	return rewriteImage(path, func(msg []byte, put func([]byte)) error {
+	return Rewrite(path, func(msg []byte, put func([]byte)) error {
 		var m proto.Message = &pagemap.PagemapHead{PagesId: &id}
 		if !first {
 			var e pagemap.PagemapEntry
-			if err := decode(msg, &e); err != nil {
+			if err := Decode(msg, &e); err != nil {
 				return err
 			}
 			if flags := pageFlags(&e); flags&pagesParent != 0 {

@@ -1,4 +1,4 @@
-package checkpoint
+package img
 
 import (
 	"errors"
@@ -15,14 +15,14 @@ import (
 
 // This file puts right what CRIU's images say wrongly.
 
-// repairTimers puts right what CRIU gets wrong about timerfds that tick (CRIU
+// RepairTimers puts right what CRIU gets wrong about timerfds that tick (CRIU
 // issue 3162). One that has expired, and was not read since, starts its next
 // period when it is read; until then the kernel says that no time is left. CRIU
 // takes that for a timer that is not set, and it never ticks again.
-func repairTimers(dir string) error {
-	err := rewriteImage(filepath.Join(dir, layout.Files), func(msg []byte, put func([]byte)) error {
+func RepairTimers(dir string) error {
+	err := Rewrite(filepath.Join(dir, layout.Files), func(msg []byte, put func([]byte)) error {
 		var file fdinfo.FileEntry
-		if err := decode(msg, &file); err != nil {
+		if err := Decode(msg, &file); err != nil {
 			return err
 		}
 		if repairTimer(file.GetTfd()) {
@@ -40,13 +40,13 @@ func repairTimers(dir string) error {
 	return err
 }
 
-// thawGroups has a checkpoint say that the container runs. It was frozen before
+// ThawGroups has a checkpoint say that the container runs. It was frozen before
 // CRIU began, which has noted that, and a restore that brings back all properties
 // (cgroups_mode full) would freeze CRIU itself, which is in the same group.
-func thawGroups(dir string) error {
-	err := rewriteImage(filepath.Join(dir, layout.Cgroups), func(msg []byte, put func([]byte)) error {
+func ThawGroups(dir string) error {
+	err := Rewrite(filepath.Join(dir, layout.Cgroups), func(msg []byte, put func([]byte)) error {
 		var groups cgroup.CgroupEntry
-		if err := decode(msg, &groups); err != nil {
+		if err := Decode(msg, &groups); err != nil {
 			return err
 		}
 		for _, controller := range groups.GetControllers() {

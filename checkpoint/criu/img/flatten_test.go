@@ -1,4 +1,4 @@
-package checkpoint
+package img
 
 import (
 	"bytes"
@@ -12,6 +12,7 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/pagemap"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/stasis-run/stasis/checkpoint/criu/img/imgtest"
 	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
@@ -42,7 +43,7 @@ func writePages(t *testing.T, dir, name string, id uint32, m memory, dirty func(
 		*last.NrPages++
 	}
 	must(t, os.MkdirAll(dir, 0o700))
-	must(t, os.WriteFile(filepath.Join(dir, name), image(t, "PAGEMAP", list...), 0o600))
+	must(t, os.WriteFile(filepath.Join(dir, name), imgtest.Encode(t, "PAGEMAP", list...), 0o600))
 	if pages.Len() > 0 {
 		must(t, os.WriteFile(filepath.Join(dir, layout.Pages.Name(id)), pages.Bytes(), 0o600))
 	}
@@ -138,7 +139,7 @@ func TestFlatten(t *testing.T) {
 		}
 		final := filepath.Join(dir, "final")
 		must(t, os.Symlink("../"+filepath.Base(chain[len(chain)-1]), filepath.Join(final, layout.Parent)))
-		must(t, flatten(final, chain))
+		must(t, Flatten(final, chain))
 		for _, name := range names {
 			if now[name] == nil {
 				continue
@@ -189,7 +190,7 @@ func TestFlattenFails(t *testing.T) {
 			spoil(t, pre)
 			list, err := os.ReadFile(filepath.Join(final, "pagemap-1.img"))
 			must(t, err)
-			if err := flatten(final, []string{pre}); err == nil {
+			if err := Flatten(final, []string{pre}); err == nil {
 				t.Fatal("no error")
 			}
 			after, err := os.ReadFile(filepath.Join(final, "pagemap-1.img"))
