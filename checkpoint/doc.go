@@ -1,7 +1,8 @@
 // Package checkpoint is a checkpoint as a value on disk: how its folder is
 // written so that a crash never leaves half of one that looks whole, how it is
-// checked before anything is restored from it, and what a restore has to know
-// about it.
+// signed, how it is checked before anything is restored from it, and what a
+// restore has to know about it. Package checkpoint/criu makes and restores
+// checkpoints; package checkpoint/layout names their files.
 //
 // A checkpoint is one flat folder: CRIU's images, runc's descriptors.json, and
 // the manifest stasis.json. docs/checkpoint-format.md describes it. A folder

@@ -34,14 +34,18 @@ import (
 //
 // One goroutine uses a Folder, and ends it with either Commit or Discard.
 type Folder struct {
+	// Key is what Commit signs the checkpoint with; nil: it is not signed.
+	Key *sign.Key
+	// LeaveSum has Commit leave the sum of the largest file, and the signature, to
+	// AddSum.
+	LeaveSum bool
+
 	dir       string
-	created   bool      // NewFolder made dir
-	committed bool      // with success
-	leaveSum  bool      // Commit leaves one to AddSum
-	key       *sign.Key // nil: the checkpoint is not signed
-	old       []string  // files of the checkpoint to be replaced
-	moved     []string  // files of the new one that are in dir already
-	lock      *os.File  // .partial, locked while it is being written
+	created   bool     // NewFolder made dir
+	committed bool     // with success
+	old       []string // files of the checkpoint to be replaced
+	moved     []string // files of the new one that are in dir already
+	lock      *os.File // .partial, locked while it is being written
 }
 
 // NewFolder prepares the folder dir for a checkpoint, and makes it if need be.
@@ -285,6 +289,17 @@ func (f *Folder) commit(m Manifest, durable bool) error {
 	return nil
 }
 
+// preDumps are the folders of a folder's pre-dumps, the oldest first.
+func (f *Folder) preDumps() (dirs []string) {
+	for n := 1; ; n++ {
+		dir := filepath.Join(f.Path(), layout.PreDump(n))
+		if _, err := os.Lstat(dir); err != nil {
+			return dirs
+		}
+		dirs = append(dirs, dir)
+	}
+}
+
 // written lists what CRIU and the runtime wrote, the largest first.
 func (f *Folder) written() ([]entry, error) {
 	found, err := listFolder(f.Path())
@@ -318,7 +333,7 @@ func (f *Folder) digest(files []entry, durable bool) ([]File, error) {
 		}
 	}
 	summed := listed
-	if f.leaveSum && len(files) > 0 && len(listed) > 0 && listed[0].Name == files[0].name {
+	if f.LeaveSum && len(files) > 0 && len(listed) > 0 && listed[0].Name == files[0].name {
 		summed = listed[1:]
 	}
 	var sums []sum.Sum
@@ -362,8 +377,8 @@ func (f *Folder) writeManifest(m *Manifest, durable bool) error {
 		return err
 	}
 	written := map[string][]byte{layout.Manifest: data}
-	if f.key != nil {
-		if written[layout.Signature], err = f.key.Sign(data, nil); err != nil {
+	if f.Key != nil {
+		if written[layout.Signature], err = f.Key.Sign(data, nil); err != nil {
 			return fmt.Errorf("sign the manifest: %w", err)
 		}
 	}
@@ -384,7 +399,7 @@ func (f *Folder) writeManifest(m *Manifest, durable bool) error {
 // moveManifest moves what writeManifest has written. Until inventory.img is there, the
 // checkpoint is unfinished, so the two need not be there at once.
 func (f *Folder) moveManifest() error {
-	if f.key != nil {
+	if f.Key != nil {
 		if err := f.move(layout.Signature); err != nil {
 			return err
 		}

@@ -239,7 +239,7 @@ func TestLeaveSum(t *testing.T) {
 		must(t, err)
 		fill(t, f.Path())
 		write(t, filepath.Join(f.Path(), largest), data)
-		f.leaveSum = true
+		f.LeaveSum = true
 		must(t, f.Commit(Manifest{}, false))
 		_, err = Open(t.Context(), dir)
 		wantError(t, err, errdefs.ErrInvalidArgument, largest+" has no valid sum")
@@ -267,7 +267,7 @@ func TestLeaveSum(t *testing.T) {
 	f, err := NewFolder(dir)
 	must(t, err)
 	fill(t, f.Path())
-	f.leaveSum = true
+	f.LeaveSum = true
 	must(t, f.Commit(Manifest{}, false))
 	must(t, os.Remove(filepath.Join(dir, layout.Inventory)))
 	f, err = NewFolder(dir)
@@ -313,5 +313,22 @@ func checkSum(t *testing.T, dir, name string) {
 	i := slices.IndexFunc(m.Files, func(f File) bool { return f.Name == name })
 	if i < 0 || m.Files[i].Sum != want || m.Files[i].Size != int64(len(data)) {
 		t.Errorf("%s: wrong sum or size", name)
+	}
+}
+
+// TestReserve fills what a folder has reserved, as CRIU might.
+func TestReserve(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "checkpoint")
+	f, err := NewFolder(dir)
+	must(t, err)
+	must(t, f.Reserve(0))
+	info, err := os.Stat(filepath.Join(f.Path(), layout.Reserve))
+	must(t, err)
+	if info.Size() != reserveSize {
+		t.Errorf("reserved %d bytes", info.Size())
+	}
+	must(t, f.Discard())
+	if _, err := os.Stat(dir); !os.IsNotExist(err) {
+		t.Errorf("left: %v", err)
 	}
 }

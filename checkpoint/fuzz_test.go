@@ -11,22 +11,6 @@ import (
 	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
-func seeds(f *testing.F, pattern string) {
-	paths, err := filepath.Glob(filepath.Join("testdata", pattern))
-	must(f, err)
-	if len(paths) == 0 {
-		f.Fatal("no seeds")
-	}
-	for _, path := range paths {
-		if strings.Contains(path, "pages-") {
-			continue
-		}
-		data, err := os.ReadFile(path)
-		must(f, err)
-		f.Add(data)
-	}
-}
-
 // A manifest that is accepted is written and read again without a difference.
 func FuzzManifest(f *testing.F) {
 	f.Add([]byte(goodManifest))
@@ -87,21 +71,6 @@ func FuzzDerive(f *testing.F) {
 		addrs, err := ckpt.EstablishedTCP()
 		if err != nil || ckpt.Options().OpenTCP != (len(addrs) > 0) {
 			t.Fatalf("options %+v, addresses %v, %v", ckpt.Options(), addrs, err)
-		}
-	})
-}
-
-func FuzzLogErrors(f *testing.F) {
-	seeds(f, "logs/*.log")
-	f.Fuzz(func(t *testing.T, data []byte) {
-		lines := logErrors(data, 3)
-		if len(lines) > 3 {
-			t.Fatalf("%d lines", len(lines))
-		}
-		for _, line := range lines {
-			if len(line) > logLine+len("…") || !strings.HasPrefix(line, "Error (") || strings.ContainsAny(line, "\n\r\x00\x1b") {
-				t.Fatalf("%q", line)
-			}
 		}
 	})
 }

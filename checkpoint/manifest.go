@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"regexp"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
@@ -149,6 +151,13 @@ func decodeUnsummed(data []byte) (*Manifest, error) {
 		return nil, fault.Invalid("%v", err)
 	}
 	return &m, nil
+}
+
+// lazyRegexp compiles a regular expression at its first use. There is a shim for
+// every pod, and most never need any of them: not their memory, nor the time
+// that they would take at the shim's start.
+func lazyRegexp(expr string) func() *regexp.Regexp {
+	return sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(expr) })
 }
 
 var hexDigits = lazyRegexp(`^[0-9a-f]*$`)

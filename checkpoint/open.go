@@ -74,7 +74,7 @@ func (c *Checkpoint) Options() Options { return c.options }
 // Pipes tells which of stdin, stdout and stderr were pipes to outside of the
 // container, in whose place a restore puts what the runtime has.
 func (c *Checkpoint) Pipes() (pipes [3]bool) {
-	data, err := readPart(filepath.Join(c.dir, layout.Descriptors), 64<<10, false)
+	data, err := capture.ReadPart(filepath.Join(c.dir, layout.Descriptors), 64<<10, false)
 	if err != nil {
 		return pipes // then the runtime replaces none
 	}

@@ -3,6 +3,8 @@ package checkpoint
 import (
 	"fmt"
 	"slices"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // Options are the options of CRIU's dump that a restore has to repeat.
@@ -26,40 +28,6 @@ type Options struct {
 	CgroupsMode string `json:"cgroups_mode,omitempty"`
 }
 
-// DumpOptions are options of CRIU's dump that a restore finds in the images.
-type DumpOptions struct {
-	TCPClose   bool   // --tcp-close: connections are dropped
-	LinkRemap  bool   // --link-remap: deleted files that have other names are linked again
-	GhostLimit uint64 // --ghost-limit, in bytes; 0: CRIU's own
-}
-
-// criuConfig is what of them no runtime has a flag for, as lines of a CRIU
-// configuration file.
-func (o DumpOptions) criuConfig() string {
-	lines := ""
-	if o.TCPClose {
-		lines += "tcp-close\nskip-in-flight\n" // the latter are not accepted yet; see skipInFlight
-	}
-	if o.LinkRemap {
-		lines += "link-remap\n"
-	}
-	if o.GhostLimit > 0 {
-		lines += fmt.Sprintf("ghost-limit %d\n", o.GhostLimit)
-	}
-	return lines
-}
-
-// skipInFlight is the flag with which a runtime tells CRIU to skip connections that
-// nobody has accepted yet. Since 1.3 runc tells CRIU not to without the flag,
-// whatever the configuration says.
-func skipInFlight(runtime, version string) []string {
-	var major, minor int
-	if n, _ := fmt.Sscanf(version, "%d.%d", &major, &minor); runtime == "runc" && n == 2 && (major > 1 || minor >= 3) {
-		return []string{"--tcp-skip-in-flight"}
-	}
-	return nil
-}
-
 var (
 	namespaceKind = lazyRegexp(`^[a-z]{1,16}$`)
 	cgroupsModes  = []string{"", "soft", "full", "strict", "ignore"}
@@ -75,6 +43,19 @@ func (o *Options) check() error {
 	}
 	if !slices.Contains(cgroupsModes, o.CgroupsMode) {
 		return fmt.Errorf("options.cgroups_mode: %.40q is none of soft, full, strict, ignore", o.CgroupsMode)
+	}
+	return nil
+}
+
+// AnnotationTCP says what a restore does with established TCP connections:
+// "keep" or "close". Without it they are kept if the container has all their
+// local addresses, and closed if not.
+const AnnotationTCP = "stasis.run/tcp"
+
+// CheckTCP refuses a value that AnnotationTCP cannot have.
+func CheckTCP(how string) error {
+	if how != "keep" && how != "close" {
+		return fault.Invalid("annotation %s=%q: it is keep or close", AnnotationTCP, how)
 	}
 	return nil
 }

@@ -20,7 +20,7 @@ func signedFolder(t testing.TB, key *sign.Key) string {
 	dir := filepath.Join(t.TempDir(), "c")
 	f, err := NewFolder(dir)
 	must(t, err)
-	f.key = key
+	f.Key = key
 	fill(t, f.Path())
 	write(t, filepath.Join(f.Path(), "pages-9.img"), bytes.Repeat([]byte("x"), recheckSize+1))
 	must(t, f.Commit(Manifest{Container: Container{ID: "c", Name: "app", Pod: &Pod{"web-0", "team", "7"}, SpecDigest: mustDigest(t, `{"a":1}`)}}, false))
@@ -224,7 +224,7 @@ func TestAddSumSigns(t *testing.T) {
 		f, err := NewFolder(dir)
 		must(t, err)
 		fill(t, f.Path())
-		f.leaveSum = version == manifestVersion
+		f.LeaveSum = version == manifestVersion
 		must(t, f.Commit(Manifest{}, false))
 		if version == 2 {
 			rewrite(t, dir)

@@ -12,6 +12,9 @@ import (
 	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
+// Unconfined is the AppArmor profile that confines nothing.
+const Unconfined = "unconfined"
+
 // maxSpecDepth is far more than a spec has of objects within objects.
 const maxSpecDepth = 64
 

@@ -7,7 +7,7 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/criu"
 	"github.com/stasis-run/stasis/checkpoint/inspect"
 	"github.com/stasis-run/stasis/integration/stack"
 )
@@ -16,7 +16,7 @@ import (
 // and the container stands still for what has changed only. A kernel that does not
 // track changes refuses it.
 func TestPreDump(t *testing.T) {
-	works, err := checkpoint.SoftDirty()
+	works, err := criu.SoftDirty()
 	must(t, err)
 	for name, opts := range map[string]stack.Options{"runc": {}, "crun": {Crun: true}} {
 		t.Run(name, func(t *testing.T) {

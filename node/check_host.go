@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/criu"
 )
 
 // shimName is the program that containerd starts for RuntimeName.
@@ -39,7 +40,7 @@ func checkKernel() Finding {
 // checkSoftDirty tries whether the kernel tells which pages were written to,
 // which is what a pre-dump needs.
 func checkSoftDirty() Finding {
-	works, err := checkpoint.SoftDirty()
+	works, err := criu.SoftDirty()
 	if err == nil && works {
 		return ok("soft-dirty", "pre-dump is possible")
 	}

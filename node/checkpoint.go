@@ -14,10 +14,10 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/distribution/reference"
 
-	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/api"
 	"github.com/stasis-run/stasis/checkpoint/archive"
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/criu"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 	"github.com/stasis-run/stasis/checkpoint/image"
 	"github.com/stasis-run/stasis/checkpoint/layout"
@@ -46,7 +46,7 @@ type CheckpointRequest struct {
 	Exit    bool
 	Options DumpOptions
 	// PreDumps is how many times the memory is written before, while the container
-	// runs, up to 127; checkpoint.PreDumpAuto: until that gets no less.
+	// runs, up to 127; criu.PreDumpAuto: until that gets no less.
 	PreDumps int
 	// From is a folder that an earlier call with Exit has left when it could not store
 	// what is in it. That is stored, and nothing dumped.
@@ -180,7 +180,7 @@ func (r *CheckpointRequest) complete() error {
 		return requestError("--from takes one container")
 	case r.From != "" && (r.Exit || r.PreDumps != 0 || r.Options != DumpOptions{}):
 		return requestError("--from is of a container that was dumped: it takes no options of a dump")
-	case r.PreDumps < checkpoint.PreDumpAuto || r.PreDumps > maxPreDumps:
+	case r.PreDumps < criu.PreDumpAuto || r.PreDumps > maxPreDumps:
 		return requestError("--pre-dump %d: it is auto, or a number from 1 to %d", r.PreDumps, maxPreDumps)
 	case r.Push && r.Archive.isSet():
 		return requestError("either --push or --output")

@@ -15,9 +15,9 @@ import (
 	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/api"
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/criu"
 	"github.com/stasis-run/stasis/checkpoint/image"
 	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/rootfs"
@@ -232,7 +232,7 @@ func (d *dumper) checkpointByTask(ctx context.Context, r *api.CheckpointRequest)
 		}
 	}
 	result.FrozenNs = uint64(time.Since(started))
-	result.CriuVersion = checkpoint.LogVersion(filepath.Join(r.ImagePath, layout.DumpLog))
+	result.CriuVersion = criu.LogVersion(filepath.Join(r.ImagePath, layout.DumpLog))
 	size, err := sizeOf(r.ImagePath)
 	result.ImageBytes = uint64(size)
 	return result, err

@@ -14,6 +14,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/criu"
 	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
@@ -88,7 +89,7 @@ func (d *dumper) retained(ctx context.Context, images string) (*capture.Capture,
 		if err != nil {
 			return nil, err
 		}
-		m = &checkpoint.Manifest{Exit: true, Created: made.ModTime(), CRIU: checkpoint.LogVersion(filepath.Join(images, layout.DumpLog)),
+		m = &checkpoint.Manifest{Exit: true, Created: made.ModTime(), CRIU: criu.LogVersion(filepath.Join(images, layout.DumpLog)),
 			Container: checkpoint.Container{ID: d.info.ID, Namespace: namespace}}
 	}
 	if !m.Exit || m.Container.ID != d.info.ID || m.Container.Namespace != namespace || d.info.CreatedAt.After(m.Created) {

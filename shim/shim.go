@@ -10,9 +10,9 @@
 //	         left, and prints how it ended.
 //	-info    describes the runtime.
 //	loopback
-//	         the OCI runtime's call in a restore, see checkpoint.LoopbackHook.
+//	         the OCI runtime's call in a restore, see criu.LoopbackHook.
 //	swrk     the OCI runtime's call in a restore, under the name criu, see
-//	         checkpoint.ExecCRIU.
+//	         criu.Exec.
 //
 // What is called a group is the set of containers that share a shim: those of
 // a pod, mostly.
@@ -34,7 +34,7 @@ import (
 	"github.com/containerd/ttrpc"
 	"google.golang.org/protobuf/types/known/anypb"
 
-	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/criu"
 )
 
 // Build says which build of the shim this is.
@@ -78,8 +78,8 @@ type Runtime struct {
 
 // Main runs the shim binary and returns its exit code.
 func Main(build Build, rt Runtime) int {
-	if filepath.Base(os.Args[0]) == checkpoint.CRIUName {
-		fmt.Fprintln(os.Stderr, checkpoint.ExecCRIU(os.Args))
+	if filepath.Base(os.Args[0]) == criu.Name {
+		fmt.Fprintln(os.Stderr, criu.Exec(os.Args))
 		return 1
 	}
 	err := run(os.Args[1:], build, rt)
@@ -104,8 +104,8 @@ func run(args []string, build Build, rt Runtime) error {
 	case f.info:
 		return printInfo(context.Background(), os.Stdin, os.Stdout, build, rt)
 	}
-	if f.action == checkpoint.ActionLoopback {
-		return checkpoint.LoopbackHook(os.Stdin)
+	if f.action == criu.ActionLoopback {
+		return criu.LoopbackHook(os.Stdin)
 	}
 	if err := f.validate(); err != nil {
 		return err

@@ -11,6 +11,7 @@ import (
 	"github.com/containerd/log"
 
 	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/criu"
 	"github.com/stasis-run/stasis/checkpoint/sign"
 	"github.com/stasis-run/stasis/process"
 )
@@ -20,11 +21,11 @@ type dump struct {
 	dir         string
 	workDir     string // empty: the bundle's
 	options     checkpoint.Options
-	dumpOptions checkpoint.DumpOptions
+	dumpOptions criu.DumpOptions
 	preDumps    int
 	exit        bool // the container ends with it
 	durable     bool // the checkpoint has to survive a power cut
-	leaveSum    bool // as in checkpoint.DumpRequest
+	leaveSum    bool // as in criu.DumpRequest
 	baseConfig  string
 	while       func(context.Context) error
 }
@@ -46,7 +47,7 @@ func dumpOf(dir string, opts *options.CheckpointOptions) (dump, error) {
 // checkpoint dumps the container into a folder. It runs on, or stays paused,
 // unless it is to end; then it has ended when this returns. The caller excludes
 // other calls.
-func (c *container) checkpoint(ctx context.Context, d dump) (*checkpoint.DumpResult, error) {
+func (c *container) checkpoint(ctx context.Context, d dump) (*criu.DumpResult, error) {
 	p := c.init
 	c.mu.Lock()
 	err := p.check(opCheckpoint)
@@ -75,7 +76,7 @@ func (c *container) checkpoint(ctx context.Context, d dump) (*checkpoint.DumpRes
 	if unsigned != nil {
 		log.G(ctx).WithError(unsigned).WithField("container", c.id).Warn("a checkpoint is not signed: no pod restores it before `stasis sign`")
 	}
-	result, err := checkpoint.Dump(ctx, checkpoint.DumpRequest{
+	result, err := criu.Dump(ctx, criu.DumpRequest{
 		Key:         key,
 		Runtime:     c.runtime,
 		Cgroup:      cg,

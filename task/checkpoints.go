@@ -17,8 +17,8 @@ import (
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
 
-	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/api"
+	"github.com/stasis-run/stasis/checkpoint/criu"
 	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/rootfs"
 )
@@ -70,7 +70,7 @@ func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, s
 	}
 	preDumps := int(r.PreDumps)
 	if preDumps < 0 {
-		preDumps = checkpoint.PreDumpAuto
+		preDumps = criu.PreDumpAuto
 	}
 	if preDumps > maxPreDumps {
 		return nil, invalid("pre_dumps %d: at most %d", preDumps, maxPreDumps)
@@ -105,7 +105,7 @@ func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, s
 	d := dump{
 		dir:         r.ImagePath,
 		options:     criuOptions,
-		dumpOptions: checkpoint.DumpOptions{TCPClose: o.TcpClose, LinkRemap: o.LinkRemap, GhostLimit: o.GhostLimit},
+		dumpOptions: criu.DumpOptions{TCPClose: o.TcpClose, LinkRemap: o.LinkRemap, GhostLimit: o.GhostLimit},
 		preDumps:    preDumps,
 		exit:        r.Exit,
 		durable:     r.Exit,

@@ -16,7 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
-	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/criu"
 	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/process"
 )
@@ -59,16 +59,16 @@ func Cleanup(ctx context.Context, namespace, bundlePath, id string) (*taskapi.De
 		logger.WithError(err).Warn("remove the container's cgroup")
 	}
 	restoreDir := b.restoreDir(opts)
-	if log := filepath.Join(restoreDir, layout.RestoreLog); checkpoint.Interrupted(log) {
+	if log := filepath.Join(restoreDir, layout.RestoreLog); criu.Interrupted(log) {
 		spec, err := b.spec()
 		if err == nil {
-			err = checkpoint.UnlockAfterRestore(spec, log)
+			err = criu.UnlockAfterRestore(spec, log)
 		}
 		if err != nil {
 			logger.WithError(err).Warn("remove the network lock of a restore whose shim is gone")
 		}
 	}
-	if err := errors.Join(checkpoint.RemoveRests(restoreDir, layout.RestoreLog), checkpoint.RemoveRests(b.dumpDir(), layout.DumpLog)); err != nil {
+	if err := errors.Join(criu.RemoveLeftovers(restoreDir, layout.RestoreLog), criu.RemoveLeftovers(b.dumpDir(), layout.DumpLog)); err != nil {
 		logger.WithError(err).Warn("remove what CRIU has left")
 	}
 	if err := b.unmount(); err != nil {
@@ -140,8 +140,8 @@ func freeFromCRIU(ctx context.Context, rt process.Runtime, init int, cgroup, log
 			log.G(ctx).WithError(err).Warn("end a checkpoint whose shim is gone")
 		}
 	}
-	if tracer > 1 || checkpoint.Interrupted(logPath) {
-		if err := checkpoint.UnlockNetwork(fmt.Sprintf("/proc/%d/ns/net", init), init, logPath); err != nil {
+	if tracer > 1 || criu.Interrupted(logPath) {
+		if err := criu.UnlockNetwork(fmt.Sprintf("/proc/%d/ns/net", init), init, logPath); err != nil {
 			log.G(ctx).WithError(err).Warn("remove the network lock of a checkpoint whose shim is gone")
 		}
 	}

@@ -8,16 +8,16 @@ import (
 
 	runc "github.com/containerd/go-runc"
 
-	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/criu"
 	"github.com/stasis-run/stasis/process"
 	"github.com/stasis-run/stasis/process/processtest"
 )
 
 func TestMain(m *testing.M) {
-	if filepath.Base(os.Args[0]) == checkpoint.CRIUName {
+	if filepath.Base(os.Args[0]) == criu.Name {
 		// The shim's binary stands in for CRIU, and returns if it was not called as
 		// that, but as CRIU itself.
-		_ = checkpoint.ExecCRIU(os.Args)
+		_ = criu.Exec(os.Args)
 	}
 	processtest.Main()
 	os.Exit(m.Run())

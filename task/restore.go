@@ -11,7 +11,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
-	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/criu"
 	"github.com/stasis-run/stasis/process"
 )
 
@@ -34,7 +34,7 @@ func (c *container) restore(ctx context.Context, p *RestorePlan) error {
 	}
 	outOfMemory := c.watchRestore()
 	child, err := c.service.reaper.Launch(func() (int, error) {
-		return checkpoint.Restore(ctx, checkpoint.RestoreRequest{
+		return criu.Restore(ctx, criu.RestoreRequest{
 			Runtime:    c.runtime,
 			ID:         c.id,
 			Checkpoint: p.checkpoint,

@@ -75,3 +75,24 @@ func Sync(path string) error {
 	defer f.Close()
 	return f.Sync()
 }
+
+// ReadPart reads the first n bytes of a regular file, or the last.
+func ReadPart(path string, n int64, last bool) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() {
+		return nil, errors.New("not a regular file")
+	}
+	var from int64
+	if last {
+		from = max(info.Size()-n, 0)
+	}
+	return io.ReadAll(io.NewSectionReader(f, from, n))
+}

@@ -8,7 +8,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
-	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/process"
 )
 
 const (
@@ -68,7 +68,7 @@ func (c *checker) unprivilegedPorts() int {
 	if ns == nil {
 		_ = read()
 	} else {
-		_ = checkpoint.InNamespace(ns.Path, unix.CLONE_NEWNET, read)
+		_ = process.InNamespace(ns.Path, unix.CLONE_NEWNET, read)
 	}
 	return c.portStart
 }

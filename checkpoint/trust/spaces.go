@@ -14,7 +14,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
-	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/process"
 )
 
 // nsFiles are the names of namespaces in /proc, of those that a spec decides.
@@ -119,7 +119,7 @@ func mountsIn(ctx context.Context, path string) (ids map[uint64]bool, err error)
 		return nil, err
 	}
 	defer proc.Close()
-	err = checkpoint.InNamespace(path, unix.CLONE_NEWNS, func() error {
+	err = process.InNamespace(path, unix.CLONE_NEWNS, func() error {
 		fd, err := unix.Openat(int(proc.Fd()), "thread-self/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		if err != nil {
 			return os.NewSyscallError("open mountinfo", err)

@@ -13,7 +13,7 @@ const module = "github.com/stasis-run/stasis/"
 // it, and no other.
 var layers = []string{
 	"cmd/containerd-shim-stasis-v1", "cmd/stasis", "node", "shim", "task",
-	"checkpoint/image", "checkpoint/archive", "checkpoint/inspect", "checkpoint/trust", "checkpoint/policy/allow", "checkpoint", "checkpoint/criu/img",
+	"checkpoint/image", "checkpoint/archive", "checkpoint/inspect", "checkpoint/trust", "checkpoint/policy/allow", "checkpoint/criu", "checkpoint", "checkpoint/criu/img",
 	"checkpoint/rootfs", "checkpoint/sign", "checkpoint/sum", "checkpoint/tarcheck", "checkpoint/capture", "checkpoint/fault", "checkpoint/layout", "checkpoint/api", "process",
 }
 
@@ -47,6 +47,21 @@ func TestImportsPointDown(t *testing.T) {
 			if below := slices.Index(layers, name); below <= i {
 				t.Errorf("%s imports %s, which is not below it", pkg, name)
 			}
+		}
+	}
+}
+
+// TestCheckpointIsALibrary: each package of a checkpoint has its place in layers, and
+// knows nothing of a shim, a node or a program.
+func TestCheckpointIsALibrary(t *testing.T) {
+	above := map[string]string{}
+	for _, pkg := range []string{"cmd", "node", "shim", "task"} {
+		above[module+pkg] = "it uses checkpoints"
+	}
+	for _, pkg := range list(t, module+"checkpoint/...") {
+		refuse(t, pkg, above)
+		if name := strings.TrimPrefix(pkg, module); !slices.Contains(layers, name) && !strings.HasSuffix(name, "test") {
+			t.Errorf("%s is in no layer", name)
 		}
 	}
 }

@@ -11,7 +11,7 @@ import (
 	"github.com/docker/go-units"
 	"github.com/spf13/cobra"
 
-	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/criu"
 	"github.com/stasis-run/stasis/node"
 )
 
@@ -141,7 +141,7 @@ func (f *checkpointFlags) complete(a *app, args []string) error {
 	switch f.preDump {
 	case "":
 	case "auto":
-		r.PreDumps = checkpoint.PreDumpAuto
+		r.PreDumps = criu.PreDumpAuto
 	default:
 		n, err := strconv.ParseInt(f.preDump, 10, 8)
 		if err != nil || n < 1 {

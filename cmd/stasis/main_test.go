@@ -53,7 +53,7 @@ func TestExitCodes(t *testing.T) {
 		{"rm x", exitFailed, "no containerd at"},
 		{"push x", exitFailed, "no containerd at"},
 		{"inspect " + sleep, 0, ""},
-		{"inspect ../../checkpoint/testdata/logs", exitFailed, "no checkpoint"},
+		{"inspect ../../checkpoint/criu/testdata/logs", exitFailed, "no checkpoint"},
 		{"inspect /nonexistent", exitFailed, "/nonexistent"},
 		{"convert " + sleep + " x:1", exitFailed, "no containerd at"},
 		{"diff " + sleep + " " + sleep, 0, ""},

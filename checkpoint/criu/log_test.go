@@ -1,4 +1,4 @@
-package checkpoint
+package criu
 
 import (
 	"fmt"
@@ -69,5 +69,36 @@ func TestLogVersion(t *testing.T) {
 		if got := LogVersion(filepath.Join("testdata", "logs", log)); got != want {
 			t.Errorf("%s: %q, want %q", log, got, want)
 		}
+	}
+}
+
+func FuzzLogErrors(f *testing.F) {
+	paths, err := filepath.Glob("testdata/logs/*.log")
+	must(f, err)
+	if len(paths) == 0 {
+		f.Fatal("no seeds")
+	}
+	for _, path := range paths {
+		data, err := os.ReadFile(path)
+		must(f, err)
+		f.Add(data)
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		lines := logErrors(data, 3)
+		if len(lines) > 3 {
+			t.Fatalf("%d lines", len(lines))
+		}
+		for _, line := range lines {
+			if len(line) > logLine+len("…") || !strings.HasPrefix(line, "Error (") || strings.ContainsAny(line, "\n\r\x00\x1b") {
+				t.Fatalf("%q", line)
+			}
+		}
+	})
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
 	}
 }

@@ -1,4 +1,4 @@
-package checkpoint
+package criu
 
 import (
 	"context"
@@ -23,9 +23,9 @@ import (
 const fakeEnv = "STASIS_TEST_CRIU"
 
 func TestMain(m *testing.M) {
-	if filepath.Base(os.Args[0]) == CRIUName {
+	if filepath.Base(os.Args[0]) == Name {
 		if os.Getenv(relayEnv) != "" {
-			fmt.Fprintln(os.Stderr, ExecCRIU(os.Args))
+			fmt.Fprintln(os.Stderr, Exec(os.Args))
 		} else if err := fakeCRIU(os.Args, os.Getenv(fakeEnv)); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 		} else {
@@ -155,8 +155,8 @@ func callCRIU(ctx context.Context, t *testing.T, env []string, dir *os.File, not
 	theirs := os.NewFile(uintptr(pair[1]), "theirs")
 	path := strings.TrimPrefix(env[slices.IndexFunc(env, func(v string) bool { return strings.HasPrefix(v, "PATH=") })], "PATH=")
 	bin, _, _ := strings.Cut(path, ":")
-	cmd := exec.CommandContext(ctx, filepath.Join(bin, CRIUName), "swrk", "3")
-	cmd.Args[0] = CRIUName
+	cmd := exec.CommandContext(ctx, filepath.Join(bin, Name), "swrk", "3")
+	cmd.Args[0] = Name
 	cmd.Env = append(os.Environ(), env...)
 	cmd.ExtraFiles = []*os.File{theirs}
 	cmd.Stderr = os.Stderr
@@ -205,7 +205,7 @@ func TestRelay(t *testing.T) {
 		t.Fatal(err)
 	}
 	bin := t.TempDir()
-	if err := os.Symlink(self, filepath.Join(bin, CRIUName)); err != nil {
+	if err := os.Symlink(self, filepath.Join(bin, Name)); err != nil {
 		t.Fatal(err)
 	}
 	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))

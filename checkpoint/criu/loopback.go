@@ -1,4 +1,4 @@
-package checkpoint
+package criu
 
 import (
 	"encoding/json"
@@ -7,6 +7,8 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/process"
 )
 
 // LoopbackHook is an OCI hook (it reads the container's state from stdin) that
@@ -22,7 +24,7 @@ func LoopbackHook(stdin io.Reader) error {
 	if state.Pid <= 0 {
 		return fmt.Errorf("container %s has no process", state.ID)
 	}
-	err := InNamespace(fmt.Sprintf("/proc/%d/ns/net", state.Pid), unix.CLONE_NEWNET, loopbackUp)
+	err := process.InNamespace(fmt.Sprintf("/proc/%d/ns/net", state.Pid), unix.CLONE_NEWNET, loopbackUp)
 	if err != nil {
 		return fmt.Errorf("bring the loopback device of container %s up: %w", state.ID, err)
 	}

@@ -1,4 +1,4 @@
-package checkpoint
+package criu
 
 import (
 	"bytes"
@@ -17,15 +17,16 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/process"
 )
 
 // A CRIU that is killed in the middle of a dump leaves the container with its
 // TCP connections in repair mode, its network locked, and maybe frozen, or thawed
-// though it was paused. rescue puts that right, in an order that lets the
+// though it was paused. rollBack puts that right, in an order that lets the
 // container's processes notice none of it if they are still frozen.
-func (r *DumpRequest) rescue(ctx context.Context, netns string) {
+func (r *DumpRequest) rollBack(ctx context.Context, netns string) {
 	logger := log.G(ctx).WithField("container", r.Container.ID)
 	if r.Cgroup != nil {
 		if pids, err := r.Cgroup.Pids(); err == nil {
@@ -33,7 +34,7 @@ func (r *DumpRequest) rescue(ctx context.Context, netns string) {
 		}
 	}
 	r.unlock(ctx, netns)
-	if err := RemoveRests(r.WorkDir, layout.DumpLog); err != nil {
+	if err := RemoveLeftovers(r.WorkDir, layout.DumpLog); err != nil {
 		logger.WithError(err).Error("remove what CRIU has left")
 	}
 	if r.Cgroup == nil {
@@ -57,7 +58,7 @@ func (r *DumpRequest) unlock(ctx context.Context, netns string) {
 // itself unless it is killed, or the container ends with the dump. pid is that of
 // the container's init, logPath is CRIU's log.
 func UnlockNetwork(netns string, pid int, logPath string) error {
-	return InNamespace(netns, unix.CLONE_NEWNET, func() error {
+	return process.InNamespace(netns, unix.CLONE_NEWNET, func() error {
 		return unlockNetwork(append(runIDs(logPath), strconv.Itoa(pid)))
 	})
 }
@@ -81,7 +82,7 @@ var runID = lazyRegexp(`CRIU run id = ([0-9a-fA-F-]{36})(?:\n|$)`)
 
 // runIDs returns the numbers that a log says CRIU has given itself.
 func runIDs(logPath string) []string {
-	data, err := readPart(logPath, logHead, false)
+	data, err := capture.ReadPart(logPath, logHead, false)
 	if err != nil {
 		return nil
 	}
@@ -180,11 +181,11 @@ var stages = map[string]bool{
 
 var mountRoot = lazyRegexp(`/tmp/\.criu\.mntns\.[A-Za-z0-9]{6}\b`)
 
-// RemoveRests removes what CRIU leaves in its work folder, and elsewhere, if it
+// RemoveLeftovers removes what CRIU leaves in its work folder, and elsewhere, if it
 // is killed: folders in which it has mounted the host's cgroups. Whoever
 // removes the work folder as it is would try to remove those. log is the name of
 // CRIU's log there.
-func RemoveRests(workDir, log string) error {
+func RemoveLeftovers(workDir, log string) error {
 	dir, err := filepath.EvalSymlinks(workDir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -193,16 +194,16 @@ func RemoveRests(workDir, log string) error {
 		return err
 	}
 	var errs []error
-	rests, _ := filepath.Glob(filepath.Join(dir, ".criu.*"))
-	for _, rest := range rests {
-		err := mount.UnmountRecursive(rest, unix.MNT_DETACH)
+	leftovers, _ := filepath.Glob(filepath.Join(dir, ".criu.*"))
+	for _, path := range leftovers {
+		err := mount.UnmountRecursive(path, unix.MNT_DETACH)
 		if err == nil {
-			err = os.Remove(rest)
+			err = os.Remove(path)
 		}
 		errs = append(errs, err)
 	}
 	// An empty folder in which the processes had their mounts.
-	if data, err := readPart(filepath.Join(dir, log), logTail, false); err == nil {
+	if data, err := capture.ReadPart(filepath.Join(dir, log), logTail, false); err == nil {
 		if root := mountRoot().Find(data); root != nil {
 			if err := os.Remove(string(root)); !errors.Is(err, fs.ErrNotExist) {
 				errs = append(errs, err)
@@ -215,13 +216,13 @@ func RemoveRests(workDir, log string) error {
 // finished tells whether CRIU has written everything. With Exit, it has begun to
 // kill the container.
 func finished(logPath string) bool {
-	data, err := readPart(logPath, logTail, true)
+	data, err := capture.ReadPart(logPath, logTail, true)
 	return err == nil && bytes.Contains(data, []byte("Unfreezing tasks into 2\n")) // TASK_DEAD; 1 after a failure
 }
 
 // Interrupted tells whether a log of CRIU's has no end.
 func Interrupted(logPath string) bool {
-	data, err := readPart(logPath, logTail, true)
+	data, err := capture.ReadPart(logPath, logTail, true)
 	if err != nil {
 		return false
 	}
@@ -234,7 +235,7 @@ func Interrupted(logPath string) bool {
 }
 
 func killable(logPath string) bool {
-	data, err := readPart(logPath, logTail, true)
+	data, err := capture.ReadPart(logPath, logTail, true)
 	if err != nil {
 		return true
 	}

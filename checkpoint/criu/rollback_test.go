@@ -1,4 +1,4 @@
-package checkpoint
+package criu
 
 import (
 	"os"
@@ -62,35 +62,18 @@ func TestStagesOfDump(t *testing.T) {
 	}
 }
 
-// TestReserve fills what a folder has reserved, as CRIU might.
-func TestReserve(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "checkpoint")
-	f, err := NewFolder(dir)
-	must(t, err)
-	must(t, f.Reserve(0))
-	info, err := os.Stat(filepath.Join(f.Path(), layout.Reserve))
-	must(t, err)
-	if info.Size() != reserveSize {
-		t.Errorf("reserved %d bytes", info.Size())
-	}
-	must(t, f.Discard())
-	if _, err := os.Stat(dir); !os.IsNotExist(err) {
-		t.Errorf("left: %v", err)
-	}
-}
-
-func TestRemoveRests(t *testing.T) {
+func TestRemoveLeftovers(t *testing.T) {
 	dir := t.TempDir()
 	yard := filepath.Join(dir, ".criu.cgyard.AbCdEf")
 	root := "/tmp/.criu.mntns." + strings.Repeat("T", 6)
 	must(t, os.Mkdir(yard, 0o700))
 	must(t, os.MkdirAll(root, 0o700))
 	must(t, os.WriteFile(filepath.Join(dir, layout.RestoreLog), []byte("1: mnt: Move the root to "+root+"\n"), 0o600))
-	must(t, RemoveRests(dir, layout.RestoreLog))
+	must(t, RemoveLeftovers(dir, layout.RestoreLog))
 	for _, path := range []string{yard, root} {
 		if _, err := os.Stat(path); !os.IsNotExist(err) {
 			t.Errorf("%s is left: %v", path, err)
 		}
 	}
-	must(t, RemoveRests(filepath.Join(dir, "none"), layout.RestoreLog))
+	must(t, RemoveLeftovers(filepath.Join(dir, "none"), layout.RestoreLog))
 }

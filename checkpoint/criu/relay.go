@@ -1,4 +1,4 @@
-package checkpoint
+package criu
 
 import (
 	"context"
@@ -25,12 +25,12 @@ import (
 // processes can be looked at: no instruction of the container has run, and no
 // signal can make one run, as it could with processes that are merely stopped (a
 // timer whose signal is SIGCONT would do). So the shim is between the two: the
-// runtime finds it under the name criu in its PATH (ExecCRIU), and a relay hands
+// runtime finds it under the name criu in its PATH (Exec), and a relay hands
 // the messages on.
 
 const (
-	// CRIUName is what runtimes call CRIU.
-	CRIUName = "criu"
+	// Name is the program that runtimes call.
+	Name = "criu"
 	// relayEnv is the socket of the relay, realEnv the real CRIU.
 	relayEnv = "STASIS_CRIU_RELAY"
 	realEnv  = "STASIS_CRIU"
@@ -38,10 +38,10 @@ const (
 	relayDir = "criu"
 )
 
-// ExecCRIU becomes the real CRIU, and returns only if it cannot. In a restore it
+// Exec becomes the real CRIU, and returns only if it cannot. In a restore it
 // gives the socket to the runtime, which the second argument names, to the shim,
 // and CRIU one to the shim instead. args are those of the process.
-func ExecCRIU(args []string) error {
+func Exec(args []string) error {
 	real, socket := os.Getenv(realEnv), os.Getenv(relayEnv)
 	if real == "" || socket == "" {
 		return errors.New("this is a stand-in for CRIU, and not called by a restore")
@@ -120,7 +120,7 @@ type relay struct {
 // newRelay returns a relay, and the environment with which the runtime is to be
 // called, with a context that ends by stop only.
 func (r *RestoreRequest) newRelay(ctx context.Context, stop context.CancelFunc) (_ *relay, env []string, err error) {
-	real, err := exec.LookPath(CRIUName)
+	real, err := exec.LookPath(Name)
 	if err != nil {
 		return nil, nil, fmt.Errorf("find CRIU: %w", err)
 	}
@@ -143,7 +143,7 @@ func (r *RestoreRequest) newRelay(ctx context.Context, stop context.CancelFunc) 
 			l.close()
 		}
 	}()
-	if err := os.Symlink(r.Self, filepath.Join(dir, CRIUName)); err != nil {
+	if err := os.Symlink(r.Self, filepath.Join(dir, Name)); err != nil {
 		return nil, nil, err
 	}
 	if l.dir, err = os.OpenFile(dir, unix.O_PATH|unix.O_DIRECTORY, 0); err != nil {

@@ -1,16 +1,13 @@
-package checkpoint
+package criu
 
 import (
 	"bytes"
-	"errors"
-	"io"
-	"os"
 	"regexp"
 	"slices"
 	"strings"
 	"sync"
 
-	"golang.org/x/sys/unix"
+	"github.com/stasis-run/stasis/checkpoint/capture"
 )
 
 const (
@@ -44,7 +41,7 @@ var logHarmless = []string{
 // only says that there was an error only if that is all there is. A log that
 // cannot be read has none.
 func LogErrors(path string, limit int) []string {
-	data, err := readPart(path, logTail, true)
+	data, err := capture.ReadPart(path, logTail, true)
 	if err != nil {
 		return nil
 	}
@@ -93,7 +90,7 @@ func lazyRegexp(expr string) func() *regexp.Regexp {
 // LogVersion returns the version that CRIU writes at the head of its logs, such
 // as "4.2.1", or "" if there is none.
 func LogVersion(path string) string {
-	data, err := readPart(path, logHead, false)
+	data, err := capture.ReadPart(path, logHead, false)
 	if err != nil {
 		return ""
 	}
@@ -116,25 +113,4 @@ func printable(b []byte) string {
 		s += "…"
 	}
 	return s
-}
-
-// readPart reads the first n bytes of a regular file, or the last.
-func readPart(path string, n int64, last bool) ([]byte, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if !info.Mode().IsRegular() {
-		return nil, errors.New("not a regular file")
-	}
-	var from int64
-	if last {
-		from = max(info.Size()-n, 0)
-	}
-	return io.ReadAll(io.NewSectionReader(f, from, n))
 }

@@ -1,4 +1,4 @@
-package checkpoint
+package criu
 
 import (
 	"errors"
@@ -14,8 +14,10 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/criu/img"
 	"github.com/stasis-run/stasis/checkpoint/layout"
+	"github.com/stasis-run/stasis/process"
 )
 
 // A container of a pod joins the pod's UTS and IPC namespaces. CRIU then sets the
@@ -44,13 +46,13 @@ func (r *RestoreRequest) imagesDir() (dir string, remove func(), err error) {
 		if path == "" {
 			continue
 		}
-		for name := range r.Checkpoint.files {
+		for _, name := range r.Checkpoint.Names() {
 			if !joined.series.Has(name) {
 				continue
 			}
-			data, err := readPart(filepath.Join(r.Checkpoint.Dir(), name), img.MaxMessage, false)
+			data, err := capture.ReadPart(filepath.Join(r.Checkpoint.Dir(), name), img.MaxMessage, false)
 			if err == nil {
-				err = InNamespace(path, joined.flag, func() (err error) {
+				err = process.InNamespace(path, joined.flag, func() (err error) {
 					changed[name], err = joined.amend(data)
 					return err
 				})

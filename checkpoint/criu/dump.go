@@ -1,4 +1,4 @@
-package checkpoint
+package criu
 
 import (
 	"context"
@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
+	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/sign"
 	"github.com/stasis-run/stasis/process"
@@ -28,14 +29,14 @@ type DumpRequest struct {
 
 	Dir     string // where the checkpoint goes; may exist
 	WorkDir string // where CRIU leaves dump.log and stats-dump
-	Options Options
+	Options checkpoint.Options
 	// DumpOptions are those that no restore has to repeat.
 	DumpOptions DumpOptions
 	PreDumps    int  // how often its memory is written before, while it runs, or PreDumpAuto
 	Exit        bool // the container ends with the dump
 	Paused      bool // the container is frozen, and stays so
 	Durable     bool // the checkpoint has to survive a power cut
-	// LeaveSum leaves the sum of the largest file to AddSum. Until then no restore
+	// LeaveSum leaves the sum of the largest file to checkpoint.AddSum. Until then no restore
 	// takes the checkpoint, and an older one in Dir is gone; so not with Exit.
 	LeaveSum bool
 
@@ -45,7 +46,7 @@ type DumpRequest struct {
 	// Not with Exit: CRIU could have ended the container when this fails.
 	While func(ctx context.Context) error
 
-	Container  Container // for the manifest
+	Container  checkpoint.Container // for the manifest
 	TerminalIO bool
 	// Key signs the checkpoint; nil: it is not signed. With LeaveSum, AddSum does.
 	Key *sign.Key
@@ -59,7 +60,7 @@ type DumpResult struct {
 	PreDumps []PreDump
 	Stats    *DumpStats // nil if CRIU left none
 	CRIU     string     // version; empty if its log does not tell
-	Runtime  Runtime
+	Runtime  checkpoint.Runtime
 	// Unsigned is for the caller, to say why there was no Key.
 	Unsigned string
 }
@@ -72,18 +73,18 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 	if err := r.checkStopped(); err != nil {
 		return nil, err
 	}
-	folder, err := NewFolder(r.Dir)
+	folder, err := checkpoint.NewFolder(r.Dir)
 	if err != nil {
 		return nil, err
 	}
-	folder.leaveSum = r.LeaveSum
+	folder.LeaveSum = r.LeaveSum
 	if !r.LeaveSum {
-		folder.key = r.Key
+		folder.Key = r.Key
 	}
 	if err := os.MkdirAll(r.WorkDir, 0o711); err != nil {
 		return nil, errors.Join(fmt.Errorf("make CRIU's work folder: %w", err), folder.Discard())
 	}
-	// That of another dump would tell of this one that it has ended.
+	// Remove a stale log: it would look complete.
 	_ = os.Remove(r.logPath())
 	var actions []runc.CheckpointAction
 	if !r.Exit {
@@ -104,7 +105,7 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 	})()
 	// Before CRIU's work, as they may be gone after it.
 	groups := r.subGroups(ctx)
-	// Meanwhile, for nobody shall wait for it.
+	// Query in the background.
 	version := sync.OnceValues(func() (name, version string) { return r.Runtime.Version(callCtx) })
 	go version()
 	criuCtx, removeConfig, err := withCRIUConfig(callCtx, r.WorkDir, r.criuConfig())
@@ -112,7 +113,7 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 		return nil, errors.Join(err, folder.Discard())
 	}
 	defer removeConfig()
-	opts := r.Options.dumpOpts(folder.Path(), r.WorkDir)
+	opts := dumpOpts(r.Options, folder.Path(), r.WorkDir)
 	if r.DumpOptions.TCPClose {
 		opts.ExtraArgs = skipInFlight(version())
 	}
@@ -146,7 +147,7 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 		}
 	}
 	if err != nil {
-		r.rescue(ctx, netns)
+		r.rollBack(ctx, netns)
 		if derr := folder.Discard(); derr != nil {
 			log.G(ctx).WithError(derr).Warn("remove an unfinished checkpoint")
 		}
@@ -172,7 +173,7 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 	if r.Exit && !r.Options.OpenTCP {
 		r.unlock(ctx, netns)
 	}
-	return result, folder.Commit(Manifest{
+	return result, folder.Commit(checkpoint.Manifest{
 		Container:  r.Container,
 		Options:    r.Options,
 		Exit:       r.Exit,
@@ -295,7 +296,7 @@ func (r *DumpRequest) thaw(ctx context.Context) {
 }
 
 // dumpOpts are the runtime's options for a dump into dir.
-func (o Options) dumpOpts(dir, workDir string) *runc.CheckpointOpts {
+func dumpOpts(o checkpoint.Options, dir, workDir string) *runc.CheckpointOpts {
 	return &runc.CheckpointOpts{
 		ImagePath:                dir,
 		WorkDir:                  workDir,

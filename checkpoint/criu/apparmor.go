@@ -1,4 +1,4 @@
-package checkpoint
+package criu
 
 import (
 	"fmt"
@@ -6,16 +6,15 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
-)
 
-// Unconfined is the AppArmor profile that confines nothing.
-const Unconfined = "unconfined"
+	"github.com/stasis-run/stasis/checkpoint"
+)
 
 // lsmConfig is what CRIU's configuration has to say for the container to run under
 // the AppArmor profile of its spec: CRIU would bring back the one that each process
 // had, which may be none of this host's. Processes that had none get none, and are refused
 // before (package trust).
-func lsmConfig(ckpt *Checkpoint, spec *specs.Spec) (string, error) {
+func lsmConfig(ckpt *checkpoint.Checkpoint, spec *specs.Spec) (string, error) {
 	if spec.Process == nil || spec.Process.ApparmorProfile == "" {
 		return "", nil
 	}
@@ -24,7 +23,7 @@ func lsmConfig(ckpt *Checkpoint, spec *specs.Spec) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if inv.GetLsmtype() != inventory.Lsmtype_APPARMOR || profile == Unconfined {
+	if inv.GetLsmtype() != inventory.Lsmtype_APPARMOR || profile == checkpoint.Unconfined {
 		return "", nil
 	}
 	// It becomes a word of a configuration file.

@@ -1,17 +1,15 @@
-package checkpoint
+package criu
 
 import (
 	"context"
-	"encoding/binary"
 	"fmt"
 	"os"
 	"path/filepath"
 	"time"
-	"unsafe"
 
 	runc "github.com/containerd/go-runc"
-	"golang.org/x/sys/unix"
 
+	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/criu/img"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 	"github.com/stasis-run/stasis/checkpoint/layout"
@@ -35,7 +33,7 @@ type PreDump struct {
 }
 
 // preDump makes the pre-dumps that were asked for and tells what each has done.
-func (r *DumpRequest) preDump(ctx, callCtx context.Context, folder *Folder) (done []PreDump, err error) {
+func (r *DumpRequest) preDump(ctx, callCtx context.Context, folder *checkpoint.Folder) (done []PreDump, err error) {
 	if r.PreDumps == 0 || r.Paused {
 		return nil, nil // in a frozen container nothing changes
 	}
@@ -48,7 +46,7 @@ func (r *DumpRequest) preDump(ctx, callCtx context.Context, folder *Folder) (don
 		if err := os.Mkdir(dir, 0o700); err != nil {
 			return nil, &ownError{err}
 		}
-		opts := r.Options.dumpOpts(dir, r.WorkDir)
+		opts := dumpOpts(r.Options, dir, r.WorkDir)
 		if n > 1 {
 			opts.ParentPath = filepath.Join("..", layout.PreDump(n-1))
 		}
@@ -97,50 +95,4 @@ func (r *DumpRequest) resident() (size int64) {
 		}
 	}
 	return size
-}
-
-// preDumps are the folders of a folder's pre-dumps, the oldest first.
-func (f *Folder) preDumps() (dirs []string) {
-	for n := 1; ; n++ {
-		dir := filepath.Join(f.Path(), layout.PreDump(n))
-		if _, err := os.Lstat(dir); err != nil {
-			return dirs
-		}
-		dirs = append(dirs, dir)
-	}
-}
-
-// SoftDirty tells whether the kernel tracks which pages are written to
-// (CONFIG_MEM_SOFT_DIRTY): it writes to one and looks at bit 55 of pagemap(5).
-func SoftDirty() (bool, error) {
-	size := os.Getpagesize()
-	page, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
-	if err != nil {
-		return false, err
-	}
-	defer unix.Munmap(page)
-	page[0] = 1
-	if err := os.WriteFile("/proc/self/clear_refs", []byte("4"), 0); err != nil {
-		return false, err
-	}
-	before, err := softDirty(page)
-	if err != nil {
-		return false, err
-	}
-	page[0] = 2
-	after, err := softDirty(page)
-	return !before && after, err
-}
-
-func softDirty(page []byte) (bool, error) {
-	f, err := os.Open("/proc/self/pagemap")
-	if err != nil {
-		return false, err
-	}
-	defer f.Close()
-	var entry [8]byte
-	if _, err := f.ReadAt(entry[:], int64(uintptr(unsafe.Pointer(&page[0])))/int64(len(page))*8); err != nil {
-		return false, err
-	}
-	return binary.NativeEndian.Uint64(entry[:])>>55&1 == 1, nil
 }

@@ -1,4 +1,4 @@
-package checkpoint
+package criu
 
 import (
 	"fmt"

@@ -1,4 +1,4 @@
-package checkpoint
+package criu
 
 import (
 	"fmt"
@@ -11,6 +11,7 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/utsns"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/criu/img"
 )
 
@@ -25,10 +26,10 @@ func TestImagesDir(t *testing.T) {
 	if err := os.MkdirAll(images, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.CopyFS(images, os.DirFS("testdata/runc-sleep")); err != nil {
+	if err := os.CopyFS(images, os.DirFS("../testdata/runc-sleep")); err != nil {
 		t.Fatal(err)
 	}
-	ckpt, err := Open(t.Context(), images)
+	ckpt, err := checkpoint.Open(t.Context(), images)
 	if err != nil {
 		t.Fatal(err)
 	}

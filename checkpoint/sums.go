@@ -111,7 +111,7 @@ func sumChunk(ctx context.Context, dir string, file File, n int, to []byte) erro
 }
 
 // AddSum completes the manifest of the checkpoint in dir that was made with
-// DumpRequest.LeaveSum, and signs it, unless key is nil or it is of an older version. If known, which has a sum, is
+// Folder.LeaveSum, and signs it, unless key is nil or it is of an older version. If known, which has a sum, is
 // of the name, size and inode of the file without one, that is taken; else the file is
 // read. A manifest that is complete, or a folder without one, stays as it is.
 func AddSum(ctx context.Context, dir string, known File, key *sign.Key) error {

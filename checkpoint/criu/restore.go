@@ -1,4 +1,4 @@
-package checkpoint
+package criu
 
 import (
 	"context"
@@ -11,6 +11,7 @@ import (
 	"github.com/containerd/log"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/process"
 )
@@ -19,12 +20,12 @@ import (
 type RestoreRequest struct {
 	Runtime    process.Runtime
 	ID         string
-	Checkpoint *Checkpoint
+	Checkpoint *checkpoint.Checkpoint
 	Bundle     string      // holds config.json and the mounted rootfs
 	Spec       *specs.Spec // config.json
 	WorkDir    string      // where CRIU leaves restore.log and stats-restore
 	NoPivot    bool
-	Self       string // a program that runs LoopbackHook when called with ActionLoopback, and ExecCRIU as CRIUName
+	Self       string // a program that runs LoopbackHook when called with ActionLoopback, and Exec as Name
 
 	// Check looks at the restored processes, of which the first is init, before
 	// any of them has run. An error is the restore's, and none ever runs.
@@ -78,7 +79,7 @@ func Restore(ctx context.Context, r RestoreRequest) (int, error) {
 		options.CgroupsMode = "full"
 	}
 	opts := &runc.RestoreOpts{
-		CheckpointOpts: *options.dumpOpts(dir, r.WorkDir),
+		CheckpointOpts: *dumpOpts(options, dir, r.WorkDir),
 		IO:             r.IO,
 		ConsoleSocket:  r.ConsoleSocket,
 		NoPivot:        r.NoPivot,
@@ -166,7 +167,7 @@ func (r *RestoreRequest) cleanup(ctx context.Context) {
 			log.G(ctx).WithError(err).Warn("remove CRIU's network lock after a failed restore")
 		}
 	}
-	if err := RemoveRests(r.WorkDir, layout.RestoreLog); err != nil {
+	if err := RemoveLeftovers(r.WorkDir, layout.RestoreLog); err != nil {
 		log.G(ctx).WithError(err).Warn("remove what CRIU has left of a failed restore")
 	}
 }
