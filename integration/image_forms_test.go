@@ -16,21 +16,21 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
-	"github.com/stasis-run/stasis/checkpoint/image"
+	"github.com/stasis-run/stasis/checkpoint/oci"
 	"github.com/stasis-run/stasis/integration/stack"
 )
 
 // readImage reads a checkpoint image into a folder that ends with the test.
-func readImage(ctx context.Context, t *testing.T, s *stack.Stack, name string, form image.Form) *capture.Capture {
+func readImage(ctx context.Context, t *testing.T, s *stack.Stack, name string, form oci.Form) *capture.Capture {
 	t.Helper()
 	img, err := s.Client().GetImage(ctx, name)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, err := image.Detect(ctx, s.Client().ContentStore(), img.Target()); got != form || err != nil {
+	if got, err := oci.Detect(ctx, s.Client().ContentStore(), img.Target()); got != form || err != nil {
 		t.Fatalf("%s is of form %q, %v; want %q", name, got, err, form)
 	}
-	c, err := image.Read(ctx, s.Client().ContentStore(), img.Target(), filepath.Join(t.TempDir(), "capture"))
+	c, err := oci.Read(ctx, s.Client().ContentStore(), img.Target(), filepath.Join(t.TempDir(), "capture"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -38,28 +38,28 @@ func readImage(ctx context.Context, t *testing.T, s *stack.Stack, name string, f
 }
 
 // saveImage writes a checkpoint image of a form and names it.
-func saveImage(ctx context.Context, t *testing.T, s *stack.Stack, name string, form image.Form, base string, c *capture.Capture, comp compression.Compression) client.Image {
+func saveImage(ctx context.Context, t *testing.T, s *stack.Stack, name string, form oci.Form, base string, c *capture.Capture, comp compression.Compression) client.Image {
 	t.Helper()
 	cl := s.Client()
-	ctx, done, err := image.WithLease(ctx, cl.LeasesService(), "")
+	ctx, done, err := oci.WithLease(ctx, cl.LeasesService(), "")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer done()
 	var desc ocispec.Descriptor
-	o := image.Options{Compression: comp}
+	o := oci.Options{Compression: comp}
 	switch form {
-	case image.Runnable:
-		desc, err = image.WriteRunnable(ctx, cl.ContentStore(), s.Image(ctx, base).Target(), c, o)
-	case image.Index:
-		desc, err = image.WriteIndex(ctx, cl.ContentStore(), s.Image(ctx, base).Target(), c, o)
-	case image.Podman:
-		desc, err = image.WritePodman(ctx, cl.ContentStore(), c, o)
+	case oci.Runnable:
+		desc, err = oci.WriteRunnable(ctx, cl.ContentStore(), s.Image(ctx, base).Target(), c, o)
+	case oci.Index:
+		desc, err = oci.WriteIndex(ctx, cl.ContentStore(), s.Image(ctx, base).Target(), c, o)
+	case oci.Podman:
+		desc, err = oci.WritePodman(ctx, cl.ContentStore(), c, o)
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := image.Save(ctx, cl.ContentStore(), cl.ImageService(), name, desc, nil); err != nil {
+	if _, err := oci.Save(ctx, cl.ContentStore(), cl.ImageService(), name, desc, nil); err != nil {
 		t.Fatal(err)
 	}
 	img, err := cl.GetImage(ctx, name)
@@ -89,7 +89,7 @@ func TestImageOfCtr(t *testing.T) {
 	c.Kill(ctx, syscall.SIGKILL)
 	c.Delete(ctx)
 
-	got := readImage(ctx, t, s, "stasis.test/theirs:1", image.Index)
+	got := readImage(ctx, t, s, "stasis.test/theirs:1", oci.Index)
 	if i := got.Info; i.ContainerID != "c" || i.Base.Name != stack.Probe || i.Base.Digest != s.Image(ctx, stack.Probe).Target().Digest.String() ||
 		i.Runtime != stasisRuntime || i.Base.Snapshotter == "" || i.CRIU == "" || i.Checkpointed.IsZero() {
 		t.Errorf("info %+v", i)
@@ -99,7 +99,7 @@ func TestImageOfCtr(t *testing.T) {
 	}
 
 	// Nothing of theirs is left that ours could lean on.
-	ours := saveImage(ctx, t, s, "stasis.test/ours:1", image.Index, stack.Probe, got, compression.Zstd)
+	ours := saveImage(ctx, t, s, "stasis.test/ours:1", oci.Index, stack.Probe, got, compression.Zstd)
 	s.Ctr("images", "delete", "--sync", "stasis.test/theirs:1")
 	noLeases(ctx, t, s)
 	s.Ctr("containers", "restore", "--rw", "--live", "again", ours.Name())
@@ -119,7 +119,7 @@ func TestImageOfCtr(t *testing.T) {
 
 	// What `ctr tasks checkpoint` writes has less.
 	ref := strings.TrimSpace(s.Ctr("tasks", "checkpoint", "again"))
-	less := readImage(ctx, t, s, ref, image.Index)
+	less := readImage(ctx, t, s, ref, oci.Index)
 	if i := less.Info; i.ContainerID != "again" || i.Base.Name != stack.Probe || i.Runtime != "" || less.Layer == nil {
 		t.Errorf("of a task: %+v", i)
 	}
@@ -151,8 +151,8 @@ func TestImageUnderRunc(t *testing.T) {
 			run.Kill(ctx, syscall.SIGKILL)
 			run.Delete(ctx)
 
-			got := readImage(ctx, t, s, "stasis.test/theirs:1", image.Index)
-			img := saveImage(ctx, t, s, "stasis.test/runnable:1", image.Runnable, stack.Busybox, got, c.compression)
+			got := readImage(ctx, t, s, "stasis.test/theirs:1", oci.Index)
+			img := saveImage(ctx, t, s, "stasis.test/runnable:1", oci.Runnable, stack.Busybox, got, c.compression)
 			s.Ctr("images", "delete", "--sync", "stasis.test/theirs:1")
 			s.Ctr("images", "delete", "--sync", stack.Busybox)
 			noLeases(ctx, t, s)
@@ -170,7 +170,7 @@ func TestImageUnderRunc(t *testing.T) {
 			afresh.Delete(ctx)
 
 			// It is still whole, and what it says of itself is true.
-			again := readImage(ctx, t, s, img.Name(), image.Runnable)
+			again := readImage(ctx, t, s, img.Name(), oci.Runnable)
 			if again.Info.ContainerID != "run" || !bytes.Equal(again.Spec, got.Spec) {
 				t.Errorf("info %+v, spec %s", again.Info, again.Spec)
 			}
@@ -199,11 +199,11 @@ func TestImageCollected(t *testing.T) {
 	s.Ctr("containers", "checkpoint", "--rw", "--image", "--task", "c", "stasis.test/theirs:1")
 	c.Kill(ctx, syscall.SIGKILL)
 	c.Delete(ctx)
-	got := readImage(ctx, t, s, "stasis.test/theirs:1", image.Index)
+	got := readImage(ctx, t, s, "stasis.test/theirs:1", oci.Index)
 	list := func() string { return s.Ctr("content", "list", "--quiet") }
 	collect(ctx, t, s)
 	before := list()
-	for _, form := range []image.Form{image.Runnable, image.Index, image.Podman} {
+	for _, form := range []oci.Form{oci.Runnable, oci.Index, oci.Podman} {
 		img := saveImage(ctx, t, s, "stasis.test/ours:1", form, stack.Busybox, got, compression.Zstd)
 		collect(ctx, t, s)
 		readImage(ctx, t, s, img.Name(), form)

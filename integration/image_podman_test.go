@@ -12,7 +12,7 @@ import (
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/archive/compression"
 
-	"github.com/stasis-run/stasis/checkpoint/image"
+	"github.com/stasis-run/stasis/checkpoint/oci"
 	"github.com/stasis-run/stasis/integration/stack"
 )
 
@@ -31,7 +31,7 @@ func TestImageForPodman(t *testing.T) {
 	c.Checkpoint(ctx, images, &options.CheckpointOptions{Exit: true, FileLocks: true})
 	taken := captureOf(ctx, t, s, c, images)
 	const ref = "stasis.test/for-podman:1"
-	saveImage(ctx, t, s, ref, image.Podman, "", taken, compression.Gzip)
+	saveImage(ctx, t, s, ref, oci.Podman, "", taken, compression.Gzip)
 	p.load(ctx, ref)
 
 	var inspected []struct{ Annotations map[string]string }
@@ -83,11 +83,11 @@ func TestImageOfPodman(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	summary, err := image.ReadInfo(ctx, s.Client().ContentStore(), img.Target())
+	summary, err := oci.ReadInfo(ctx, s.Client().ContentStore(), img.Target())
 	if err != nil || summary.Info.ContainerName != "probe" || summary.Info.Engine.Name != "podman" || summary.Info.Base.Name != stack.Probe {
 		t.Errorf("%+v, %v", summary, err)
 	}
-	taken := readImage(ctx, t, s, ref, image.Podman)
+	taken := readImage(ctx, t, s, ref, oci.Podman)
 	c := s.NewContainer(ctx, "from-podman", stack.Probe, specOf(t, taken, filepath.Dir(taken.Images)))
 	if err := c.Create(ctx, client.WithRestoreImagePath(taken.Images)); err != nil {
 		t.Fatal(err)

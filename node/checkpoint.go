@@ -19,8 +19,8 @@ import (
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/criu"
 	"github.com/stasis-run/stasis/checkpoint/fault"
-	"github.com/stasis-run/stasis/checkpoint/image"
 	"github.com/stasis-run/stasis/checkpoint/layout"
+	"github.com/stasis-run/stasis/checkpoint/oci"
 )
 
 // CheckpointRequest says which containers to checkpoint, how, and what to make of it.
@@ -311,7 +311,7 @@ func (n *Node) checkpointOne(ctx context.Context, c *client.Client, container cl
 }
 
 // storeCapture makes an image or an archive of what was dumped.
-func (n *Node) storeCapture(ctx context.Context, d *dumper, got *capture.Capture, r *CheckpointRequest, o image.Options) (_ *CheckpointResult, err error) {
+func (n *Node) storeCapture(ctx context.Context, d *dumper, got *capture.Capture, r *CheckpointRequest, o oci.Options) (_ *CheckpointResult, err error) {
 	result := &CheckpointResult{
 		Container: d.container.ID(), PreDumps: d.preDumps, Frozen: got.Info.Stats.Frozen, Note: d.note,
 		ImageBytes: got.Info.Stats.ImageBytes, LayerBytes: got.Info.Stats.LayerBytes,
@@ -358,7 +358,7 @@ func checkRef(ctx context.Context, c *client.Client, ref string) error {
 	if err != nil {
 		return err
 	}
-	if format, err := image.Detect(ctx, c.ContentStore(), record.Target); err == nil && format == image.None {
+	if format, err := oci.Detect(ctx, c.ContentStore(), record.Target); err == nil && format == oci.None {
 		return fmt.Errorf("there is an image %s that is no checkpoint; choose another REF: %w", ref, errdefs.ErrAlreadyExists)
 	}
 	return nil

@@ -18,8 +18,8 @@ import (
 	"github.com/stasis-run/stasis/checkpoint/api"
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/criu"
-	"github.com/stasis-run/stasis/checkpoint/image"
 	"github.com/stasis-run/stasis/checkpoint/layout"
+	"github.com/stasis-run/stasis/checkpoint/oci"
 	"github.com/stasis-run/stasis/checkpoint/rootfs"
 	"github.com/stasis-run/stasis/checkpoint/sign"
 )
@@ -104,7 +104,7 @@ func (d *dumper) checkTarget(ctx context.Context, ref, format string) error {
 
 // dump freezes the container, writes it to dir, and lets it run again. o is how it
 // will be stored. With d.early, dir is whole when that has finished.
-func (d *dumper) dump(ctx context.Context, dir string, f *CheckpointRequest, o image.Options, bar *stages) (*capture.Capture, error) {
+func (d *dumper) dump(ctx context.Context, dir string, f *CheckpointRequest, o oci.Options, bar *stages) (*capture.Capture, error) {
 	info, err := d.describe(ctx)
 	if err != nil {
 		return nil, err

@@ -18,8 +18,8 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/capture"
-	"github.com/stasis-run/stasis/checkpoint/image"
 	"github.com/stasis-run/stasis/checkpoint/layout"
+	"github.com/stasis-run/stasis/checkpoint/oci"
 	"github.com/stasis-run/stasis/checkpoint/sign"
 	"github.com/stasis-run/stasis/checkpoint/sum"
 )
@@ -28,10 +28,10 @@ import (
 const earlyLeast = 64 << 20
 
 // earlyLayer starts the image's layer with the processes while CRIU writes them; see
-// image.CheckpointLayer. It is an attempt: if it fails, the layer is written when CRIU
+// oci.CheckpointLayer. It is an attempt: if it fails, the layer is written when CRIU
 // has ended, and what went wrong shows there again.
 type earlyLayer struct {
-	layer  *image.CheckpointLayer
+	layer  *oci.CheckpointLayer
 	cancel context.CancelFunc
 	dumped chan struct{} // closed when CRIU has ended
 	done   chan struct{} // closed when layer is started, or will not be
@@ -40,7 +40,7 @@ type earlyLayer struct {
 
 // startEarly starts the attempt. folder is where CRIU writes to, and may be made later;
 // at is the time of the checkpoint. hasEnded and discard have to be called.
-func (d *dumper) startEarly(ctx context.Context, folder string, at time.Time, o image.Options) *earlyLayer {
+func (d *dumper) startEarly(ctx context.Context, folder string, at time.Time, o oci.Options) *earlyLayer {
 	ctx, cancel := context.WithCancel(ctx)
 	e := &earlyLayer{cancel: cancel, dumped: make(chan struct{}), done: make(chan struct{})}
 	// Until then the bar shows what CRIU does.
@@ -50,7 +50,7 @@ func (d *dumper) startEarly(ctx context.Context, folder string, at time.Time, o 
 			tell(stage, done, total)
 		}
 	}
-	e.layer = image.NewCheckpointLayer(d.client.ContentStore(), o)
+	e.layer = oci.NewCheckpointLayer(d.client.ContentStore(), o)
 	go func() {
 		defer close(e.done)
 		pid, other, err := d.largest(ctx)
@@ -93,7 +93,7 @@ func (e *earlyLayer) hasEnded() { close(e.dumped) }
 // finish writes the rest of the layer, when CRIU has ended and the file is read. Unless
 // the images are to be retained, it gives the file its sum in the manifest, which is signed
 // by key then, unless that is nil; and removes the file when it is not needed any more.
-func (e *earlyLayer) finish(ctx context.Context, c *capture.Capture, retain bool, key *sign.Key) (image.Layer, error) {
+func (e *earlyLayer) finish(ctx context.Context, c *capture.Capture, retain bool, key *sign.Key) (oci.Layer, error) {
 	<-e.done
 	if !retain {
 		known := checkpoint.File{Inode: e.inode}
@@ -101,7 +101,7 @@ func (e *earlyLayer) finish(ctx context.Context, c *capture.Capture, retain bool
 		known.Name, known.Size, read = e.layer.Started()
 		known.Sum, known.Chunks = read.Text, read.Chunks
 		if err := checkpoint.AddSum(ctx, c.Images, known, key); err != nil {
-			return image.Layer{}, err
+			return oci.Layer{}, err
 		}
 		e.layer.RemoveStarted = true
 	}

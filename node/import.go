@@ -15,7 +15,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/stasis-run/stasis/checkpoint/archive"
-	"github.com/stasis-run/stasis/checkpoint/image"
+	"github.com/stasis-run/stasis/checkpoint/oci"
 )
 
 // ImportRequest says what file to make images of.
@@ -122,7 +122,7 @@ func (n *Node) importOCI(ctx context.Context, in io.Reader, ref string, r Import
 		return nil, fmt.Errorf("import the image: %w", err)
 	}
 	defer tar.Close()
-	tops, err := image.ReadLayout(ctx, c.ContentStore(), tar, limit)
+	tops, err := oci.ReadLayout(ctx, c.ContentStore(), tar, limit)
 	if err != nil {
 		return nil, fmt.Errorf("import the image: %w", err)
 	}
@@ -135,11 +135,11 @@ func nameCheckpoints(ctx context.Context, c *client.Client, tops []ocispec.Descr
 	store := c.ContentStore()
 	var found []ocispec.Descriptor
 	for _, top := range tops {
-		format, err := image.Detect(ctx, store, top)
+		format, err := oci.Detect(ctx, store, top)
 		if err != nil {
 			return nil, fmt.Errorf("read %s in the file: %w", top.Digest, err)
 		}
-		if format != image.None {
+		if format != oci.None {
 			found = append(found, top)
 		}
 	}
@@ -159,7 +159,7 @@ func nameCheckpoints(ctx context.Context, c *client.Client, tops []ocispec.Descr
 		}
 		top.Annotations = nil // of the layout, not of the image
 		// containerd then keeps what the checkpoint consists of.
-		if err := image.Keep(ctx, store, top); err != nil {
+		if err := oci.Keep(ctx, store, top); err != nil {
 			return nil, fmt.Errorf("label %s: %w", name, err)
 		}
 		img, _, err := save(ctx, c, name, top)
@@ -177,13 +177,13 @@ type naming func(ctx context.Context, c *client.Client, name string, desc ocispe
 
 // typed is the naming for a name that the user has typed: it replaces a checkpoint.
 func typed(ctx context.Context, c *client.Client, name string, desc ocispec.Descriptor) (images.Image, bool, error) {
-	img, err := image.Save(ctx, c.ContentStore(), c.ImageService(), name, desc, nil)
+	img, err := oci.Save(ctx, c.ContentStore(), c.ImageService(), name, desc, nil)
 	return img, false, err
 }
 
 // untyped is the naming for a name that comes from a checkpoint: it replaces nothing.
 func untyped(ctx context.Context, c *client.Client, name string, desc ocispec.Descriptor) (images.Image, bool, error) {
-	return image.SaveNew(ctx, c.ContentStore(), c.ImageService(), name, desc)
+	return oci.SaveNew(ctx, c.ContentStore(), c.ImageService(), name, desc)
 }
 
 // nameOf is the name that an image has in the file, or, as Podman gives it none,
@@ -192,7 +192,7 @@ func nameOf(ctx context.Context, store content.Provider, top ocispec.Descriptor)
 	if name := top.Annotations[images.AnnotationImageName]; name != "" {
 		return fullName(name)
 	}
-	summary, err := image.ReadInfo(ctx, store, top)
+	summary, err := oci.ReadInfo(ctx, store, top)
 	if err != nil {
 		return "", fmt.Errorf("read %s in the file: %w", top.Digest, err)
 	}

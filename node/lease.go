@@ -11,7 +11,7 @@ import (
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 
-	"github.com/stasis-run/stasis/checkpoint/image"
+	"github.com/stasis-run/stasis/checkpoint/oci"
 )
 
 // A lease in containerd names its owner: a folder in the state folder that is locked as
@@ -32,7 +32,7 @@ func (n *Node) leased(ctx context.Context) (_ context.Context, _ *client.Client,
 	return ctx, c, done, err
 }
 
-// lease is image.WithLease with an owner. A context that has a lease stays as it is.
+// lease is oci.WithLease with an owner. A context that has a lease stays as it is.
 func (n *Node) lease(ctx context.Context, m leases.Manager) (_ context.Context, done func(), err error) {
 	if _, ok := leases.FromContext(ctx); ok {
 		return ctx, func() {}, nil
@@ -45,7 +45,7 @@ func (n *Node) lease(ctx context.Context, m leases.Manager) (_ context.Context, 
 	} else {
 		owner = &work{}
 	}
-	ctx, end, err := image.WithLease(ctx, m, name)
+	ctx, end, err := oci.WithLease(ctx, m, name)
 	if err != nil {
 		return ctx, nil, errors.Join(err, owner.remove())
 	}
@@ -87,7 +87,7 @@ func (n *Node) endLeases(ctx context.Context, c *client.Client, look bool) (ende
 		return ended, fmt.Errorf("list the namespaces of containerd: %w", err)
 	}
 	for _, namespace := range all {
-		ids, err := image.EndLeases(namespaces.WithNamespace(ctx, namespace), c.LeasesService(), func(owner string) bool { return dead[owner] != nil }, look)
+		ids, err := oci.EndLeases(namespaces.WithNamespace(ctx, namespace), c.LeasesService(), func(owner string) bool { return dead[owner] != nil }, look)
 		failed = append(failed, err)
 		for _, id := range ids {
 			ended = append(ended, namespace+"/"+id)

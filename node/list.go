@@ -10,7 +10,7 @@ import (
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/errdefs"
 
-	"github.com/stasis-run/stasis/checkpoint/image"
+	"github.com/stasis-run/stasis/checkpoint/oci"
 	"github.com/stasis-run/stasis/checkpoint/sign"
 )
 
@@ -27,7 +27,7 @@ type Listed struct {
 	// Created is when the checkpoint was made; if it does not tell, when the
 	// image came here.
 	Created time.Time `json:"created"`
-	image.Summary
+	oci.Summary
 	// KeyTrusted: SignedBy has a key that is trusted here.
 	KeyTrusted bool `json:"key_trusted"`
 	// Broken says why the checkpoint cannot be read.
@@ -80,18 +80,18 @@ func (n *Node) list(ctx context.Context, c *client.Client) ([]Listed, error) {
 			continue // it has another name
 		}
 		l := Listed{Ref: img.Name, Digest: img.Target.Digest.String(), Created: img.CreatedAt}
-		l.Summary, err = image.ReadInfo(ctx, c.ContentStore(), img.Target)
+		l.Summary, err = oci.ReadInfo(ctx, c.ContentStore(), img.Target)
 		switch {
 		case ctx.Err() != nil:
 			return nil, context.Cause(ctx)
-		case err != nil && img.Labels[image.AnnotationCheckpoint] == "":
+		case err != nil && img.Labels[oci.AnnotationCheckpoint] == "":
 			continue // some image that is only partly here
 		case err != nil:
-			l.Form, l.Broken = image.Form(img.Labels[image.AnnotationCheckpoint]), err.Error()
+			l.Form, l.Broken = oci.Form(img.Labels[oci.AnnotationCheckpoint]), err.Error()
 			if errdefs.IsNotFound(err) {
 				l.Broken = "not all of it is here; pull it again"
 			}
-		case l.Form == image.None:
+		case l.Form == oci.None:
 			continue
 		}
 		if at := l.Info.Checkpointed; !at.IsZero() {

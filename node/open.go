@@ -20,7 +20,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint/archive"
 	"github.com/stasis-run/stasis/checkpoint/capture"
-	"github.com/stasis-run/stasis/checkpoint/image"
+	"github.com/stasis-run/stasis/checkpoint/oci"
 )
 
 // openCapture returns the checkpoint that arg names, whatever format it has: a
@@ -53,7 +53,7 @@ func (n *Node) openCapture(ctx context.Context, arg string, limit int64) (*captu
 		return nil, nothing, err
 	}
 	return n.unpacked(func(dir string) (*capture.Capture, error) {
-		return image.ReadLimited(ctx, c.ContentStore(), img.Target, dir, limit)
+		return oci.ReadLimited(ctx, c.ContentStore(), img.Target, dir, limit)
 	})
 }
 
@@ -102,9 +102,9 @@ func findCheckpoint(ctx context.Context, c *client.Client, arg string) (images.I
 	if err != nil {
 		return img, err
 	}
-	format, err := image.Detect(ctx, c.ContentStore(), img.Target)
+	format, err := oci.Detect(ctx, c.ContentStore(), img.Target)
 	// What is left of one whose content is gone is one still.
-	if format == image.None && (err == nil || img.Labels[image.AnnotationCheckpoint] == "") {
+	if format == oci.None && (err == nil || img.Labels[oci.AnnotationCheckpoint] == "") {
 		if err != nil {
 			return img, fmt.Errorf("%s: %w", img.Name, err)
 		}

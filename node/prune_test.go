@@ -13,14 +13,14 @@ import (
 	"github.com/containerd/containerd/v2/core/leases"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
-	"github.com/stasis-run/stasis/checkpoint/image"
+	"github.com/stasis-run/stasis/checkpoint/oci"
 )
 
 func TestPruneChooses(t *testing.T) {
 	now := time.Date(2026, 1, 10, 0, 0, 0, 0, time.UTC)
 	entry := func(ref, container string, days int, pod *capture.Pod) Listed {
 		info := capture.Info{ContainerName: container, ContainerID: container + "-id", Pod: pod}
-		return Listed{Ref: ref, Created: now.AddDate(0, 0, -days), Summary: image.Summary{Form: image.Runnable, Info: info}}
+		return Listed{Ref: ref, Created: now.AddDate(0, 0, -days), Summary: oci.Summary{Form: oci.Runnable, Info: info}}
 	}
 	pod := &capture.Pod{Name: "p", Namespace: "n"}
 	// The newest first, as List returns them.

@@ -25,7 +25,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/sirupsen/logrus"
 
-	"github.com/stasis-run/stasis/checkpoint/image"
+	"github.com/stasis-run/stasis/checkpoint/oci"
 )
 
 // HostsDir is where containerd keeps what it knows of registries: mirrors,
@@ -226,19 +226,19 @@ func (n *Node) pull(ctx context.Context, c *client.Client, ref string, plainHTTP
 	// Fetch rather than Pull: that takes one manifest of an index, and the
 	// checkpoints of containerd's clients are an index of several parts.
 	img, err := c.Fetch(ctx, ref, client.WithResolver(resolver(ctx, plainHTTP, nil)),
-		client.WithImageHandler(image.Bounded()), client.WithImageHandler(images.HandlerFunc(d.found)))
+		client.WithImageHandler(oci.Bounded()), client.WithImageHandler(images.HandlerFunc(d.found)))
 	if err != nil {
 		return images.Image{}, fmt.Errorf("pull %s: %w", ref, err)
 	}
-	format, err := image.Detect(ctx, c.ContentStore(), img.Target)
+	format, err := oci.Detect(ctx, c.ContentStore(), img.Target)
 	if err != nil {
 		return images.Image{}, fmt.Errorf("pull %s: %w", ref, err)
 	}
-	if format == image.None {
+	if format == oci.None {
 		return img, nil
 	}
 	// Only now it has the labels of a checkpoint.
-	return image.Save(ctx, c.ContentStore(), c.ImageService(), ref, img.Target, nil)
+	return oci.Save(ctx, c.ContentStore(), c.ImageService(), ref, img.Target, nil)
 }
 
 // downloads moves a bar while containerd's client downloads. The client does not

@@ -17,7 +17,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
-	"github.com/stasis-run/stasis/checkpoint/image"
+	"github.com/stasis-run/stasis/checkpoint/oci"
 	"github.com/stasis-run/stasis/checkpoint/policy/allow"
 )
 
@@ -111,7 +111,7 @@ func (n *Node) Restore(ctx context.Context, r RestoreRequest) (_ *RestoreResult,
 	if err != nil {
 		return nil, fmt.Errorf("restore %s: %w", r.Checkpoint, before.undo(ctx, err))
 	}
-	summary, err := image.ReadInfo(ctx, c.ContentStore(), record.Target)
+	summary, err := oci.ReadInfo(ctx, c.ContentStore(), record.Target)
 	if err != nil {
 		return nil, fmt.Errorf("restore %s: %w", r.Checkpoint, err)
 	}

@@ -19,7 +19,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint/archive"
 	"github.com/stasis-run/stasis/checkpoint/capture"
-	"github.com/stasis-run/stasis/checkpoint/image"
+	"github.com/stasis-run/stasis/checkpoint/oci"
 )
 
 // runnable returns the runnable image of a checkpoint that is in any format: an
@@ -41,19 +41,19 @@ func (op *restoring) runnable(ctx context.Context) (images.Image, error) {
 	if err != nil {
 		return images.Image{}, err
 	}
-	op.madeHere = image.WasMadeHere(record)
-	format, err := image.Detect(ctx, c.ContentStore(), record.Target)
+	op.madeHere = oci.WasMadeHere(record)
+	format, err := oci.Detect(ctx, c.ContentStore(), record.Target)
 	if err != nil {
 		return images.Image{}, err
 	}
 	switch format {
-	case image.Runnable:
+	case oci.Runnable:
 		return record, nil
-	case image.None:
+	case oci.None:
 		return images.Image{}, fmt.Errorf("it is an image, but no checkpoint of a container's processes; of `ctr containers checkpoint`, it needs --task: %w", errdefs.ErrInvalidArgument)
 	}
 	return op.madeRunnable(ctx, func(dir string) (*capture.Capture, string, error) {
-		got, err := image.ReadLimited(ctx, c.ContentStore(), record.Target, dir, op.MaxSize)
+		got, err := oci.ReadLimited(ctx, c.ContentStore(), record.Target, dir, op.MaxSize)
 		if err != nil {
 			return nil, "", err
 		}

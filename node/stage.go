@@ -18,8 +18,8 @@ import (
 	"github.com/stasis-run/stasis/checkpoint/archive"
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
-	"github.com/stasis-run/stasis/checkpoint/image"
 	"github.com/stasis-run/stasis/checkpoint/layout"
+	"github.com/stasis-run/stasis/checkpoint/oci"
 )
 
 // StageRequest says what to copy for a shim that is about to restore it; see
@@ -77,7 +77,7 @@ func stageImage(ctx context.Context, c *client.Client, ref, dir string) (*captur
 	if err != nil {
 		return nil, err
 	}
-	return image.Read(ctx, c.ContentStore(), record.Target, dir)
+	return oci.Read(ctx, c.ContentStore(), record.Target, dir)
 }
 
 func writeLayer(ctx context.Context, path string, layer capture.Layer) error {

@@ -11,14 +11,14 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
-	"github.com/stasis-run/stasis/checkpoint/image"
+	"github.com/stasis-run/stasis/checkpoint/oci"
 )
 
 // Formats of a checkpoint: of an image, or FormatArchive.
 const (
-	FormatRunnable = string(image.Runnable)
-	FormatIndex    = string(image.Index)
-	FormatPodman   = string(image.Podman)
+	FormatRunnable = string(oci.Runnable)
+	FormatIndex    = string(oci.Index)
+	FormatPodman   = string(oci.Podman)
 	FormatArchive  = "archive"
 	FormatOCI      = "oci" // an image as it is, in a tar
 )
@@ -38,9 +38,9 @@ func compressionOf(name string) (compression.Compression, error) {
 }
 
 // storeOptions are those of making an image in containerd's store.
-func storeOptions(ctx context.Context, c *client.Client, compress string, bar *stages) (image.Options, error) {
+func storeOptions(ctx context.Context, c *client.Client, compress string, bar *stages) (oci.Options, error) {
 	comp, err := compressionOf(compress)
-	return image.Options{Compression: comp, Root: storeRoot(ctx, c), Progress: func(stage string, done, total int64) {
+	return oci.Options{Compression: comp, Root: storeRoot(ctx, c), Progress: func(stage string, done, total int64) {
 		// Two stages run at once; there is one bar, for the larger.
 		if stage == "checkpoint" {
 			bar.begin("store")
@@ -51,7 +51,7 @@ func storeOptions(ctx context.Context, c *client.Client, compress string, bar *s
 
 // store makes an image of a capture, in one of the formats, and names it; ctx has a
 // lease. It returns the image's digest.
-func store(ctx context.Context, c *client.Client, ref string, got *capture.Capture, base ocispec.Descriptor, format string, o image.Options) (string, error) {
+func store(ctx context.Context, c *client.Client, ref string, got *capture.Capture, base ocispec.Descriptor, format string, o oci.Options) (string, error) {
 	desc, err := storeContent(ctx, c, got, base, format, o)
 	if err != nil {
 		return "", err
@@ -60,19 +60,19 @@ func store(ctx context.Context, c *client.Client, ref string, got *capture.Captu
 }
 
 // storeEarly is store for a runnable image whose layer was started early.
-func (d *dumper) storeEarly(ctx context.Context, ref string, got *capture.Capture, retain bool, o image.Options) (string, error) {
+func (d *dumper) storeEarly(ctx context.Context, ref string, got *capture.Capture, retain bool, o oci.Options) (string, error) {
 	failed := func(err error) (string, error) {
 		return "", fmt.Errorf("make a runnable image of container %s: %w", got.Info.ContainerName, err)
 	}
 	store := d.client.ContentStore()
-	base, err := image.ReadBase(ctx, store, d.base, got.Info)
+	base, err := oci.ReadBase(ctx, store, d.base, got.Info)
 	if err != nil {
 		return failed(err)
 	}
-	var layers image.RunnableLayers
+	var layers oci.RunnableLayers
 	group, gctx := errgroup.WithContext(ctx)
 	group.Go(func() (err error) {
-		layers.Writable, err = image.WriteWritableLayer(gctx, store, got, o)
+		layers.Writable, err = oci.WriteWritableLayer(gctx, store, got, o)
 		return err
 	})
 	group.Go(func() (err error) {
@@ -82,7 +82,7 @@ func (d *dumper) storeEarly(ctx context.Context, ref string, got *capture.Captur
 	if err := group.Wait(); err != nil {
 		return failed(err)
 	}
-	desc, err := image.WriteRunnableManifest(ctx, store, base, got, layers)
+	desc, err := oci.WriteRunnableManifest(ctx, store, base, got, layers)
 	if err != nil {
 		return failed(err)
 	}
@@ -91,21 +91,21 @@ func (d *dumper) storeEarly(ctx context.Context, ref string, got *capture.Captur
 
 // nameNew names an image that was made here. It returns the digest.
 func nameNew(ctx context.Context, c *client.Client, ref string, desc ocispec.Descriptor) (string, error) {
-	if _, err := image.Save(ctx, c.ContentStore(), c.ImageService(), ref, desc, image.MadeHere(desc)); err != nil {
+	if _, err := oci.Save(ctx, c.ContentStore(), c.ImageService(), ref, desc, oci.MadeHere(desc)); err != nil {
 		return "", err
 	}
 	return desc.Digest.String(), nil
 }
 
 // storeContent is store without the name.
-func storeContent(ctx context.Context, c *client.Client, got *capture.Capture, base ocispec.Descriptor, format string, o image.Options) (ocispec.Descriptor, error) {
+func storeContent(ctx context.Context, c *client.Client, got *capture.Capture, base ocispec.Descriptor, format string, o oci.Options) (ocispec.Descriptor, error) {
 	switch format {
 	case FormatRunnable:
-		return image.WriteRunnable(ctx, c.ContentStore(), base, got, o)
+		return oci.WriteRunnable(ctx, c.ContentStore(), base, got, o)
 	case FormatIndex:
-		return image.WriteIndex(ctx, c.ContentStore(), base, got, o)
+		return oci.WriteIndex(ctx, c.ContentStore(), base, got, o)
 	case FormatPodman:
-		return image.WritePodman(ctx, c.ContentStore(), got, o)
+		return oci.WritePodman(ctx, c.ContentStore(), got, o)
 	}
 	return ocispec.Descriptor{}, requestError("%s is no format of an image", format)
 }

@@ -6,7 +6,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/capture"
-	"github.com/stasis-run/stasis/checkpoint/image"
+	"github.com/stasis-run/stasis/checkpoint/oci"
 	"github.com/stasis-run/stasis/checkpoint/sign"
 )
 
@@ -78,7 +78,7 @@ func (n *Node) Sign(ctx context.Context, r SignRequest) (*SignResult, error) {
 	if err != nil {
 		return nil, err
 	}
-	format, err := image.Detect(ctx, c.ContentStore(), record.Target)
+	format, err := oci.Detect(ctx, c.ContentStore(), record.Target)
 	if err != nil {
 		return nil, err
 	}
@@ -87,7 +87,7 @@ func (n *Node) Sign(ctx context.Context, r SignRequest) (*SignResult, error) {
 		return nil, err
 	}
 	got, cleanup, err := n.unpacked(func(dir string) (*capture.Capture, error) {
-		return image.Read(ctx, c.ContentStore(), record.Target, dir)
+		return oci.Read(ctx, c.ContentStore(), record.Target, dir)
 	})
 	defer cleanup()
 	if err != nil {
