@@ -75,7 +75,7 @@ func openFile(fn func(*fdinfo.FileEntry)) forgery {
 
 func (f forgery) says(want ...string) forgery { f.want = append(f.want, want...); return f }
 
-// forgeries has one for each kind of rule; checkpoint/trust tests each rule.
+// forgeries has one for each kind of rule; checkpoint/policy tests each rule.
 var forgeries = map[string]forgery{
 	"user":         taskCore(func(e *core.CoreEntry) { *e.ThreadCore.Creds.Euid = 7 }).says("euid 7, the spec grants [0]"),
 	"group":        taskCore(func(e *core.CoreEntry) { e.ThreadCore.Creds.Groups = []uint32{7} }).says("group 7, the spec grants [0]"),

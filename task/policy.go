@@ -6,12 +6,12 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/stasis-run/stasis/checkpoint"
-	"github.com/stasis-run/stasis/checkpoint/trust"
+	"github.com/stasis-run/stasis/checkpoint/policy"
 )
 
-// policy says what a checkpoint may ask for. A service has trustPolicy; only tests have
+// checks says what a checkpoint may ask for. A service has policyChecks; only tests have
 // another, to refuse at a step of a restore.
-type policy interface {
+type checks interface {
 	// Check looks at the CRIU images, in Create.
 	Check(ctx context.Context, ckpt *checkpoint.Checkpoint, spec *specs.Spec) error
 	// CheckMounts looks at them again when the root filesystem is complete, in Start.
@@ -20,17 +20,17 @@ type policy interface {
 	CheckProcesses(ctx context.Context, spec *specs.Spec, pids []int) error
 }
 
-// trustPolicy is package trust.
-type trustPolicy struct{}
+// policyChecks is package policy.
+type policyChecks struct{}
 
-func (trustPolicy) Check(ctx context.Context, ckpt *checkpoint.Checkpoint, spec *specs.Spec) error {
-	return trust.Check(ctx, ckpt, spec)
+func (policyChecks) Check(ctx context.Context, ckpt *checkpoint.Checkpoint, spec *specs.Spec) error {
+	return policy.Check(ctx, ckpt, spec)
 }
 
-func (trustPolicy) CheckMounts(ctx context.Context, ckpt *checkpoint.Checkpoint, spec *specs.Spec, rootfs string) error {
-	return trust.CheckMounts(ctx, ckpt, spec, rootfs)
+func (policyChecks) CheckMounts(ctx context.Context, ckpt *checkpoint.Checkpoint, spec *specs.Spec, rootfs string) error {
+	return policy.CheckMounts(ctx, ckpt, spec, rootfs)
 }
 
-func (trustPolicy) CheckProcesses(ctx context.Context, spec *specs.Spec, pids []int) error {
-	return trust.CheckProcesses(ctx, spec, pids)
+func (policyChecks) CheckProcesses(ctx context.Context, spec *specs.Spec, pids []int) error {
+	return policy.CheckProcesses(ctx, spec, pids)
 }

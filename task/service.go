@@ -47,7 +47,7 @@ type Service struct {
 	reaper *process.Reaper
 	// newRuntime is process.NewRuntime and policy trustPolicy, but in tests.
 	newRuntime func(cfg process.RuntimeConfig, namespace, bundle, id string) process.Runtime
-	policy     policy
+	policy     checks
 	// background is what goes on after an answer, and ends before the shim.
 	background sync.WaitGroup
 
@@ -71,7 +71,7 @@ func newService(cfg Config, reaper *process.Reaper) *Service {
 		cfg:        cfg,
 		reaper:     reaper,
 		newRuntime: process.NewRuntime,
-		policy:     trustPolicy{},
+		policy:     policyChecks{},
 		containers: map[string]*container{},
 	}
 }

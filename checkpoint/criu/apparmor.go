@@ -13,7 +13,7 @@ import (
 // lsmConfig is what CRIU's configuration has to say for the container to run under
 // the AppArmor profile of its spec: CRIU would bring back the one that each process
 // had, which may be none of this host's. Processes that had none get none, and are refused
-// before (package trust).
+// before (package policy).
 func lsmConfig(ckpt *checkpoint.Checkpoint, spec *specs.Spec) (string, error) {
 	if spec.Process == nil || spec.Process.ApparmorProfile == "" {
 		return "", nil

@@ -1,6 +1,0 @@
-//go:build !amd64
-
-package trust
-
-// largeFile is the kernel's O_LARGEFILE on arm64, which libraries say is 0.
-const largeFile = 0o400000
