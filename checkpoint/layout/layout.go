@@ -1,6 +1,6 @@
 // Package layout has the name of every file and folder of a checkpoint.
 //
-// It is a package of its own, and imports nothing, so that all that knows of a
+// It is a package of its own, and imports none of ours, so that all that knows of a
 // checkpoint's files can use it: package checkpoint and what is built on it, and
 // what that is built on (sign, capture, criu/img). What only one format has besides,
 // such as the archive's config.dump, is in the package of that format.
