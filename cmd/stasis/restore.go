@@ -38,7 +38,7 @@ own gets a new one again, and one that had the host's gets that or none.
 
 The spec in a checkpoint is a request: without flags the container gets what an
 ordinary one has, which is one with containerd's default spec and seccomp profile.
-If the checkpoint asks for more, the restore is refused before anything is made,
+If the checkpoint asks for more, the restore is refused and leaves nothing behind,
 and the error lists the flags that grant it: --allow-..., --cgroup-parent,
 --network, or --privileged for all. --allow-... can be repeated. OCI hooks and
 annotations that runtimes obey are never taken over. "stasis inspect" shows what a
