@@ -9,6 +9,7 @@ import (
 	"slices"
 	"testing"
 
+	bpfmap "github.com/checkpoint-restore/go-criu/v8/crit/images/bpfmap-file"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fh"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fown"
@@ -100,6 +101,7 @@ func TestFiles(t *testing.T) {
 		{"audit", file(&fdinfo.FileEntry{Type: fdinfo.FdTypes_NETLINKSK.Enum(), Nlsk: &netlink.NetlinkSkEntry{Protocol: u32(unix.NETLINK_AUDIT)}}), "netlink socket of protocol 9"},
 		{"host's namespace", file(&fdinfo.FileEntry{Type: fdinfo.FdTypes_NS.Enum(), Nsf: &ns.NsFileEntry{NsId: u32(6)}}), "is the host's mount namespace"},
 		{"tun", file(&fdinfo.FileEntry{Type: fdinfo.FdTypes_TUNF.Enum(), Tunf: &tun.TunfileEntry{}}), "tun device"},
+		{"eBPF map", file(&fdinfo.FileEntry{Type: fdinfo.FdTypes_BPFMAP.Enum(), Bpf: &bpfmap.BpfmapFileEntry{}}), "eBPF map needs CAP_BPF"},
 		{"fanotify", file(&fdinfo.FileEntry{Type: fdinfo.FdTypes_FANOTIFY.Enum(), Ffy: &fsnotify.FanotifyFileEntry{}}), "fanotify needs CAP_SYS_ADMIN"},
 		{"peer in no mount", file(peer("/run/docker.sock\x00")), `is connected to unix socket "/run/docker.sock", which is in none of the spec's mounts`},
 		{"peer in a mount", func(f *forgery) {

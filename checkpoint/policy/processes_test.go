@@ -49,6 +49,16 @@ func do(err error) {
 // deeds are what the processes do. They never close what they have.
 var deeds = map[string]func(){
 	"nothing": func() {},
+	"lone namespace": func() {
+		do(unix.Close(given))
+		own, err := unix.Open("/proc/thread-self/ns/uts", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		do(err)
+		do(unix.Unshare(unix.CLONE_NEWUTS))
+		_, err = unix.Open("/proc/thread-self/ns/uts", unix.O_RDONLY, 0)
+		do(err)
+		do(unix.Setns(own, unix.CLONE_NEWUTS))
+		do(unix.Close(own))
+	},
 	"honest": func() {
 		do(unix.Close(given))
 		dir, err := os.MkdirTemp("", "stasis")
@@ -292,6 +302,28 @@ func TestProcesses(t *testing.T) {
 				t.Errorf("%v; want the process in it", err)
 			}
 		})
+	}
+}
+
+// TestLoneNamespace: a namespace that no process is in can be one that the holder has
+// made, if the spec lets it make any.
+func TestLoneNamespace(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("needs root")
+	}
+	plain, err := os.Open(os.Args[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer plain.Close()
+	pid := startDeed(t, "lone namespace", unix.CLONE_NEWNS, plain)
+	spec := ownMounts()
+	if err := CheckProcesses(t.Context(), spec, []int{pid}); !errdefs.IsPermissionDenied(err) || !strings.Contains(err.Error(), "is of namespace") {
+		t.Errorf("without a capability: %v", err)
+	}
+	spec.Process.Capabilities = &specs.LinuxCapabilities{Bounding: []string{"CAP_SYS_ADMIN"}}
+	if err := CheckProcesses(t.Context(), spec, []int{pid}); err != nil {
+		t.Errorf("with CAP_SYS_ADMIN: %v", err)
 	}
 }
 

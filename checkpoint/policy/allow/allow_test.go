@@ -241,6 +241,20 @@ func TestGrants(t *testing.T) {
 	}
 }
 
+// TestOrdinaryNofile: 1024 open files are what any process gets, also from a caller
+// with fewer.
+func TestOrdinaryNofile(t *testing.T) {
+	o := options(Grants{})
+	o.Host.Ulimit = func(name string) (uint64, bool) { _, known := ulimits[name]; return 256, known }
+	for limit, refused := range map[uint64]bool{256: false, 1024: false, 1025: true} {
+		asked := ordinary(t)
+		asked.Process.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Hard: limit, Soft: limit}}
+		if _, _, err := New(asked, nil, o); (err != nil) != refused {
+			t.Errorf("nofile of %d: %v", limit, err)
+		}
+	}
+}
+
 // What no checkpoint gets: the restore is refused, or goes on without.
 func TestNever(t *testing.T) {
 	for name, tc := range map[string]struct {
