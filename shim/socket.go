@@ -7,7 +7,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -120,14 +119,16 @@ func listen(path string) (*net.UnixListener, error) {
 // none does: a shim with a full backlog is alive, and to take its socket away
 // would leave its containers without a shim.
 func isLive(path string) (bool, error) {
-	conn, err := net.DialTimeout("unix", path, 100*time.Millisecond)
+	// Without a time-out: the kernel answers at once, but it may take this process long
+	// to be given a CPU.
+	conn, err := net.Dial("unix", path)
 	switch {
 	case err == nil:
 		conn.Close()
 		return true, nil
 	case errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, unix.ENOENT):
 		return false, nil
-	case errors.Is(err, unix.EAGAIN) || errors.Is(err, os.ErrDeadlineExceeded):
+	case errors.Is(err, unix.EAGAIN):
 		return true, nil
 	}
 	return false, fmt.Errorf("connect to the shim at %s: %w", path, err)

@@ -27,6 +27,8 @@ import (
 	imagespec "github.com/opencontainers/image-spec/specs-go/v1"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
 // A Container is a container of a Stack, and its task.
@@ -420,7 +422,7 @@ func (c *Container) CRIULog(kind, dir string) string {
 	bundle := c.Bundle()
 	for _, pattern := range []string{
 		filepath.Join(dir, kind+".log"),
-		filepath.Join(dir+".partial", kind+".log"),
+		filepath.Join(dir, layout.Partial, kind+".log"),
 		filepath.Join(bundle, "criu-dump.log"),
 		filepath.Join(bundle, "work", kind+".log"),
 		filepath.Join(bundle, "*"+kind+".log"),
