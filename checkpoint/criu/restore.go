@@ -57,7 +57,7 @@ func Restore(ctx context.Context, r RestoreRequest) (int, error) {
 		return 0, err
 	}
 	criuConfig += profile + cgroupConfig(r.Spec)
-	if err := r.amendSpec(); err != nil {
+	if err := r.patchSpec(); err != nil {
 		return 0, err
 	}
 	if err := r.amendRoot(); err != nil {

@@ -26,8 +26,8 @@ import (
 // and limits a pod has, its own spec has decided. So CRIU is given the images with
 // what the namespaces have already.
 
-// joinedDir is the folder in the bundle that holds them.
-const joinedDir = "joined"
+// sharedDir is the folder in the bundle that holds them.
+const sharedDir = "joined"
 
 // imagesDir returns the folder that CRIU is to restore from. Call remove when it
 // has.
@@ -37,9 +37,9 @@ func (r *RestoreRequest) imagesDir() (dir string, remove func(), err error) {
 		kind   specs.LinuxNamespaceType
 		series layout.Series
 		flag   int
-		amend  func([]byte) ([]byte, error)
+		patch  func([]byte) ([]byte, error)
 	}{
-		{specs.UTSNamespace, layout.UTSNamespace, unix.CLONE_NEWUTS, amendUTS},
+		{specs.UTSNamespace, layout.UTSNamespace, unix.CLONE_NEWUTS, patchUTS},
 		{specs.IPCNamespace, layout.IPCVariables, unix.CLONE_NEWIPC, amendIPC},
 	} {
 		path := joinedNamespace(r.Spec, joined.kind)
@@ -53,7 +53,7 @@ func (r *RestoreRequest) imagesDir() (dir string, remove func(), err error) {
 			data, err := capture.ReadPart(filepath.Join(r.Checkpoint.Dir(), name), img.MaxMessage, false)
 			if err == nil {
 				err = process.InNamespace(path, joined.flag, func() (err error) {
-					changed[name], err = joined.amend(data)
+					changed[name], err = joined.patch(data)
 					return err
 				})
 			}
@@ -65,7 +65,7 @@ func (r *RestoreRequest) imagesDir() (dir string, remove func(), err error) {
 	if len(changed) == 0 {
 		return r.Checkpoint.Dir(), func() {}, nil
 	}
-	upper := filepath.Join(r.Bundle, joinedDir)
+	upper := filepath.Join(r.Bundle, sharedDir)
 	removeUpper := func() { _ = os.RemoveAll(upper) }
 	merged, err := layOver(r.Checkpoint.Dir(), upper, changed)
 	if err != nil {
@@ -137,8 +137,8 @@ func joinedNamespace(spec *specs.Spec, kind specs.LinuxNamespaceType) string {
 	return ""
 }
 
-// amendUTS is called in the namespace.
-func amendUTS(image []byte) ([]byte, error) {
+// patchUTS is called in the namespace.
+func patchUTS(image []byte) ([]byte, error) {
 	var name unix.Utsname
 	if err := unix.Uname(&name); err != nil {
 		return nil, err

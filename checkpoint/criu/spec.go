@@ -13,10 +13,10 @@ import (
 // names runs LoopbackHook.
 const ActionLoopback = "loopback"
 
-// amendSpec changes the bundle's config.json for a restore: a network namespace
+// patchSpec changes the bundle's config.json for a restore: a network namespace
 // of the container's own needs a hook that brings its loopback device up. Done again,
 // for a further try of the same restore, it changes nothing. r.Spec stays as it is.
-func (r *RestoreRequest) amendSpec() error {
+func (r *RestoreRequest) patchSpec() error {
 	if _, own := networkNamespace(r.Spec); !own || r.hasLoopbackHook() {
 		return nil
 	}
