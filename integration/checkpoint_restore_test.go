@@ -430,6 +430,12 @@ func writeRootfsDiff(ctx context.Context, t *testing.T, s *stack.Stack, c *stack
 		t.Fatal(err)
 	}
 	cl := s.Client()
+	// The diff is garbage to containerd until it is read.
+	ctx, done, err := cl.WithLease(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer done(ctx)
 	desc, err := rootfs.CreateDiff(ctx, info.SnapshotKey, cl.SnapshotService(info.Snapshotter), cl.DiffService())
 	if err != nil {
 		t.Fatal(err)
