@@ -65,6 +65,33 @@ func openEntries(ctx context.Context, r io.Reader, limits Limits) (*entries, err
 	return e, nil
 }
 
+// errEnough ends the reading of an archive, without an error.
+var errEnough = errors.New("the rest of the archive is not needed")
+
+// eachFile calls fn with each file of an archive, until it returns errEnough.
+func eachFile(ctx context.Context, r io.Reader, limits Limits, fn func(*entries, *tar.Header) error) error {
+	in, err := openEntries(ctx, r, limits)
+	if err != nil {
+		return err
+	}
+	defer in.close()
+	for {
+		hdr, err := in.next()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err == nil {
+			err = fn(in, hdr)
+		}
+		if errors.Is(err, errEnough) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
 func (e *entries) close() { e.body.Close() }
 
 // next returns the next file; io.EOF after the last.
@@ -165,6 +192,11 @@ func (e *entries) read(hdr *tar.Header, limit int64) ([]byte, error) {
 		return nil, fmt.Errorf("%s: %w", hdr.Name, err)
 	}
 	return data, nil
+}
+
+// missing says that there is no such file.
+func missing(name string) error {
+	return fault.Invalid("no archive of a checkpoint: there is no %s", name)
 }
 
 // truncated says which file an archive ends in.

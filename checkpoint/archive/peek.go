@@ -1,13 +1,12 @@
 package archive
 
 import (
+	"archive/tar"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
-	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // ReadConfig reads of an archive what the container was: Info and Spec of a
@@ -27,13 +26,13 @@ func ReadConfig(ctx context.Context, r io.Reader, limits Limits) (*capture.Captu
 
 // ReadRuntime returns the name of the runtime that ran the container in an
 // archive: of Podman and of Write that of the OCI runtime, "runc" or "crun"; of
-// CRI-O that of the handler; of containerd that of the shim. Podman's crutils has it as
+// CRI-O the runtime handler; of containerd the shim. Podman's crutils calls it
 // CRGetRuntimeFromArchive.
 func ReadRuntime(ctx context.Context, r io.Reader, limits Limits) (string, error) {
 	var meta metadata
 	err := meta.read(ctx, r, limits, func() bool { return meta.config != nil })
 	if err == nil && meta.config == nil {
-		err = fault.Invalid("no archive of a checkpoint: there is no %s", configName)
+		err = missing(configName)
 	}
 	var conf config
 	if err == nil {
@@ -48,24 +47,14 @@ func ReadRuntime(ctx context.Context, r io.Reader, limits Limits) (string, error
 // read reads an archive until enough of its metadata are there.
 func (m *metadata) read(ctx context.Context, r io.Reader, limits Limits, enough func() bool) error {
 	limits = limits.withDefaults()
-	in, err := openEntries(ctx, r, limits)
-	if err != nil {
-		return err
-	}
-	defer in.close()
-	for !enough() {
-		hdr, err := in.next()
-		if errors.Is(err, io.EOF) {
+	return eachFile(ctx, r, limits, func(in *entries, hdr *tar.Header) (err error) {
+		dest, ok := m.of(hdr.Name)
+		if !ok {
 			return nil
 		}
-		if err != nil {
-			return err
+		if *dest, err = in.read(hdr, limits.Metadata); err == nil && enough() {
+			err = errEnough
 		}
-		if dest, ok := m.of(hdr.Name); ok {
-			if *dest, err = in.read(hdr, limits.Metadata); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
+		return err
+	})
 }

@@ -40,17 +40,30 @@ import (
 // matches errdefs.ErrInvalidArgument, and dir is removed again. If dir exists,
 // the error matches errdefs.ErrAlreadyExists.
 func Read(ctx context.Context, r io.Reader, dir string, limits Limits) (*capture.Capture, error) {
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		if errors.Is(err, fs.ErrExist) {
-			return nil, fault.New(errdefs.ErrAlreadyExists, "read an archive into %s: it exists; give a folder that does not", dir)
-		}
-		return nil, fmt.Errorf("read an archive: %w", err)
-	}
-	c, err := read(ctx, r, dir, limits.withDefaults())
+	var c *capture.Capture
+	err := intoNew(dir, "read", func() (err error) {
+		c, err = read(ctx, r, dir, limits.withDefaults())
+		return err
+	})
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("read the archive of a checkpoint: %w", err), os.RemoveAll(dir))
+		return nil, err
 	}
 	return c, nil
+}
+
+// intoNew makes the folder dir and calls fill. If that fails, dir is removed again. verb
+// is what the caller does with an archive, for the error.
+func intoNew(dir, verb string, fill func() error) error {
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		if errors.Is(err, fs.ErrExist) {
+			return fault.New(errdefs.ErrAlreadyExists, "%s an archive into %s: it exists; give a folder that does not", verb, dir)
+		}
+		return fmt.Errorf("%s an archive: %w", verb, err)
+	}
+	if err := fill(); err != nil {
+		return errors.Join(fmt.Errorf("%s the archive of a checkpoint: %w", verb, err), os.RemoveAll(dir))
+	}
+	return nil
 }
 
 func read(ctx context.Context, r io.Reader, dir string, limits Limits) (*capture.Capture, error) {
@@ -59,35 +72,28 @@ func read(ctx context.Context, r io.Reader, dir string, limits Limits) (*capture
 		return nil, err
 	}
 	defer out.root.Close()
-	in, err := openEntries(ctx, r, limits)
-	if err != nil {
+	if err := out.root.Mkdir(layout.Images, 0o700); err != nil {
 		return nil, err
 	}
-	defer in.close()
 	var meta metadata
-	for {
-		hdr, err := in.next()
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			return nil, err
-		}
+	var seen map[string]bool
+	err = eachFile(ctx, r, limits, func(in *entries, hdr *tar.Header) (err error) {
+		seen = in.seen
 		if dest, ok := meta.of(hdr.Name); ok {
 			*dest, err = in.read(hdr, limits.Metadata)
-		} else {
-			err = out.file(in, hdr)
+			return err
 		}
-		if err != nil {
-			return nil, err
-		}
+		return out.file(in, hdr)
+	})
+	if err != nil {
+		return nil, err
 	}
 	c, err := meta.capture()
 	if err != nil {
 		return nil, err
 	}
 	c.Images = filepath.Join(dir, layout.Images)
-	if !in.seen[layout.Images+"/"+layout.Inventory] {
+	if !seen[layout.Images+"/"+layout.Inventory] {
 		return nil, fault.Invalid("no checkpoint: there is no %s/%s", layout.Images, layout.Inventory)
 	}
 	// Of archives of containers/storage's programs; see rootName.
@@ -98,7 +104,7 @@ func read(ctx context.Context, r io.Reader, dir string, limits Limits) (*capture
 	if err := out.join(meta.deleted, mode); err != nil {
 		return nil, err
 	}
-	if in.seen[layout.DevShm] {
+	if seen[layout.DevShm] {
 		c.DevShm = filepath.Join(dir, layout.DevShm)
 	}
 	if out.layer {
@@ -130,9 +136,9 @@ func (m *metadata) of(name string) (*[]byte, bool) {
 func (m *metadata) capture() (*capture.Capture, error) {
 	switch {
 	case m.config == nil:
-		return nil, fault.Invalid("no archive of a checkpoint: there is no %s", configName)
+		return nil, missing(configName)
 	case m.spec == nil:
-		return nil, fault.Invalid("no archive of a checkpoint: there is no %s", specName)
+		return nil, missing(specName)
 	}
 	conf, err := m.parseConfig()
 	if err != nil {
@@ -176,10 +182,6 @@ func newFolder(dir string, total int64) (*folder, error) {
 	}
 	root, err := os.OpenRoot(dir)
 	if err != nil {
-		return nil, err
-	}
-	if err := root.Mkdir(layout.Images, 0o700); err != nil {
-		root.Close()
 		return nil, err
 	}
 	return &folder{root: root, limit: total, left: total}, nil
