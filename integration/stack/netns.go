@@ -62,8 +62,9 @@ func (s *Stack) NewNetns() *Netns {
 // see, so that a test that dies leaves no claim.
 func (s *Stack) claim(thing string, n int) int {
 	s.tb.Helper()
-	for range 10 * n {
-		number := rand.IntN(n)
+	start := rand.IntN(n)
+	for i := range n {
+		number := (start + i) % n
 		l, err := net.Listen("unix", fmt.Sprintf("@stasis-test/%s/%d", thing, number))
 		if err == nil {
 			s.claims = append(s.claims, l)
