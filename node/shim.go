@@ -10,7 +10,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"time"
 
@@ -20,6 +19,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint/api"
 	"github.com/stasis-run/stasis/checkpoint/layout"
+	"github.com/stasis-run/stasis/process"
 )
 
 // shim is a connection to the shim that a container runs under.
@@ -32,9 +32,9 @@ type shim struct {
 // the shim, which works in its bundle, where containerd has noted its address:
 // bootstrap.json since 2.0, address before.
 func shimOf(init int) (*shim, error) {
-	parent, err := parentOf(init)
-	if err != nil {
-		return nil, fmt.Errorf("find the shim of process %d: %w", init, err)
+	parent := process.ParentOf(init)
+	if parent == 0 {
+		return nil, fmt.Errorf("find the shim of process %d: it has ended: %w", init, fs.ErrNotExist)
 	}
 	bundle, err := os.Readlink(fmt.Sprintf("/proc/%d/cwd", parent))
 	if err != nil {
@@ -50,19 +50,6 @@ func shimOf(init int) (*shim, error) {
 	}
 	client := ttrpc.NewClient(conn)
 	return &shim{api.NewCheckpointsClient(client), client}, nil
-}
-
-func parentOf(pid int) (int, error) {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, err
-	}
-	// pid (comm) state ppid …; a comm may hold anything.
-	fields := strings.Fields(string(data[strings.LastIndexByte(string(data), ')')+1:]))
-	if len(fields) < 2 {
-		return 0, fmt.Errorf("/proc/%d/stat: %q", pid, data)
-	}
-	return strconv.Atoi(fields[1])
 }
 
 func shimAddress(bundle string) (string, error) {
