@@ -26,8 +26,8 @@ func (o DumpOptions) criuConfig() string {
 }
 
 // skipInFlight is the flag with which a runtime tells CRIU to skip connections that
-// nobody has accepted yet. Since 1.3 runc tells CRIU not to without the flag,
-// whatever the configuration says.
+// no process has accepted yet. Since 1.3, without the flag, runc tells CRIU not to skip
+// them, whatever the configuration says.
 func skipInFlight(runtime, version string) []string {
 	var major, minor int
 	if n, _ := fmt.Sscanf(version, "%d.%d", &major, &minor); runtime == "runc" && n == 2 && (major > 1 || minor >= 3) {

@@ -69,8 +69,8 @@ const (
 	Descriptors = "descriptors.json"
 )
 
-// Names of CRIU's files that no restore reads. They are in the folder that it is told
-// to work in, which can be that of the checkpoint.
+// Names of CRIU's files that no restore reads. CRIU writes them to its work folder,
+// which can be the folder of the checkpoint.
 const (
 	// LogSuffix ends the name of every log.
 	LogSuffix = ".log"
@@ -102,8 +102,8 @@ const (
 	Memory Series = "mm-"
 	// Pagemap lists the pages of a process's memory, by its pid.
 	Pagemap Series = "pagemap-"
-	// PagemapShared lists the pages of a shared memory, by its number. Its names are
-	// among those of Pagemap, too.
+	// PagemapShared lists the pages of a shared memory, by its number. These names
+	// also begin with Pagemap.
 	PagemapShared Series = "pagemap-shmem-"
 	// Root has the root and the working folder of a process, by its pid.
 	Root Series = "fs-"
@@ -127,8 +127,8 @@ const (
 	// GhostFile has the content of a file without a name. The numbers are hexadecimal.
 	GhostFile Series = "ghost-file-"
 	// Tmpfs and TmpfsDev are archives of what was in a tmpfs, by the number of the
-	// mount's root or of its device; their names end in TmpfsSuffix. The names of
-	// TmpfsDev are among those of Tmpfs, too.
+	// mount's root or of its device; their names end in TmpfsSuffix. The names
+	// of TmpfsDev also begin with Tmpfs.
 	Tmpfs    Series = "tmpfs-"
 	TmpfsDev Series = "tmpfs-dev-"
 	// TCPStream has what was under way in a TCP connection. The numbers are
