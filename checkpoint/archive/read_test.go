@@ -21,6 +21,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/criu/img/imgtest"
 	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
@@ -41,12 +42,10 @@ const (
 // filesImage is a files.img in which a process has a root folder of the mode.
 func filesImage(t testing.TB, mode uint32) string {
 	t.Helper()
-	msg, err := proto.MarshalOptions{AllowPartial: true}.Marshal(&fdinfo.FileEntry{
+	return string(imgtest.Encode(t, "FILES", &fdinfo.FileEntry{
 		Type: fdinfo.FdTypes_REG.Enum(), Id: proto.Uint32(1),
 		Reg: &regfile.RegFileEntry{Id: proto.Uint32(1), Name: proto.String("/"), Mode: proto.Uint32(0o40000 | mode)},
-	})
-	must(t, err)
-	return "\x00\x00\x00\x00\x00\x00\x00\x00" + string([]byte{byte(len(msg)), 0, 0, 0}) + string(msg)
+	}))
 }
 
 // The archives of other programs, as their sources and their real ones have them.
