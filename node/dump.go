@@ -121,7 +121,7 @@ func (d *dumper) dump(ctx context.Context, dir string, f *CheckpointRequest, o o
 	}
 	defer conn.Close()
 	// What pre-dumps wrote is put together only in the end.
-	if f.Format == FormatRunnable && f.PreDumps == 0 && o.Root != "" {
+	if f.Format == FormatRunnable && f.PreDumps == 0 && o.Folder.Usable() {
 		d.early = d.startEarly(ctx, unfinished(c.Images), info.Checkpointed, o)
 		r.LeaveSum = !f.Exit
 	}

@@ -73,7 +73,7 @@ func (d *dumper) startEarly(ctx context.Context, folder string, at time.Time, o 
 		}
 		defer f.Close()
 		size, err := dumpedMemory(pid)
-		if err != nil || !hasRoom(folder, size) || !hasRoom(o.Root, size) || !cached(size) {
+		if err != nil || !hasRoom(folder, size) || !hasRoom(o.Folder.Path(), size) || !cached(size) {
 			return
 		}
 		r := io.LimitReader(&growing{f, size, e}, size)

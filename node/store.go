@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/contentstore"
 	"github.com/stasis-run/stasis/checkpoint/oci"
 )
 
@@ -40,7 +41,7 @@ func compressionOf(name string) (compression.Compression, error) {
 // storeOptions are those of making an image in containerd's store.
 func storeOptions(ctx context.Context, c *client.Client, compress string, bar *stages) (oci.Options, error) {
 	comp, err := compressionOf(compress)
-	return oci.Options{Compression: comp, Root: storeRoot(ctx, c), Progress: func(stage string, done, total int64) {
+	return oci.Options{Compression: comp, Folder: contentFolder(ctx, c), Progress: func(stage string, done, total int64) {
 		// Two stages run at once; there is one bar, for the larger.
 		if stage == "checkpoint" {
 			bar.begin("store")
@@ -110,25 +111,15 @@ func storeContent(ctx context.Context, c *client.Client, got *capture.Capture, b
 	return ocispec.Descriptor{}, requestError("%s is no format of an image", format)
 }
 
-// storeRoot is the folder of containerd's content store, if there is one on this
-// host, or "".
-func storeRoot(ctx context.Context, c *client.Client) string {
-	plugins, err := c.IntrospectionService().Plugins(ctx, "type==io.containerd.content.v1")
-	if err != nil {
-		return ""
-	}
-	for _, p := range plugins.Plugins {
-		if root := p.Exports["root"]; root != "" {
-			return root
-		}
-	}
-	return ""
+// contentFolder is the folder of containerd's content store.
+func contentFolder(ctx context.Context, c *client.Client) contentstore.Folder {
+	return contentstore.Find(ctx, c.IntrospectionService())
 }
 
 // storeLimit is how much may be put into containerd's content store from a file. A
 // store on another host has the limit of our state folder.
 func (n *Node) storeLimit(ctx context.Context, c *client.Client, asked int64) (int64, error) {
-	dir := storeRoot(ctx, c)
+	dir := contentFolder(ctx, c).Path()
 	if _, err := os.Stat(dir); err != nil {
 		if dir, err = n.stateDir(workFolder); err != nil {
 			return 0, err

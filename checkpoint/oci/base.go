@@ -16,6 +16,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/contentstore"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
@@ -146,7 +147,7 @@ func retain(ctx context.Context, store content.Store, desc ocispec.Descriptor) e
 		return err
 	}
 	// A writer for what is there already does nothing but lease it.
-	ref := newRef()
+	ref := contentstore.NewRef()
 	w, err := content.OpenWriter(ctx, store, content.WithRef(ref), content.WithDescriptor(desc))
 	if errdefs.IsAlreadyExists(err) {
 		return nil

@@ -3,7 +3,6 @@ package oci
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
 	"fmt"
 	"io"
 	"strconv"
@@ -13,6 +12,8 @@ import (
 	"github.com/containerd/containerd/v2/pkg/labels"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/stasis-run/stasis/checkpoint/contentstore"
 )
 
 // Options are those of writing.
@@ -20,9 +21,9 @@ type Options struct {
 	// Compression is that of the layers; the zero value does not compress. The
 	// form Index has its own.
 	Compression compression.Compression
-	// Root is the folder of the store, if it is containerd's local one on this
-	// host, which makes writing much faster; else empty.
-	Root string
+	// Folder is the folder of the store, which makes writing layers much faster; the
+	// zero value is for a store that has none on this host.
+	Folder contentstore.Folder
 	// Progress, if not nil, is told how many bytes of a stage ("layer",
 	// "checkpoint") are done, before compression. total is 0 if nobody knows.
 	// Stages may run at the same time and call it from different goroutines.
@@ -67,29 +68,29 @@ type layerWriter struct {
 	compression compression.Compression
 	z           io.WriteCloser // nil: not compressed
 	sink        *pump          // takes what z gives
-	in          *ingest
+	upload      *contentstore.Upload
 	plain, sent digest.Digester // of the tar, of what is sent
 	count       counter         // of the tar
 }
 
 // newLayerWriter begins a layer; finish has to end it.
 func newLayerWriter(ctx context.Context, store content.Store, o Options, progress func(int64)) (*layerWriter, error) {
-	in, err := newIngest(ctx, store, newRef(), o.Root)
+	upload, err := contentstore.Begin(ctx, store, o.Folder)
 	if err != nil {
 		return nil, err
 	}
-	l := &layerWriter{compression: o.Compression, in: in, plain: digest.Canonical.Digester(), count: counter{told: progress}}
+	l := &layerWriter{compression: o.Compression, upload: upload, plain: digest.Canonical.Digester(), count: counter{told: progress}}
 	tar := io.MultiWriter(l.plain.Hash(), &l.count)
 	if o.Compression == compression.Uncompressed {
 		l.sent = l.plain
-		l.tar = newPump(in, tar)
+		l.tar = newPump(upload, tar)
 		return l, nil
 	}
 	l.sent = digest.Canonical.Digester()
-	l.sink = newPump(in, l.sent.Hash())
+	l.sink = newPump(upload, l.sent.Hash())
 	if l.z, err = compressor(l.sink, o.Compression); err != nil {
 		l.sink.Close()
-		in.close(ctx)
+		upload.Close(ctx)
 		return nil, err
 	}
 	l.tar = newPump(l.z, tar)
@@ -99,7 +100,7 @@ func newLayerWriter(ctx context.Context, store content.Store, o Options, progres
 // finish commits the layer, unless err, which is what came of writing the tar, is
 // an error: then nothing stays of it.
 func (l *layerWriter) finish(ctx context.Context, err error) (Layer, error) {
-	defer l.in.close(ctx)
+	defer l.upload.Close(ctx)
 	err = firstError(err, l.tar.Close())
 	if l.z != nil {
 		err = firstError(err, l.z.Close(), l.sink.Close())
@@ -109,16 +110,16 @@ func (l *layerWriter) finish(ctx context.Context, err error) (Layer, error) {
 	}
 	l.count.told(l.count.n)
 	done := Layer{DiffID: l.plain.Digest()}
-	done.MediaType, done.Size, done.Digest = layerTypes[l.compression], l.in.n, l.sent.Digest()
+	done.MediaType, done.Size, done.Digest = layerTypes[l.compression], l.upload.Size(), l.sent.Digest()
 	done.Annotations = map[string]string{AnnotationUncompressed: strconv.FormatInt(l.count.n, 10)}
-	return done, l.in.commit(ctx, done.Digest, map[string]string{labels.LabelUncompressed: done.DiffID.String()})
+	return done, l.upload.Commit(ctx, done.Digest, map[string]string{labels.LabelUncompressed: done.DiffID.String()})
 }
 
 // writeBlob writes a small blob. The labels are set on one that is there
 // already, too.
 func writeBlob(ctx context.Context, store content.Store, mediaType string, data []byte, gc map[string]string) (ocispec.Descriptor, error) {
 	desc := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
-	if err := content.WriteBlob(ctx, store, newRef(), bytes.NewReader(data), desc, content.WithLabels(gc)); err != nil {
+	if err := content.WriteBlob(ctx, store, contentstore.NewRef(), bytes.NewReader(data), desc, content.WithLabels(gc)); err != nil {
 		return ocispec.Descriptor{}, fmt.Errorf("write to the content store: %w", err)
 	}
 	info, err := store.Info(ctx, desc.Digest)
@@ -150,9 +151,6 @@ func gcLabels(descs ...ocispec.Descriptor) map[string]string {
 	}
 	return refs
 }
-
-// newRef names a write to the store. No other may continue it.
-func newRef() string { return "stasis-" + rand.Text() }
 
 // counter counts what is written to it.
 type counter struct {

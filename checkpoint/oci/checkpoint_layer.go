@@ -56,7 +56,7 @@ func (l *CheckpointLayer) Start(ctx context.Context, at time.Time, name string, 
 	if err != nil {
 		return err
 	}
-	if p.w.in.file == nil {
+	if !p.w.upload.InFolder() {
 		p.discard(ctx)
 		return fault.Unusable("the content store has no folder that can be written to")
 	}

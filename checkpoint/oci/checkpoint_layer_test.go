@@ -61,7 +61,7 @@ func TestCheckpointLayer(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				l := NewCheckpointLayer(s, Options{Compression: comp, Root: s.dir})
+				l := NewCheckpointLayer(s, Options{Compression: comp, Folder: s.folder()})
 				if err := l.Start(ctx, tc.at, tc.name, int64(len(tc.data)), bytes.NewReader(tc.data)); err != nil {
 					t.Fatal(err)
 				}
@@ -91,7 +91,7 @@ func TestCheckpointLayer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := NewCheckpointLayer(s, Options{Root: s.dir})
+	l := NewCheckpointLayer(s, Options{Folder: s.folder()})
 	l.RemoveStarted = true
 	if err := l.Start(ctx, at, name, int64(len(pages)), bytes.NewReader(pages)); err != nil {
 		t.Fatal(err)
@@ -109,7 +109,7 @@ func TestCheckpointLayer(t *testing.T) {
 		t.Errorf("%v, %v, of %v", after, err, before)
 	}
 	// A file that ends early leaves nothing.
-	if err := NewCheckpointLayer(s, Options{Root: s.dir}).Start(ctx, at, name, int64(len(pages)+1), bytes.NewReader(pages)); err == nil {
+	if err := NewCheckpointLayer(s, Options{Folder: s.folder()}).Start(ctx, at, name, int64(len(pages)+1), bytes.NewReader(pages)); err == nil {
 		t.Error("a file that is too short: no error")
 	}
 	// Nor does one that would go through containerd.

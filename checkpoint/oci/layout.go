@@ -16,6 +16,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/contentstore"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 	"github.com/stasis-run/stasis/checkpoint/tarcheck"
 )
@@ -108,7 +109,7 @@ func readLayoutBlob(ctx context.Context, store content.Store, name string, size 
 		return fault.Invalid("not the name of a blob: %v", err)
 	}
 	desc := ocispec.Descriptor{Digest: d, Size: size}
-	err := content.WriteBlob(ctx, store, newRef(), r, desc)
+	err := content.WriteBlob(ctx, store, contentstore.NewRef(), r, desc)
 	if errdefs.IsFailedPrecondition(err) { // of containerd, for another digest
 		return fault.Invalid("it is altered: %v", err)
 	}

@@ -29,6 +29,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/contentstore"
 )
 
 // store is containerd's content, images and leases, as in its daemon.
@@ -76,6 +77,9 @@ func (s *store) leased() (context.Context, func()) {
 		}
 	}
 }
+
+// folder is the store's folder.
+func (s *store) folder() contentstore.Folder { return contentstore.At(s.dir) }
 
 // collect runs containerd's garbage collector.
 func (s *store) collect() {

@@ -13,7 +13,7 @@ const module = "github.com/stasis-run/stasis/"
 // it, and no other.
 var layers = []string{
 	"cmd/containerd-shim-stasis-v1", "cmd/stasis", "node", "shim", "task",
-	"checkpoint/oci", "checkpoint/archive", "checkpoint/inspect", "checkpoint/policy", "checkpoint/policy/allow", "checkpoint/policy/seccomp", "checkpoint/criu", "checkpoint", "checkpoint/criu/img",
+	"checkpoint/oci", "checkpoint/contentstore", "checkpoint/archive", "checkpoint/inspect", "checkpoint/policy", "checkpoint/policy/allow", "checkpoint/policy/seccomp", "checkpoint/criu", "checkpoint", "checkpoint/criu/img",
 	"checkpoint/rootfs", "checkpoint/sign", "checkpoint/sum", "checkpoint/tarcheck", "checkpoint/capture", "checkpoint/fault", "checkpoint/layout", "checkpoint/api", "process",
 }
 
