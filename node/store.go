@@ -113,7 +113,11 @@ func storeContent(ctx context.Context, c *client.Client, got *capture.Capture, b
 
 // contentFolder is the folder of containerd's content store.
 func contentFolder(ctx context.Context, c *client.Client) contentstore.Folder {
-	return contentstore.Find(ctx, c.IntrospectionService())
+	v, err := c.Version(ctx)
+	if err != nil {
+		v.Version = "" // not known; what comes next says what is wrong with containerd
+	}
+	return contentstore.Find(ctx, v.Version, c.IntrospectionService())
 }
 
 // storeLimit is how much may be put into containerd's content store from a file. A

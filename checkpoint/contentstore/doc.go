@@ -18,16 +18,19 @@
 //	ingest/*/data           its bytes so far
 //	blobs/ALGORITHM/DIGEST  a blob, of mode 0444
 //
-// containerd 1.0.0, 1.7.28, 2.0.0 and 2.4.2 were read, and have the same.
+// containerd 1.0.0, 1.7.28, 2.0.0 and 2.4.2 were read, and have the same. The folder is
+// used with the major versions 1 and 2 only (layoutKnown). A new major version has to be
+// read before it is added there.
 //
 // One thing differs: containerd 2 turns on fs-verity for the blobs that it names itself,
 // if the file system has it, and not for these. It does not require it of a blob.
 //
 // # Fallback
 //
-// All bytes go through the socket if the folder is not here or has no upload of that name
-// with an empty, regular file. If the file cannot get the name of the blob, for example
-// because that is on another file system, or if containerd does not see the blob there,
-// containerd is told to go on with the upload. It then hashes the file itself, as it does
-// with an upload from before a restart.
+// All bytes go through the socket if the version of containerd is another or not known,
+// if the content store is not containerd's own, and if the folder is not here or has no
+// upload of that name with an empty, regular file. If the file cannot get the name of the
+// blob, for example because that is on another file system, or if containerd does not see
+// the blob there, containerd is told to go on with the upload. It then hashes the file
+// itself, as it does with an upload from before a restart.
 package contentstore

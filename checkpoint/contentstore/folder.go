@@ -5,6 +5,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"regexp"
 
 	"github.com/containerd/containerd/v2/core/introspection"
 	"github.com/opencontainers/go-digest"
@@ -12,21 +13,36 @@ import (
 )
 
 // Folder is the folder of containerd's content store. The zero value is none.
-type Folder struct{ path string }
+type Folder struct {
+	path  string
+	known bool // its layout is the one in the package's comment
+}
 
-// At is the folder at a path. An empty path is none.
-func At(path string) Folder { return Folder{path} }
+// layoutKnown matches the versions of containerd whose layout is known. Distributions
+// add to a version: 1.7.24~ds1, v2.1.4-k3s2. A build without a tag has no number.
+var layoutKnown = regexp.MustCompile(`^v?[12]\.[0-9]+([-+~.].*)?$`)
 
-// Find asks containerd for the folder of its content store. What cannot be found is none.
-func Find(ctx context.Context, plugins introspection.Service) Folder {
+// At is the folder at a path, of a containerd of some version. An empty path is none.
+func At(path, version string) Folder {
+	return Folder{path, path != "" && layoutKnown.MatchString(version)}
+}
+
+// Find asks containerd for the folder of its content store. version is what containerd's
+// Version service says, or empty if that is not known. What cannot be found is none.
+func Find(ctx context.Context, version string, plugins introspection.Service) Folder {
 	list, err := plugins.Plugins(ctx, "type==io.containerd.content.v1")
 	if err != nil {
 		return Folder{}
 	}
 	for _, p := range list.Plugins {
-		if path := p.Exports["root"]; path != "" {
-			return Folder{path}
+		path := p.Exports["root"]
+		if path == "" {
+			continue
 		}
+		if p.ID != "content" { // a proxy: containerd's version says nothing of its layout
+			version = ""
+		}
+		return At(path, version)
 	}
 	return Folder{}
 }
@@ -37,12 +53,12 @@ func (f Folder) Path() string { return f.path }
 
 // Usable tells whether uploads may be written into the folder. Whether one can is known
 // when it has begun: see Upload.InFolder.
-func (f Folder) Usable() bool { return f.path != "" }
+func (f Folder) Usable() bool { return f.known }
 
 // openUpload opens the file of a new upload, or returns nil. A store that is shared by
 // namespaces puts something before the name that it was given.
 func (f Folder) openUpload(ref string) *os.File {
-	if f.path == "" {
+	if !f.known {
 		return nil
 	}
 	uploads, err := filepath.Glob(filepath.Join(f.path, "ingest", "*", "ref"))

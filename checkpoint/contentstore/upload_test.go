@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -17,6 +18,9 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	bolt "go.etcd.io/bbolt"
 )
+
+// version is one whose layout is known.
+const version = "v2.4.2"
 
 func must(t *testing.T, err error) {
 	t.Helper()
@@ -49,7 +53,7 @@ func newStore(t *testing.T, opts ...metadata.DBOpt) (context.Context, *store) {
 	return leases.WithLease(ctx, lease.ID), s
 }
 
-func (s *store) folder() Folder { return At(s.dir) }
+func (s *store) folder() Folder { return At(s.dir, version) }
 
 func (s *store) blob(d digest.Digest) string {
 	return filepath.Join(s.dir, "blobs", "sha256", d.Encoded())
@@ -123,11 +127,13 @@ func TestUpload(t *testing.T) {
 		inFolder bool
 		offset   int // of the data in memory: no file system takes 1 past its cache
 	}{
-		"folder":           {folder: (*store).folder, inFolder: true},
-		"unaligned":        {folder: (*store).folder, inFolder: true, offset: 1},
-		"no folder":        {folder: func(*store) Folder { return Folder{} }},
-		"missing folder":   {folder: func(*store) Folder { return At("/nonexistent") }},
-		"another's folder": {folder: func(*store) Folder { return At(t.TempDir()) }},
+		"folder":             {folder: (*store).folder, inFolder: true},
+		"unaligned":          {folder: (*store).folder, inFolder: true, offset: 1},
+		"no folder":          {folder: func(*store) Folder { return Folder{} }},
+		"new major version":  {folder: func(s *store) Folder { return At(s.dir, "v3.0.0") }},
+		"unparsable version": {folder: func(s *store) Folder { return At(s.dir, "1dcd765fa") }},
+		"missing folder":     {folder: func(*store) Folder { return At("/nonexistent", version) }},
+		"another's folder":   {folder: func(*store) Folder { return At(t.TempDir(), version) }},
 	} {
 		t.Run(name, func(t *testing.T) {
 			ctx, s := newStore(t)
@@ -138,6 +144,125 @@ func TestUpload(t *testing.T) {
 			s.holds(t, ctx, string(data), map[string]string{"stasis.run/x": "y"})
 		})
 	}
+}
+
+// changed is a store whose folder changes when an upload begins.
+type changed struct {
+	content.Store
+	change func()
+}
+
+func (c changed) Writer(ctx context.Context, opts ...content.WriterOpt) (content.Writer, error) {
+	w, err := c.Store.Writer(ctx, opts...)
+	if err == nil {
+		c.change()
+	}
+	return w, err
+}
+
+// TestLayoutChanged uploads to a containerd of a known version, whose folder does not have
+// the known layout. view is what Stasis sees of the folder.
+func TestLayoutChanged(t *testing.T) {
+	// ingest shows each upload as what add makes of it in dir.
+	ingest := func(add func(t *testing.T, dir string, ref []byte, data string)) func(*testing.T, *store, string) {
+		return func(t *testing.T, s *store, view string) {
+			uploads, err := filepath.Glob(filepath.Join(s.dir, "ingest", "*"))
+			must(t, err)
+			for _, upload := range uploads {
+				dir := filepath.Join(view, "ingest", filepath.Base(upload))
+				must(t, os.MkdirAll(dir, 0o755))
+				ref, err := os.ReadFile(filepath.Join(upload, "ref"))
+				must(t, err)
+				add(t, dir, ref, filepath.Join(upload, "data"))
+			}
+		}
+	}
+	write := func(t *testing.T, data []byte, path ...string) {
+		t.Helper()
+		must(t, os.WriteFile(filepath.Join(path...), data, 0o600))
+	}
+	// blobs shows the uploads as they are, and the blobs as what make makes of them.
+	blobs := func(make func(t *testing.T, path string)) func(*testing.T, *store, string) {
+		return func(t *testing.T, s *store, view string) {
+			if _, err := os.Lstat(filepath.Join(view, "ingest")); err == nil {
+				return
+			}
+			must(t, os.Symlink(filepath.Join(s.dir, "ingest"), filepath.Join(view, "ingest")))
+			make(t, filepath.Join(view, "blobs"))
+		}
+	}
+	for name, tc := range map[string]struct {
+		change   func(t *testing.T, s *store, view string)
+		inFolder bool
+	}{
+		"uploads elsewhere": {change: func(t *testing.T, s *store, view string) {
+			must(t, os.MkdirAll(filepath.Join(view, "uploads"), 0o755))
+		}},
+		"names elsewhere": {change: ingest(func(t *testing.T, dir string, ref []byte, _ string) {
+			write(t, ref, dir, "name")
+			write(t, nil, dir, "data")
+		})},
+		"names in another form": {change: ingest(func(t *testing.T, dir string, ref []byte, _ string) {
+			write(t, append(ref, '\n'), dir, "ref")
+			write(t, nil, dir, "data")
+		})},
+		"data elsewhere": {change: ingest(func(t *testing.T, dir string, ref []byte, _ string) {
+			write(t, ref, dir, "ref")
+			write(t, nil, dir, "bytes")
+		})},
+		"data with a header": {change: ingest(func(t *testing.T, dir string, ref []byte, _ string) {
+			write(t, ref, dir, "ref")
+			write(t, []byte("header"), dir, "data")
+		})},
+		"data in a folder": {change: ingest(func(t *testing.T, dir string, ref []byte, _ string) {
+			write(t, ref, dir, "ref")
+			must(t, os.MkdirAll(filepath.Join(dir, "data"), 0o755))
+		})},
+		"data by a link": {change: ingest(func(t *testing.T, dir string, ref []byte, data string) {
+			write(t, ref, dir, "ref")
+			if err := os.Symlink(data, filepath.Join(dir, "data")); !os.IsExist(err) {
+				must(t, err)
+			}
+		})},
+		"blobs elsewhere": {inFolder: true, change: blobs(func(t *testing.T, path string) {
+			must(t, os.Mkdir(path, 0o755))
+		})},
+		"blobs in a file": {inFolder: true, change: blobs(func(t *testing.T, path string) {
+			write(t, nil, path)
+		})},
+		"blobs on another file system": {inFolder: true, change: blobs(func(t *testing.T, path string) {
+			must(t, os.Symlink(otherFileSystem(t, filepath.Dir(path)), path))
+		})},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ctx, s := newStore(t)
+			view, data := t.TempDir(), testData()
+			c := changed{s, func() { tc.change(t, s, view) }}
+			if got := upload(t, ctx, c, At(view, version), data, 4, 3); got != tc.inFolder {
+				t.Errorf("in the folder: %v", got)
+			}
+			s.holds(t, ctx, string(data), map[string]string{"stasis.run/x": "y"})
+		})
+	}
+}
+
+// otherFileSystem returns a folder that is on another file system than dir.
+func otherFileSystem(t *testing.T, dir string) string {
+	t.Helper()
+	other, err := os.MkdirTemp("/dev/shm", "stasis-test-")
+	if err != nil {
+		t.Skipf("no second file system: %v", err)
+	}
+	t.Cleanup(func() { os.RemoveAll(other) })
+	device := func(path string) uint64 {
+		info, err := os.Stat(path)
+		must(t, err)
+		return info.Sys().(*syscall.Stat_t).Dev
+	}
+	if device(dir) == device(other) {
+		t.Skip("the temporary folder is on /dev/shm")
+	}
+	return other
 }
 
 // TestPlaced gives a store a blob that it need not read again, unless its namespaces do

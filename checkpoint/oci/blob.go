@@ -22,7 +22,7 @@ type Options struct {
 	// form Index has its own.
 	Compression compression.Compression
 	// Folder is the folder of the store, which makes writing layers much faster; the
-	// zero value is for a store that has none on this host.
+	// zero value is for a store that has none, or one that is not known.
 	Folder contentstore.Folder
 	// Progress, if not nil, is told how many bytes of a stage ("layer",
 	// "checkpoint") are done, before compression. total is 0 if nobody knows.

@@ -78,8 +78,8 @@ func (s *store) leased() (context.Context, func()) {
 	}
 }
 
-// folder is the store's folder.
-func (s *store) folder() contentstore.Folder { return contentstore.At(s.dir) }
+// folder is the store's folder, as of a containerd whose layout is known.
+func (s *store) folder() contentstore.Folder { return contentstore.At(s.dir, "2.4.2") }
 
 // collect runs containerd's garbage collector.
 func (s *store) collect() {
