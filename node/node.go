@@ -67,7 +67,7 @@ type Options struct {
 	IdleCPUs func() (undo func())
 }
 
-// Node has the operations. It holds a connection to containerd, and nothing else.
+// Node has the operations. It holds a connection to containerd.
 type Node struct {
 	o       Options
 	log     *slog.Logger
@@ -76,6 +76,9 @@ type Node struct {
 
 	mu     sync.Mutex
 	client *client.Client // nil: not connected yet
+
+	bundles  sync.Mutex      // held while a bundle container that has ended is removed
+	starting map[string]bool // NAMESPACE/ID of those that Start is at work on
 }
 
 // New returns a Node that uses a client of containerd, which the caller closes.

@@ -127,9 +127,15 @@ func (s *dumpProgress) add(p *api.Progress) (done, total int64) {
 // checkpoint is whole, if it is too late to give it up.
 func (s *shim) abort(r *api.CheckpointRequest) {
 	s.Client.Close()
-	for end := time.Now().Add(time.Minute); time.Now().Before(end); {
-		_, err := os.Lstat(r.ImagePath)
-		if errors.Is(err, fs.ErrNotExist) || isWhole(r.ImagePath) {
+	waitSettled(context.Background(), r.ImagePath)
+}
+
+// waitSettled waits until a folder that a shim makes a checkpoint in is whole, or gone.
+// A shim that has died changes neither, so it waits for a minute at most.
+func waitSettled(ctx context.Context, images string) {
+	for end := time.Now().Add(time.Minute); time.Now().Before(end) && ctx.Err() == nil; {
+		_, err := os.Lstat(images)
+		if errors.Is(err, fs.ErrNotExist) || isWhole(images) {
 			return
 		}
 		time.Sleep(20 * time.Millisecond)
