@@ -22,6 +22,7 @@ DATE    ?= $(shell date -u -d "@$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct
 LDFLAGS = -s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT) -X main.date=$(DATE)
 
 PROGRAMS := $(notdir $(wildcard cmd/*))
+UNITS    := $(notdir $(wildcard contrib/systemd/*))
 
 # What demo, integration tests and benchmarks find their tools by.
 with_env = eval "$$(contrib/setup.sh --env)"; export STASIS_BIN='$(CURDIR)/bin';
@@ -42,14 +43,17 @@ build: ## build static binaries into bin/
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
 
 .PHONY: install
-install: ## install bin/* into $(DESTDIR)$(PREFIX)/bin (build first)
+install: ## install bin/* and systemd units below $(DESTDIR)$(PREFIX) (build first)
 	@for p in $(PROGRAMS); do [[ -x bin/$$p ]] || { echo "bin/$$p is missing: run 'make build' first" >&2; exit 1; }; done
 	install -d '$(DESTDIR)$(PREFIX)/bin'
 	install -m 0755 $(PROGRAMS:%=bin/%) '$(DESTDIR)$(PREFIX)/bin'
+	install -d '$(DESTDIR)$(PREFIX)/lib/systemd/system'
+	@for u in $(UNITS); do sed 's,/usr/local/bin,$(PREFIX)/bin,' contrib/systemd/$$u | install -m 0644 /dev/stdin '$(DESTDIR)$(PREFIX)/lib/systemd/system/'$$u; done
 
 .PHONY: uninstall
 uninstall: ## remove what install installed
 	cd '$(DESTDIR)$(PREFIX)/bin' && rm -f $(PROGRAMS)
+	cd '$(DESTDIR)$(PREFIX)/lib/systemd/system' && rm -f $(UNITS)
 
 .PHONY: setup
 setup: ## install what demo, tests and benchmarks need (root)

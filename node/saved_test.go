@@ -152,9 +152,9 @@ func TestReadBundle(t *testing.T) {
 		t.Fatal(err)
 	}
 	for config, want := range map[string]string{
-		`{`: "config.json",
-		`{"root":{"path":"root"},"linux":{}}`:                                      "process.args",
-		`{"process":{"args":["x"]},"linux":{}}`:                                    "root.path",
+		`{`:                                     "config.json",
+		`{"root":{"path":"root"},"linux":{}}`:   "process.args",
+		`{"process":{"args":["x"]},"linux":{}}`: "root.path",
 		`{"process":{"args":["x"]},"root":{"path":"root"}}`:                        "linux",
 		`{"process":{"args":["x"]},"root":{"path":"none"},"linux":{}}`:             "no folder",
 		`{"process":{"args":["x"]},"root":{"path":"config.json"},"linux":{}}`:      "no folder",

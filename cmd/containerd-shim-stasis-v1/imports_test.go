@@ -12,7 +12,7 @@ const module = "github.com/stasis-run/stasis/"
 // layers are our packages from the top down. A package may import those below
 // it, and no other.
 var layers = []string{
-	"cmd/containerd-shim-stasis-v1", "cmd/stasis", "node", "shim", "task",
+	"cmd/containerd-shim-stasis-v1", "cmd/stasis", "cmd/stasisd", "node/rest", "node", "shim", "task",
 	"checkpoint/oci", "checkpoint/contentstore", "checkpoint/archive", "checkpoint/inspect", "checkpoint/policy", "checkpoint/policy/allow", "checkpoint/policy/seccomp", "checkpoint/criu", "checkpoint", "checkpoint/criu/img",
 	"checkpoint/rootfs", "checkpoint/sign", "checkpoint/sum", "checkpoint/tarcheck", "checkpoint/capture", "checkpoint/fault", "checkpoint/layout", "checkpoint/api", "process",
 }
@@ -68,20 +68,23 @@ func TestCheckpointIsALibrary(t *testing.T) {
 
 func TestTheShimIsLight(t *testing.T) { refuse(t, module+"cmd/containerd-shim-stasis-v1", heavy) }
 
-// TestNodeIsALibrary: a daemon, a controller or a test may use package node.
+// TestNodeIsALibrary: a daemon, a controller or a test may use package node, and what
+// serves it by HTTP.
 func TestNodeIsALibrary(t *testing.T) {
-	refuse(t, module+"node", map[string]string{
-		"github.com/spf13/cobra":    "command lines belong to cmd",
-		"github.com/vbauerster/mpb": "progress is a callback",
-		"golang.org/x/term":         "terminals belong to cmd",
-		module + "shim":             "node speaks to a shim by its API",
-		module + "task":             "node speaks to a shim by its API",
-	})
-	// containerd's client has these itself.
-	imports := list(t, "-f", "{{join .Imports \"\\n\"}}", module+"node")
-	for _, pkg := range []string{"os/signal", "github.com/containerd/console"} {
-		if slices.Contains(imports, pkg) {
-			t.Errorf("node imports %s, which belongs to cmd", pkg)
+	for _, pkg := range []string{"node", "node/rest"} {
+		refuse(t, module+pkg, map[string]string{
+			"github.com/spf13/cobra":    "command lines belong to cmd",
+			"github.com/vbauerster/mpb": "progress is a callback",
+			"golang.org/x/term":         "terminals belong to cmd",
+			module + "shim":             "node speaks to a shim by its API",
+			module + "task":             "node speaks to a shim by its API",
+		})
+		// containerd's client has these itself.
+		imports := list(t, "-f", "{{join .Imports \"\\n\"}}", module+pkg)
+		for _, imported := range []string{"os/signal", "github.com/containerd/console"} {
+			if slices.Contains(imports, imported) {
+				t.Errorf("%s imports %s, which belongs to cmd", pkg, imported)
+			}
 		}
 	}
 }

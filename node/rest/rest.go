@@ -1,0 +1,298 @@
+// Package rest serves a node's containers and checkpoints by HTTP.
+//
+// It has the path and the fields of containerd's first interface (bundles.go). The file
+// docs/rest-api.md describes all requests.
+package rest
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"runtime/debug"
+	"time"
+
+	"github.com/containerd/containerd/v2/pkg/identifiers"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/stasis-run/stasis/node"
+)
+
+// Options are those of New.
+type Options struct {
+	Node *node.Node
+	// Namespace is that of containerd in which the containers are that were started
+	// from bundles.
+	Namespace string
+	// AllowPaths are the folders below which requests may name files.
+	AllowPaths []string
+	// Clients may use TLS listeners.
+	Clients []Client
+	// Log is told each call that changes something, and what goes wrong.
+	Log *slog.Logger
+}
+
+// Server answers requests, and watches the containers that it has started.
+type Server struct {
+	http.Handler
+	s *server
+}
+
+type server struct {
+	o       Options
+	paths   paths
+	events  *events
+	metrics *metrics
+	slots   chan struct{} // one for each request at work
+	// bodyTime bounds how long a body may take to arrive.
+	bodyTime time.Duration
+}
+
+const (
+	// maxBody bounds the body of a request, in bytes.
+	maxBody = 1 << 20
+	// maxRequests bounds how many requests are at work at a time.
+	maxRequests = 256
+)
+
+// New returns a Server. Serve its Handler by a server with ConnContext, and call Run.
+func New(o Options) (*Server, error) {
+	if err := identifiers.Validate(o.Namespace); err != nil {
+		return nil, fmt.Errorf("namespace: %w", err)
+	}
+	names := map[string]bool{}
+	for i, c := range o.Clients {
+		if err := c.check(); err != nil {
+			return nil, fmt.Errorf("client %d (%s): %w", i+1, c.Name, err)
+		}
+		if names[c.Name] {
+			return nil, fmt.Errorf("client %d: there are two of the name %s", i+1, c.Name)
+		}
+		names[c.Name] = true
+	}
+	s := &server{o: o, paths: o.AllowPaths, events: newEvents(), metrics: newMetrics(), slots: make(chan struct{}, maxRequests), bodyTime: 30 * time.Second}
+	mux := http.NewServeMux()
+	s.bundleRoutes(mux)
+	mux.Handle("GET /metrics", s.route(route{scope: ScopeRead}, func(w http.ResponseWriter, r *http.Request) error {
+		promhttp.HandlerFor(s.metrics.registry, promhttp.HandlerOpts{}).ServeHTTP(w, r)
+		return nil
+	}))
+	return &Server{Handler: http.NewCrossOriginProtection().Handler(mux), s: s}, nil
+}
+
+// Run ends what a crash has left half done, and then watches the containers until ctx
+// ends. ready is called when requests may be served. It does not return for a containerd
+// that goes away and comes back.
+func (s *Server) Run(ctx context.Context, ready func()) error {
+	ctx = namespaces.WithNamespace(ctx, s.s.o.Namespace)
+	if err := s.s.o.Node.Recover(ctx); err != nil {
+		if errdefs.IsUnavailable(err) {
+			return err
+		}
+		s.s.o.Log.Error("recover: " + err.Error())
+	}
+	defer s.s.events.close()
+	for pause := time.Duration(0); ; pause = time.Second {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(pause):
+		}
+		err := s.s.o.Node.WatchBundles(ctx, func() {
+			if ready != nil {
+				ready()
+				ready = nil
+			}
+		}, s.s.events.tell)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if ready != nil {
+			return err
+		}
+		s.s.o.Log.Warn("watch containers, again in a second: " + err.Error())
+	}
+}
+
+// route is what a request needs, and how its errors look.
+type route struct {
+	scope Scope
+	// namespace is containerd's, of what the request is about; nil: none.
+	namespace func(*http.Request) string
+	// mutates: the call changes something, and is logged.
+	mutates bool
+	fail    func(w http.ResponseWriter, status int, err error) // nil: failPlain
+	status  func(error) int                                    // nil: statusOf
+	// stream: the answer goes on for as long as the client likes.
+	stream bool
+}
+
+// route returns the handler of a request.
+func (s *server) route(t route, serve func(http.ResponseWriter, *http.Request) error) http.Handler {
+	if t.fail == nil {
+		t.fail = failPlain
+	}
+	if t.status == nil {
+		t.status = statusOf
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		started := time.Now()
+		who, err := s.callerOf(r)
+		if err != nil {
+			w.Header().Set("WWW-Authenticate", `Bearer realm="stasisd"`)
+			t.fail(w, http.StatusUnauthorized, err)
+			return
+		}
+		namespace := ""
+		if t.namespace != nil {
+			namespace = t.namespace(r)
+		}
+		answer := &recorder{ResponseWriter: w}
+		defer func() {
+			if failed := recover(); failed != nil && failed != http.ErrAbortHandler { //nolint:errorlint // it is the value itself
+				s.o.Log.Error(fmt.Sprintf("%s: %v\n%s", r.Pattern, failed, debug.Stack()))
+				if answer.status == 0 {
+					t.fail(answer, http.StatusInternalServerError, errors.New("a fault in stasisd, which its log describes"))
+				}
+			}
+			s.metrics.requests.WithLabelValues(r.Pattern, fmt.Sprint(answer.code())).Observe(time.Since(started).Seconds())
+			if t.mutates {
+				s.o.Log.Info("audit", "who", who.name, "method", r.Method, "path", r.URL.Path, "status", answer.code(), "took", time.Since(started).Round(time.Millisecond).String())
+			}
+		}()
+		if !who.may(t.scope, namespace) {
+			t.fail(answer, http.StatusForbidden, fmt.Errorf("%s may not: it needs scope %s%s", who.name, t.scope, inNamespace(namespace)))
+			return
+		}
+		if !t.stream {
+			select {
+			case s.slots <- struct{}{}:
+				defer func() { <-s.slots }()
+			default:
+				w.Header().Set("Retry-After", "1")
+				t.fail(answer, http.StatusServiceUnavailable, fmt.Errorf("%d requests are at work", maxRequests))
+				return
+			}
+		}
+		r.Body = http.MaxBytesReader(answer, r.Body, maxBody)
+		ctx := context.WithValue(r.Context(), callerKey{}, who)
+		if namespace != "" {
+			ctx = namespaces.WithNamespace(ctx, namespace)
+		}
+		r = r.WithContext(ctx)
+		if err := serve(answer, r); err != nil {
+			status := t.status(err)
+			if status >= http.StatusInternalServerError {
+				s.o.Log.Warn(r.Method + " " + r.URL.Path + ": " + err.Error())
+			}
+			t.fail(answer, status, err)
+		}
+	})
+}
+
+func inNamespace(namespace string) string {
+	if namespace == "" {
+		return ""
+	}
+	return " in namespace " + namespace
+}
+
+// recorder notes the status of an answer.
+type recorder struct {
+	http.ResponseWriter
+	status int
+}
+
+func (r *recorder) WriteHeader(status int) {
+	if r.status == 0 {
+		r.status = status
+	}
+	r.ResponseWriter.WriteHeader(status)
+}
+
+func (r *recorder) Write(p []byte) (int, error) {
+	if r.status == 0 {
+		r.status = http.StatusOK
+	}
+	return r.ResponseWriter.Write(p)
+}
+
+// Unwrap is for http.ResponseController.
+func (r *recorder) Unwrap() http.ResponseWriter { return r.ResponseWriter }
+
+func (r *recorder) code() int {
+	if r.status == 0 {
+		return http.StatusOK
+	}
+	return r.status
+}
+
+// failPlain answers with an error as text.
+func failPlain(w http.ResponseWriter, status int, err error) { http.Error(w, err.Error(), status) }
+
+// statusOf is the status for an error of package node.
+func statusOf(err error) int {
+	var big *http.MaxBytesError
+	switch {
+	case errors.As(err, &big):
+		return http.StatusRequestEntityTooLarge
+	case errdefs.IsNotFound(err):
+		return http.StatusNotFound
+	case errdefs.IsInvalidArgument(err):
+		return http.StatusBadRequest
+	case errdefs.IsPermissionDenied(err):
+		return http.StatusForbidden
+	case errdefs.IsAlreadyExists(err), errdefs.IsFailedPrecondition(err):
+		return http.StatusConflict
+	case errdefs.IsUnavailable(err):
+		return http.StatusServiceUnavailable
+	}
+	return http.StatusInternalServerError
+}
+
+// badRequest is an error in a request's body.
+type badRequest struct{ error }
+
+func (badRequest) Is(target error) bool { return target == errdefs.ErrInvalidArgument }
+
+func (b badRequest) Unwrap() error { return b.error }
+
+// decode reads the body of a request, which is one JSON value; with optional, it may be
+// empty.
+func (s *server) decode(w http.ResponseWriter, r *http.Request, v any, optional bool) error {
+	rc := http.NewResponseController(w)
+	if err := rc.SetReadDeadline(time.Now().Add(s.bodyTime)); err != nil && !errors.Is(err, http.ErrNotSupported) {
+		return err
+	}
+	data, err := io.ReadAll(r.Body)
+	if err != nil {
+		return badRequest{fmt.Errorf("read the body: %w", err)}
+	}
+	// Else the server takes the end of that time for a client that has gone away.
+	if err := rc.SetReadDeadline(time.Time{}); err != nil && !errors.Is(err, http.ErrNotSupported) {
+		return err
+	}
+	if len(data) == 0 && optional {
+		return nil
+	}
+	if err := json.Unmarshal(data, v); err != nil {
+		return badRequest{fmt.Errorf("the body is not the JSON that is wanted: %w", err)}
+	}
+	return nil
+}
+
+// answerJSON answers with a value.
+func answerJSON(w http.ResponseWriter, v any) error {
+	data, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	_, _ = w.Write(append(data, '\n')) // who has gone away needs no answer
+	return nil
+}
