@@ -74,6 +74,17 @@ func NewFolder(dir string) (*Folder, error) {
 // Path is where CRIU has to write.
 func (f *Folder) Path() string { return filepath.Join(f.dir, layout.Partial) }
 
+// Uncommitted returns where the files of a checkpoint are that CRIU has written to the
+// end into dir, and that Commit has not moved up, or not all of them. It returns "" if
+// there are none.
+func Uncommitted(dir string) string {
+	path := (&Folder{dir: dir}).Path()
+	if _, err := os.Lstat(filepath.Join(path, layout.Inventory)); err != nil {
+		return ""
+	}
+	return path
+}
+
 // reserveSize is the size in bytes of the file that Reserve makes.
 const reserveSize = 4 << 20
 

@@ -155,6 +155,29 @@ func TestNewFolderIn(t *testing.T) {
 	}
 }
 
+// TestUncommitted: what CRIU has written to the end is found until it is committed.
+func TestUncommitted(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "c")
+	none := func(when string) {
+		t.Helper()
+		if got := Uncommitted(dir); got != "" {
+			t.Errorf("%s: %s", when, got)
+		}
+	}
+	none("no folder")
+	f, err := NewFolder(dir)
+	must(t, err)
+	none("CRIU has not begun")
+	write(t, filepath.Join(f.Path(), "core-99.img"), nil)
+	none("CRIU has not ended")
+	fill(t, f.Path())
+	if got := Uncommitted(dir); got != f.Path() {
+		t.Errorf("CRIU has ended: %q", got)
+	}
+	must(t, f.Commit(Manifest{}, false))
+	none("it is committed")
+}
+
 func TestDiscard(t *testing.T) {
 	parent := t.TempDir()
 	made := filepath.Join(parent, "made")

@@ -14,6 +14,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/distribution/reference"
 
+	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/api"
 	"github.com/stasis-run/stasis/checkpoint/archive"
 	"github.com/stasis-run/stasis/checkpoint/capture"
@@ -286,13 +287,13 @@ func (n *Node) checkpointOne(ctx context.Context, c *client.Client, container cl
 	got, err := d.dump(ctx, work.dir, r, o, bar)
 	// Also if it was interrupted too late.
 	images := filepath.Join(work.dir, layout.Images)
-	if partial := unfinished(images); r.Exit {
+	if r.Exit {
 		// In this order, as the shim may be moving them up just now.
-		dumped := isWhole(partial)
+		dumped := checkpoint.Uncommitted(images)
 		if err == nil || isWhole(images) {
 			note = retainedNote(container.ID(), work.dir)
-		} else if dumped {
-			note = fmt.Sprintf("what CRIU wrote of it is in %s, and its files are in its snapshot still", partial)
+		} else if dumped != "" {
+			note = fmt.Sprintf("what CRIU wrote of it is in %s, and its files are in its snapshot still", dumped)
 		}
 	}
 	if err != nil {

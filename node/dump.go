@@ -120,9 +120,12 @@ func (d *dumper) dump(ctx context.Context, dir string, f *CheckpointRequest, o o
 		return nil, err
 	}
 	defer conn.Close()
+	hasFile := func(*api.MemoryFile) {}
 	// What pre-dumps wrote is put together only in the end.
 	if f.Format == FormatRunnable && f.PreDumps == 0 && o.Folder.Usable() {
-		d.early = d.startEarly(ctx, unfinished(c.Images), info.Checkpointed, o)
+		d.early = d.startEarly(ctx, c.Images, info.Checkpointed, o)
+		hasFile = d.early.hasFile
+		r.TellMemoryFile = true
 		r.LeaveSum = !f.Exit
 	}
 	if r.LeaveSum {
@@ -130,7 +133,7 @@ func (d *dumper) dump(ctx context.Context, dir string, f *CheckpointRequest, o o
 			d.unsigned(err.Error())
 		}
 	}
-	result, err := conn.checkpoint(ctx, r, bar)
+	result, err := conn.checkpoint(ctx, r, bar, hasFile)
 	if d.early != nil {
 		d.early.hasEnded()
 	}
@@ -174,10 +177,6 @@ func (d *dumper) addNote(text string) {
 func (d *dumper) unsigned(why string) {
 	d.addNote("the checkpoint is not signed, so no pod restores it before `stasis sign`: " + why)
 }
-
-// unfinished is where the shim has CRIU write to, until a checkpoint in the folder
-// images is whole.
-func unfinished(images string) string { return filepath.Join(images, layout.Partial) }
 
 // checkpointByTask does without Stasis's own service what r asks for.
 func (d *dumper) checkpointByTask(ctx context.Context, r *api.CheckpointRequest) (_ *api.CheckpointResult, err error) {

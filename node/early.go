@@ -1,31 +1,28 @@
 package node
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
 
-	"github.com/prometheus/procfs"
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/api"
 	"github.com/stasis-run/stasis/checkpoint/capture"
-	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/oci"
 	"github.com/stasis-run/stasis/checkpoint/sign"
 	"github.com/stasis-run/stasis/checkpoint/sum"
 )
 
-// earlyLeast is the memory in bytes from which on it is worth to start early.
-const earlyLeast = 64 << 20
+// earlySpare is the room in bytes that has to stay free on a disk.
+const earlySpare = 64 << 20
 
 // earlyLayer starts the image's layer with the processes while CRIU writes them; see
 // oci.CheckpointLayer. It is an attempt: if it fails, the layer is written when CRIU
@@ -33,16 +30,18 @@ const earlyLeast = 64 << 20
 type earlyLayer struct {
 	layer  *oci.CheckpointLayer
 	cancel context.CancelFunc
-	dumped chan struct{} // closed when CRIU has ended
-	done   chan struct{} // closed when layer is started, or will not be
-	inode  uint64        // of the file that layer has read
+	file   chan *api.MemoryFile // has room for the one that there is at most
+	dumped chan struct{}        // closed when CRIU has ended
+	done   chan struct{}        // closed when layer is started, or will not be
+	inode  uint64               // of the file that layer has read
 }
 
-// startEarly starts the attempt. folder is where CRIU writes to, and may be made later;
-// at is the time of the checkpoint. hasEnded and discard have to be called.
-func (d *dumper) startEarly(ctx context.Context, folder string, at time.Time, o oci.Options) *earlyLayer {
+// startEarly prepares the attempt, which begins with hasFile. images is the folder that
+// the shim was asked to write to, and may be made later; at is the time of the
+// checkpoint. hasEnded and discard have to be called.
+func (d *dumper) startEarly(ctx context.Context, images string, at time.Time, o oci.Options) *earlyLayer {
 	ctx, cancel := context.WithCancel(ctx)
-	e := &earlyLayer{cancel: cancel, dumped: make(chan struct{}), done: make(chan struct{})}
+	e := &earlyLayer{cancel: cancel, file: make(chan *api.MemoryFile, 1), dumped: make(chan struct{}), done: make(chan struct{})}
 	// Until then the bar shows what CRIU does.
 	tell := o.Progress
 	o.Progress = func(stage string, done, total int64) {
@@ -53,8 +52,21 @@ func (d *dumper) startEarly(ctx context.Context, folder string, at time.Time, o 
 	e.layer = oci.NewCheckpointLayer(d.client.ContentStore(), o)
 	go func() {
 		defer close(e.done)
-		pid, other, err := d.largest(ctx)
+		var file *api.MemoryFile
+		select {
+		case file = <-e.file:
+		case <-e.dumped: // an older shim tells of no file
+			return
+		case <-ctx.Done():
+			return
+		}
+		f, err := openMemory(images, file)
 		if err != nil {
+			return
+		}
+		defer f.Close()
+		size := int64(file.Size)
+		if size <= 0 || !hasRoom(images, size) || !hasRoom(o.Folder.Path(), size) || !cached(size) {
 			return
 		}
 		// The container stands still meanwhile, and CRIU must not wait for us. Nor must
@@ -67,15 +79,6 @@ func (d *dumper) startEarly(ctx context.Context, folder string, at time.Time, o 
 			}
 			undo()
 		}()
-		f := e.wait(folder, other)
-		if f == nil {
-			return
-		}
-		defer f.Close()
-		size, err := dumpedMemory(pid)
-		if err != nil || !hasRoom(folder, size) || !hasRoom(o.Folder.Path(), size) || !cached(size) {
-			return
-		}
 		r := io.LimitReader(&growing{f, size, e}, size)
 		var st unix.Stat_t
 		if unix.Fstat(int(f.Fd()), &st) != nil {
@@ -85,6 +88,15 @@ func (d *dumper) startEarly(ctx context.Context, folder string, at time.Time, o 
 		_ = e.layer.Start(ctx, at, filepath.Base(f.Name()), size, r)
 	}()
 	return e
+}
+
+// hasFile tells where CRIU writes the largest process's memory. Only the first call
+// counts. It does not wait.
+func (e *earlyLayer) hasFile(f *api.MemoryFile) {
+	select {
+	case e.file <- f:
+	default:
+	}
 }
 
 // hasEnded tells that CRIU has.
@@ -127,29 +139,17 @@ func (e *earlyLayer) hasDumped() bool {
 	}
 }
 
-// Pauses before another look at what CRIU has written: in the folder, and in the
-// file, to which it writes a few megabytes meanwhile.
-const (
-	longPause = 10 * time.Millisecond
-	pause     = 2 * time.Millisecond
-)
+// pause is the time between two looks at the file, to which CRIU writes a few
+// megabytes meanwhile.
+const pause = 2 * time.Millisecond
 
-// wait waits for CRIU to have written more than so many bytes to a file with
-// memory, and opens that. nil: it has ended.
-func (e *earlyLayer) wait(folder string, more int64) *os.File {
-	for !e.hasDumped() {
-		time.Sleep(longPause)
-		files, _ := filepath.Glob(filepath.Join(folder, layout.Pages.Glob()))
-		for _, file := range files {
-			if info, err := os.Lstat(file); err != nil || info.Size() <= more {
-				continue
-			}
-			if f, err := capture.OpenPlain(file); err == nil {
-				return f
-			}
-		}
+// openMemory opens the file that a shim tells of, which has to be in the folder that
+// it was asked to write to, or below.
+func openMemory(images string, file *api.MemoryFile) (*os.File, error) {
+	if !filepath.IsLocal(file.Path) {
+		return nil, fmt.Errorf("the shim writes to %q, which is not below %s", file.Path, images)
 	}
-	return nil
+	return capture.OpenPlain(filepath.Join(images, file.Path))
 }
 
 // growing reads a file that CRIU appends to, until CRIU has ended. If it has another
@@ -178,62 +178,12 @@ func (g *growing) Read(p []byte) (int, error) {
 
 var errSize = errors.New("it has another size than could be foreseen")
 
-// errSmall: there is no process for which it is worth to start early.
-var errSmall = errors.New("no process has much more memory than all others")
-
-// largest returns the process of the container with the most memory of its own, and
-// what no other has more of, in bytes.
-func (d *dumper) largest(ctx context.Context) (pid int, other int64, err error) {
-	processes, err := d.task.Pids(ctx)
-	if err != nil {
-		return 0, 0, err
-	}
-	most := int64(0)
-	for _, p := range processes {
-		size, err := ownMemory(int(p.Pid))
-		if err != nil {
-			continue // it has ended
-		}
-		if size > most {
-			pid, most, size = int(p.Pid), size, most
-		}
-		other = max(other, size)
-	}
-	if most-other < earlyLeast {
-		return 0, 0, errSmall
-	}
-	// The kernel counts per CPU, and adds up when it comes to it.
-	return pid, other + earlyLeast/8, nil
-}
-
-// ownMemory is how much memory a process has that is of no file, in bytes, about.
-func ownMemory(pid int) (int64, error) {
-	p, err := procfs.NewProc(pid)
-	if err != nil {
-		return 0, err
-	}
-	status, err := p.NewStatus()
-	return int64(status.RssAnon + status.VmSwap), err
-}
-
-// dumpedMemory is what CRIU writes of the memory of a process, in bytes. It is
-// exact from when CRIU's own code is in the process, as that is placed over a page
-// of a program, which becomes anonymous so.
-func dumpedMemory(pid int) (int64, error) {
-	f, err := os.Open(fmt.Sprintf("/proc/%d/smaps", pid))
-	if err != nil {
-		return 0, err
-	}
-	defer f.Close()
-	return sumMappings(f)
-}
-
 // hasRoom tells whether a file system has room for twice so many bytes, and more: if
 // CRIU's images and the image are on the same, neither may take what the end of the
 // dump needs.
 func hasRoom(dir string, size int64) bool {
 	var st unix.Statfs_t
-	return unix.Statfs(dir, &st) == nil && int64(st.Bavail)*st.Bsize > 2*size+earlyLeast
+	return unix.Statfs(dir, &st) == nil && int64(st.Bavail)*st.Bsize > 2*size+earlySpare
 }
 
 // cached tells whether the kernel takes so many bytes before it makes who writes
@@ -259,41 +209,6 @@ func dirtyRoom(vmstat string) int64 {
 	}
 	room := (pages["nr_dirty_threshold"]+pages["nr_dirty_background_threshold"])/2 - pages["nr_dirty"] - pages["nr_writeback"]
 	return room * int64(os.Getpagesize())
-}
-
-// sumMappings adds up what CRIU writes of the mappings in an smaps file (proc(5)):
-// their anonymous pages, in memory or swapped, unless the kernel may drop those;
-// and all of the kernel's code that is mapped into each process.
-func sumMappings(smaps io.Reader) (size int64, err error) {
-	var private, vdso bool
-	var anonymous int64 // of the mapping
-	lines := bufio.NewScanner(smaps)
-	for lines.Scan() {
-		fields := strings.Fields(lines.Text())
-		if len(fields) < 2 {
-			continue
-		}
-		key, isField := strings.CutSuffix(fields[0], ":")
-		if !isField {
-			private = strings.HasSuffix(fields[1], "p")
-			vdso = fields[len(fields)-1] == "[vdso]"
-			anonymous = 0
-			continue
-		}
-		switch {
-		case key == "VmFlags": // the last
-			if !slices.Contains(fields, "dp") {
-				size += anonymous
-			}
-		case vdso && key == "Size", !vdso && key == "Anonymous", !vdso && private && key == "Swap":
-			kib, err := strconv.ParseInt(fields[1], 10, 64)
-			if err != nil {
-				return 0, fmt.Errorf("smaps: %w", err)
-			}
-			anonymous += kib << 10
-		}
-	}
-	return size, lines.Err()
 }
 
 // idleCPUs is Options.IdleCPUs, which may be nil.

@@ -5,65 +5,112 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 	"time"
+
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/pkg/archive/compression"
+	"github.com/containerd/containerd/v2/plugins/content/local"
+	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint/api"
+	"github.com/stasis-run/stasis/checkpoint/contentstore"
+	"github.com/stasis-run/stasis/checkpoint/oci"
 )
 
-func TestSumMappings(t *testing.T) {
-	mapping := func(head, flags string, fields ...string) string {
-		return head + "\nSize:                8 kB\n" + strings.Join(fields, "\n") + "\nVmFlags: " + flags + "\n"
-	}
-	const private, shared = "7f0000000000-7f0000002000 rw-p 00000000 00:00 0 ", "7f0000000000-7f0000002000 rw-s 00000000 00:05 7 /dev/zero (deleted)"
-	for _, tc := range []struct {
-		about, smaps string
-		want         int64 // in KiB; -1: an error
+// TestStartEarly starts the layer with the file that the shim tells of. It starts none
+// if the shim tells of none, as one does that is older, or of what is no such file.
+func TestStartEarly(t *testing.T) {
+	const content = "the memory of a process"
+	for about, tc := range map[string]struct {
+		files  []*api.MemoryFile
+		starts bool
 	}{
-		{"nothing", "", 0},
-		{"anonymous", mapping(private, "rd wr", "Rss: 8 kB", "Anonymous: 4 kB", "Swap: 0 kB"), 4},
-		{"swapped", mapping(private, "rd wr", "Anonymous: 4 kB", "Swap: 4 kB"), 8},
-		{"a file, written to", mapping("400000-402000 r-xp 00000000 fe:00 9 /bin/a [b] c", "rd ex", "Anonymous: 4 kB", "Swap: 0 kB"), 4},
-		{"shared", mapping(shared, "rd wr sh", "Anonymous: 0 kB", "Swap: 8 kB"), 0},
-		{"may be dropped", mapping(private, "rd wr wf dd dp", "Anonymous: 4 kB", "Swap: 0 kB"), 0},
-		{"the kernel's code", mapping("7f0000000000-7f0000002000 r-xp 00000000 00:00 0    [vdso]", "rd ex", "Anonymous: 4 kB", "Swap: 0 kB"), 8},
-		{"several", mapping(private, "rd", "Anonymous: 4 kB") + mapping(private, "dp", "Anonymous: 4 kB") + mapping(private, "rd", "Anonymous: 8 kB"), 12},
-		{"no number", mapping(private, "rd", "Anonymous: x kB"), -1},
+		"told":           {[]*api.MemoryFile{{Path: "sub/pages-1.img", Size: uint64(len(content))}}, true},
+		"told twice":     {[]*api.MemoryFile{{Path: "sub/pages-1.img", Size: uint64(len(content))}, {Path: "x", Size: 1}}, true},
+		"an older shim":  {nil, false},
+		"another size":   {[]*api.MemoryFile{{Path: "sub/pages-1.img", Size: uint64(len(content)) + 1}}, false},
+		"no size":        {[]*api.MemoryFile{{Path: "sub/pages-1.img"}}, false},
+		"an absurd size": {[]*api.MemoryFile{{Path: "sub/pages-1.img", Size: 1 << 63}}, false},
+		"elsewhere":      {[]*api.MemoryFile{{Path: "../pages-1.img", Size: uint64(len(content))}}, false},
 	} {
-		got, err := sumMappings(strings.NewReader(tc.smaps))
-		if (err != nil) != (tc.want < 0) || err == nil && got != tc.want<<10 {
-			t.Errorf("%s: %d, %v, want %d KiB", tc.about, got, err, tc.want)
+		t.Run(about, func(t *testing.T) {
+			root, dir := t.TempDir(), t.TempDir()
+			if tc.starts && !(cached(int64(len(content))) && hasRoom(root, int64(len(content)))) {
+				t.Skip("the disk is busy or full, so nothing starts early")
+			}
+			store, err := local.NewStore(root)
+			must0(t, err)
+			c, err := client.New("", client.WithServices(client.WithContentStore(store)))
+			must0(t, err)
+			images := filepath.Join(dir, "images")
+			must0(t, os.MkdirAll(filepath.Join(images, "sub"), 0o700))
+			for _, file := range []string{filepath.Join(images, "sub", "pages-1.img"), filepath.Join(dir, "pages-1.img")} {
+				must0(t, os.WriteFile(file, []byte(content), 0o600))
+			}
+			idle := make(chan bool, 2)
+			d := &dumper{client: c, node: Dial("", Options{IdleCPUs: func() (undo func()) {
+				idle <- true
+				return func() { idle <- false }
+			}})}
+			e := d.startEarly(t.Context(), images, time.Now(), oci.Options{Compression: compression.Uncompressed, Folder: contentstore.At(root, "2.4.2"), Progress: func(string, int64, int64) {}})
+			defer e.discard(t.Context())
+			for _, file := range tc.files {
+				e.hasFile(file)
+			}
+			if tc.starts {
+				if !<-idle {
+					t.Error("it is done before it has begun")
+				}
+			}
+			e.hasEnded()
+			<-e.done
+			if tc.starts && <-idle {
+				t.Error("it begins twice")
+			}
+			name, size, _ := e.layer.Started()
+			if got := name == "pages-1.img" && size == int64(len(content)); got != tc.starts || !got && name != "" {
+				t.Errorf("started with %q, %d bytes", name, size)
+			}
+		})
+	}
+}
+
+// TestOpenMemory: what a shim tells of is opened only where it was asked to write to,
+// and only if it is a file.
+func TestOpenMemory(t *testing.T) {
+	dir := t.TempDir()
+	images := filepath.Join(dir, "images")
+	must0(t, os.MkdirAll(filepath.Join(images, "sub"), 0o700))
+	for _, file := range []string{filepath.Join(dir, "secret"), filepath.Join(images, "sub", "pages-1.img")} {
+		must0(t, os.WriteFile(file, []byte("x"), 0o600))
+	}
+	must0(t, os.Symlink(filepath.Join(dir, "secret"), filepath.Join(images, "link")))
+	must0(t, unix.Mkfifo(filepath.Join(images, "fifo"), 0o600))
+	f, err := openMemory(images, &api.MemoryFile{Path: "sub/pages-1.img"})
+	must0(t, err)
+	defer f.Close()
+	if got := filepath.Base(f.Name()); got != "pages-1.img" {
+		t.Errorf("it is called %s", got)
+	}
+	for _, path := range []string{"", ".", "sub", "none", "link", "fifo", "../secret", "sub/../../secret", filepath.Join(dir, "secret"), filepath.Join(images, "sub", "pages-1.img")} {
+		if f, err := openMemory(images, &api.MemoryFile{Path: path}); err == nil {
+			t.Errorf("%q: opened %s", path, f.Name())
 		}
 	}
 }
 
-// TestGrowing reads a file while it is written, as CRIU does, among others that are
-// smaller.
+// TestGrowing reads a file while it is written, as CRIU does.
 func TestGrowing(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "later")
 	e := &earlyLayer{dumped: make(chan struct{})}
-	found := make(chan *os.File)
-	go func() { found <- e.wait(dir, 10) }()
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range []string{"core-1.img", "pages-1.img"} {
-		if err := os.WriteFile(filepath.Join(dir, name), []byte("0123456789"), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	w, err := os.Create(filepath.Join(dir, "pages-2.img"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	w, err := os.Create(filepath.Join(t.TempDir(), "pages-2.img"))
+	must0(t, err)
 	defer w.Close()
-	if _, err := io.WriteString(w, "0123456789a"); err != nil {
-		t.Fatal(err)
-	}
-	f := <-found
+	_, err = io.WriteString(w, "0123456789a")
+	must0(t, err)
+	f, err := os.Open(w.Name())
+	must0(t, err)
 	defer f.Close()
-	if filepath.Base(f.Name()) != "pages-2.img" {
-		t.Fatalf("found %s", f.Name())
-	}
 	read := make(chan string)
 	started := make(chan struct{})
 	go func() {
@@ -80,26 +127,21 @@ func TestGrowing(t *testing.T) {
 		read <- string(head) + string(rest)
 	}()
 	<-started
-	if _, err := io.WriteString(w, "bc"); err != nil {
-		t.Fatal(err)
-	}
+	_, err = io.WriteString(w, "bc")
+	must0(t, err)
 	select {
 	case got := <-read:
 		t.Errorf("ended with %q before CRIU has", got)
 	case <-time.After(10 * pause):
 	}
-	if _, err := io.WriteString(w, "d"); err != nil {
-		t.Fatal(err)
-	}
+	_, err = io.WriteString(w, "d")
+	must0(t, err)
 	close(e.dumped)
 	if got := <-read; got != "0123456789abcd" {
 		t.Errorf("read %q", got)
 	}
 	if n, err := (&growing{f, 15, e}).Read(make([]byte, 1)); n != 0 || !errors.Is(err, errSize) {
 		t.Errorf("another size: %d, %v", n, err)
-	}
-	if f := e.wait(t.TempDir(), 0); f != nil {
-		t.Errorf("found %s after CRIU has ended", f.Name())
 	}
 }
 

@@ -120,7 +120,7 @@ func (n *Node) Save(ctx context.Context, r SaveRequest) (_ *Saved, err error) {
 	defer conn.Close()
 	result, err := conn.checkpoint(ctx, &api.CheckpointRequest{
 		Id: container.ID(), ImagePath: saved.images(), Exit: r.Exit, Options: r.Options.forShim(),
-	}, bar)
+	}, bar, nil)
 	if err != nil {
 		return nil, err
 	}

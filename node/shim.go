@@ -70,9 +70,10 @@ func shimAddress(bundle string) (string, error) {
 	return params.Address, nil
 }
 
-// checkpoint makes a checkpoint by Stasis's own service. The error matches
+// checkpoint makes a checkpoint by Stasis's own service. hasFile is called with the
+// memory file if the shim tells of one, and must not wait. The error matches
 // errdefs.ErrNotImplemented if the shim is not Stasis's.
-func (s *shim) checkpoint(ctx context.Context, r *api.CheckpointRequest, bar *stages) (*api.CheckpointResult, error) {
+func (s *shim) checkpoint(ctx context.Context, r *api.CheckpointRequest, bar *stages, hasFile func(*api.MemoryFile)) (*api.CheckpointResult, error) {
 	stream, err := s.Checkpoint(ctx, r)
 	if err != nil {
 		return nil, errgrpc.ToNative(err)
@@ -98,6 +99,9 @@ func (s *shim) checkpoint(ctx context.Context, r *api.CheckpointRequest, bar *st
 		default:
 			bar.begin("dump")
 			bar.set(sum.add(p))
+		}
+		if file := update.GetMemoryFile(); file != nil {
+			hasFile(file)
 		}
 		if result := update.GetResult(); result != nil {
 			return result, nil

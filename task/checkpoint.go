@@ -28,6 +28,7 @@ type dump struct {
 	leaveSum    bool // as in criu.DumpRequest
 	baseConfig  string
 	while       func(context.Context) error
+	memoryFile  func(criu.MemoryFile) // as in criu.DumpRequest
 }
 
 // dumpOf is what containerd's options ask for.
@@ -91,6 +92,7 @@ func (c *container) checkpoint(ctx context.Context, d dump) (*criu.DumpResult, e
 		Durable:     d.durable,
 		LeaveSum:    d.leaveSum,
 		While:       d.while,
+		MemoryFile:  d.memoryFile,
 		Container: checkpoint.Container{
 			ID:         c.id,
 			Namespace:  c.namespace,

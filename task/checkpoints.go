@@ -39,16 +39,14 @@ func (s checkpoints) Checkpoint(ctx context.Context, r *api.CheckpointRequest, s
 	// after the container's end.
 	s.s.background.Add(1)
 	defer s.s.background.Done()
-	result, err := s.checkpoint(ctx, r, func(p *api.Progress) error {
-		return stream.Send(&api.CheckpointUpdate{Update: &api.CheckpointUpdate_Progress{Progress: p}})
-	})
+	result, err := s.checkpoint(ctx, r, stream.Send)
 	if err != nil {
 		return errgrpc.ToGRPC(err)
 	}
 	return stream.Send(&api.CheckpointUpdate{Update: &api.CheckpointUpdate_Result{Result: result}})
 }
 
-func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, send func(*api.Progress) error) (*api.CheckpointResult, error) {
+func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, send func(*api.CheckpointUpdate) error) (*api.CheckpointResult, error) {
 	c, err := s.s.find(r.Id)
 	if err != nil {
 		return nil, err
@@ -96,9 +94,9 @@ func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, s
 	defer cancel(nil)
 	defer context.AfterFunc(client, func() { cancel(errors.New("the client went away")) })()
 
-	m := &meter{container: c, dir: r.ImagePath}
-	defer m.run(func(p *api.Progress) {
-		if err := send(p); err != nil {
+	m := &meter{container: c, dir: r.ImagePath, memoryFile: make(chan criu.MemoryFile, 1)}
+	defer m.run(func(u *api.CheckpointUpdate) {
+		if err := send(u); err != nil {
 			cancel(fmt.Errorf("tell the client of the progress: %w", err))
 		}
 	})()
@@ -111,6 +109,9 @@ func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, s
 		durable:     r.Exit,
 		leaveSum:    r.LeaveSum,
 		baseConfig:  r.BaseConfig,
+	}
+	if r.TellMemoryFile {
+		d.memoryFile = func(f criu.MemoryFile) { m.memoryFile <- f }
 	}
 	result := &api.CheckpointResult{}
 	copied := time.Duration(0)
@@ -202,15 +203,17 @@ func replaceFile(path string, data []byte) error {
 	return errors.Join(err, f.Close())
 }
 
-// meter tells how far a checkpoint is.
+// meter tells a client how far its checkpoint is. Its goroutine is the only one that
+// sends while the checkpoint is made.
 type meter struct {
-	container *container
-	dir       string
-	copied    atomic.Int64
+	container  *container
+	dir        string
+	copied     atomic.Int64
+	memoryFile chan criu.MemoryFile // has room for the one that there is at most
 }
 
-// run sends progress until the returned function is called.
-func (m *meter) run(send func(*api.Progress)) (stop func()) {
+// run sends updates until the returned function is called.
+func (m *meter) run(send func(*api.CheckpointUpdate)) (stop func()) {
 	total := m.container.anonymous()
 	done, stopped := make(chan struct{}), make(chan struct{})
 	go func() {
@@ -221,23 +224,35 @@ func (m *meter) run(send func(*api.Progress)) (stop func()) {
 			select {
 			case <-done:
 				return
+			case f := <-m.memoryFile:
+				send(&api.CheckpointUpdate{Update: &api.CheckpointUpdate_MemoryFile{
+					MemoryFile: &api.MemoryFile{Path: f.Path, Size: uint64(f.Size)},
+				}})
 			case <-tick.C:
-			}
-			stage, dir := "dump", filepath.Join(m.dir, layout.Partial)
-			if images := sizeOf(dir); images == 0 {
-				if rounds, _ := filepath.Glob(filepath.Join(dir, layout.PreDumps)); len(rounds) > 0 {
-					stage, dir = "pre-dump", filepath.Join(dir, layout.PreDump(len(rounds)))
-				}
-			}
-			send(&api.Progress{Stage: stage, DoneBytes: uint64(sizeOf(dir)), TotalBytes: uint64(total)})
-			if n := m.copied.Load(); n > 0 {
-				send(&api.Progress{Stage: "rootfs", DoneBytes: uint64(n)})
+				m.sendProgress(send, total)
 			}
 		}
 	}()
 	return func() {
 		close(done)
 		<-stopped
+	}
+}
+
+// sendProgress says how much of about total bytes is written.
+func (m *meter) sendProgress(send func(*api.CheckpointUpdate), total int64) {
+	progress := func(p *api.Progress) {
+		send(&api.CheckpointUpdate{Update: &api.CheckpointUpdate_Progress{Progress: p}})
+	}
+	stage, dir := "dump", filepath.Join(m.dir, layout.Partial)
+	if images := sizeOf(dir); images == 0 {
+		if rounds, _ := filepath.Glob(filepath.Join(dir, layout.PreDumps)); len(rounds) > 0 {
+			stage, dir = "pre-dump", filepath.Join(dir, layout.PreDump(len(rounds)))
+		}
+	}
+	progress(&api.Progress{Stage: stage, DoneBytes: uint64(sizeOf(dir)), TotalBytes: uint64(total)})
+	if n := m.copied.Load(); n > 0 {
+		progress(&api.Progress{Stage: "rootfs", DoneBytes: uint64(n)})
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	taskapi "github.com/containerd/containerd/api/runtime/task/v2"
 	"github.com/containerd/containerd/api/types/runc/options"
@@ -199,7 +200,7 @@ func TestOwnCheckpoint(t *testing.T) {
 		}
 		return nil
 	})
-	result, err := (checkpoints{f.s}).checkpoint(t.Context(), r, func(*api.Progress) error { return nil })
+	result, err := (checkpoints{f.s}).checkpoint(t.Context(), r, func(*api.CheckpointUpdate) error { return nil })
 	must(t, err)
 	if data, err := os.ReadFile(filepath.Join(dir, "rootfs", "file")); err != nil || string(data) != "x" {
 		t.Errorf("the copy: %q, %v", data, err)
@@ -217,11 +218,68 @@ func TestOwnCheckpoint(t *testing.T) {
 	dir = t.TempDir()
 	r.ImagePath, r.RootfsPath = filepath.Join(dir, "checkpoint"), filepath.Join(dir, "rootfs")
 	f.rt.Before(processtest.Checkpoint, fails)
-	if _, err := (checkpoints{f.s}).checkpoint(t.Context(), r, func(*api.Progress) error { return nil }); !errors.Is(err, errTest) {
+	if _, err := (checkpoints{f.s}).checkpoint(t.Context(), r, func(*api.CheckpointUpdate) error { return nil }); !errors.Is(err, errTest) {
 		t.Errorf("%v", err)
 	}
 	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
 		t.Errorf("left: %v, %v", left, err)
+	}
+}
+
+// TestTellMemoryFile tells a client that has asked for it, and no other, where CRIU writes
+// the memory of a process that has much more than the others, and how large that will be.
+func TestTellMemoryFile(t *testing.T) {
+	const held = 80 << 20
+	for about, tc := range map[string]struct {
+		ask, exit bool
+		files     int
+	}{
+		"asked":            {ask: true, files: 1},
+		"asked, with exit": {ask: true, exit: true, files: 1},
+		"not asked":        {},
+	} {
+		t.Run(about, func(t *testing.T) {
+			f := newFixture(t)
+			f.run()
+			f.rt.Hold(held)
+			dir := filepath.Join(t.TempDir(), "checkpoint")
+			var told []*api.MemoryFile
+			heard := make(chan struct{}, 1)
+			f.rt.Before(processtest.Checkpoint, func(context.Context) error {
+				for name, size := range map[string]int64{"pages-1.img": 4096, "pages-2.img": 16 << 20} {
+					path := filepath.Join(dir, layout.Partial, name)
+					if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Truncate(path, size)); err != nil {
+						return err
+					}
+				}
+				if tc.files == 0 {
+					time.Sleep(100 * time.Millisecond)
+					return nil
+				}
+				select {
+				case <-heard:
+				case <-t.Context().Done():
+				}
+				return nil
+			})
+			r := &api.CheckpointRequest{Id: "c", ImagePath: dir, Exit: tc.exit, TellMemoryFile: tc.ask}
+			_, err := (checkpoints{f.s}).checkpoint(t.Context(), r, func(u *api.CheckpointUpdate) error {
+				if file := u.GetMemoryFile(); file != nil {
+					told = append(told, file)
+					heard <- struct{}{}
+				}
+				return nil
+			})
+			must(t, err)
+			if len(told) != tc.files {
+				t.Fatalf("told of %v, want %d", told, tc.files)
+			}
+			for _, file := range told {
+				if file.Path != filepath.Join(layout.Partial, "pages-2.img") || file.Size < held || file.Size > held+16<<20 {
+					t.Errorf("told of %v", file)
+				}
+			}
+		})
 	}
 }
 
@@ -234,7 +292,7 @@ func TestClientGoesAway(t *testing.T) {
 	ctx, goAway := context.WithCancel(t.Context())
 	dir := filepath.Join(t.TempDir(), "checkpoint")
 	dumped := async(func() error {
-		_, err := (checkpoints{f.s}).checkpoint(ctx, &api.CheckpointRequest{Id: "c", ImagePath: dir}, func(*api.Progress) error { return nil })
+		_, err := (checkpoints{f.s}).checkpoint(ctx, &api.CheckpointRequest{Id: "c", ImagePath: dir}, func(*api.CheckpointUpdate) error { return nil })
 		return err
 	})
 	point.Wait()

@@ -4,8 +4,8 @@
 // 	protoc        v3.21.12
 // source: checkpoint.proto
 
-// What a Stasis shim serves beside containerd's Task service, on the same
-// socket: a checkpoint with one short freeze.
+// The service that a Stasis shim offers beside containerd's Task service, on the
+// same socket: a checkpoint with one short freeze.
 
 package api
 
@@ -28,31 +28,35 @@ type CheckpointRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// ID of a container of this shim.
 	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	// Absolute path of the folder for CRIU's images and stasis.json, which may
-	// hold an older checkpoint.
+	// Absolute path of the folder for CRIU's images and stasis.json. It may hold an
+	// older checkpoint.
 	ImagePath string `protobuf:"bytes,2,opt,name=image_path,json=imagePath,proto3" json:"image_path,omitempty"`
-	// Absolute path of a folder, not existing yet, for a copy of the writable
-	// layer, whiteouts and all; or, where the root filesystem is not an overlay,
-	// of all of it. Empty: no copy. Refused with exit, where nothing writes any
-	// more.
+	// Absolute path of a folder that does not exist yet, for a copy of the writable
+	// layer with its whiteouts. If the root filesystem is not an overlay, all of it is
+	// copied. Empty: no copy. Refused with exit, because nothing writes to the layer
+	// any more.
 	RootfsPath string `protobuf:"bytes,3,opt,name=rootfs_path,json=rootfsPath,proto3" json:"rootfs_path,omitempty"`
 	// The container ends with the checkpoint.
 	Exit    bool         `protobuf:"varint,4,opt,name=exit,proto3" json:"exit,omitempty"`
 	Options *CRIUOptions `protobuf:"bytes,5,opt,name=options,proto3" json:"options,omitempty"`
-	// How often the memory is written before, each time what has changed since the
-	// last, while the container runs; negative: until a time has no less to write
-	// than the one before. Needs a kernel with CONFIG_MEM_SOFT_DIRTY.
+	// Number of pre-dumps: the memory is written while the container still runs, and
+	// each pre-dump writes what changed since the one before. Negative: until a
+	// pre-dump writes no less than the one before. Needs a kernel with
+	// CONFIG_MEM_SOFT_DIRTY.
 	PreDumps int32 `protobuf:"varint,6,opt,name=pre_dumps,json=preDumps,proto3" json:"pre_dumps,omitempty"`
-	// The manifest has no sum of the largest file, so that no restore takes the
-	// checkpoint until the client has added it: who reads that file anyway spares
-	// it being read twice, and signs the checkpoint. Refused with exit, where the folder may be all that is
-	// left of the container.
+	// Leave the checksum of the largest file out of the manifest, and do not sign the
+	// checkpoint. No restore accepts it before the client has added the checksum. A
+	// client that reads that file anyway computes the checksum on the way, and then
+	// signs; so the file is read once. Refused with exit, because the folder may be
+	// all that is left of the container.
 	LeaveSum bool `protobuf:"varint,7,opt,name=leave_sum,json=leaveSum,proto3" json:"leave_sum,omitempty"`
 	// Digest of the config of the image that the container was made from, for the
-	// manifest; empty: not known.
-	BaseConfig    string `protobuf:"bytes,8,opt,name=base_config,json=baseConfig,proto3" json:"base_config,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	// manifest. Empty: unknown.
+	BaseConfig string `protobuf:"bytes,8,opt,name=base_config,json=baseConfig,proto3" json:"base_config,omitempty"`
+	// Send a MemoryFile, if there is one.
+	TellMemoryFile bool `protobuf:"varint,9,opt,name=tell_memory_file,json=tellMemoryFile,proto3" json:"tell_memory_file,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *CheckpointRequest) Reset() {
@@ -141,8 +145,15 @@ func (x *CheckpointRequest) GetBaseConfig() string {
 	return ""
 }
 
-// CRIUOptions are options of CRIU's dump, under the names of
-// containerd.runc.v1.CheckpointOptions where it has them.
+func (x *CheckpointRequest) GetTellMemoryFile() bool {
+	if x != nil {
+		return x.TellMemoryFile
+	}
+	return false
+}
+
+// CRIUOptions are options of CRIU's dump. Those that are also in
+// containerd.runc.v1.CheckpointOptions have the same names.
 type CRIUOptions struct {
 	state               protoimpl.MessageState `protogen:"open.v1"`
 	OpenTcp             bool                   `protobuf:"varint,1,opt,name=open_tcp,json=openTcp,proto3" json:"open_tcp,omitempty"`                                       // --tcp-established
@@ -151,7 +162,7 @@ type CRIUOptions struct {
 	Terminal            bool                   `protobuf:"varint,4,opt,name=terminal,proto3" json:"terminal,omitempty"`                                                    // --shell-job
 	FileLocks           bool                   `protobuf:"varint,5,opt,name=file_locks,json=fileLocks,proto3" json:"file_locks,omitempty"`                                 // --file-locks
 	LinkRemap           bool                   `protobuf:"varint,6,opt,name=link_remap,json=linkRemap,proto3" json:"link_remap,omitempty"`                                 // --link-remap
-	GhostLimit          uint64                 `protobuf:"varint,7,opt,name=ghost_limit,json=ghostLimit,proto3" json:"ghost_limit,omitempty"`                              // --ghost-limit in bytes; 0: CRIU's own
+	GhostLimit          uint64                 `protobuf:"varint,7,opt,name=ghost_limit,json=ghostLimit,proto3" json:"ghost_limit,omitempty"`                              // --ghost-limit in bytes; 0: CRIU's default
 	EmptyNamespaces     []string               `protobuf:"bytes,8,rep,name=empty_namespaces,json=emptyNamespaces,proto3" json:"empty_namespaces,omitempty"`
 	CgroupsMode         string                 `protobuf:"bytes,9,opt,name=cgroups_mode,json=cgroupsMode,proto3" json:"cgroups_mode,omitempty"` // --manage-cgroups-mode
 	unknownFields       protoimpl.UnknownFields
@@ -257,6 +268,7 @@ type CheckpointUpdate struct {
 	//
 	//	*CheckpointUpdate_Progress
 	//	*CheckpointUpdate_Result
+	//	*CheckpointUpdate_MemoryFile
 	Update        isCheckpointUpdate_Update `protobuf_oneof:"update"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -317,6 +329,15 @@ func (x *CheckpointUpdate) GetResult() *CheckpointResult {
 	return nil
 }
 
+func (x *CheckpointUpdate) GetMemoryFile() *MemoryFile {
+	if x != nil {
+		if x, ok := x.Update.(*CheckpointUpdate_MemoryFile); ok {
+			return x.MemoryFile
+		}
+	}
+	return nil
+}
+
 type isCheckpointUpdate_Update interface {
 	isCheckpointUpdate_Update()
 }
@@ -329,13 +350,19 @@ type CheckpointUpdate_Result struct {
 	Result *CheckpointResult `protobuf:"bytes,2,opt,name=result,proto3,oneof"`
 }
 
+type CheckpointUpdate_MemoryFile struct {
+	MemoryFile *MemoryFile `protobuf:"bytes,3,opt,name=memory_file,json=memoryFile,proto3,oneof"`
+}
+
 func (*CheckpointUpdate_Progress) isCheckpointUpdate_Update() {}
 
 func (*CheckpointUpdate_Result) isCheckpointUpdate_Update() {}
 
+func (*CheckpointUpdate_MemoryFile) isCheckpointUpdate_Update() {}
+
 type Progress struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// "pre-dump"; then "dump" and "rootfs", which go on side by side.
+	// "pre-dump", then "dump" and "rootfs", which run in parallel.
 	Stage     string `protobuf:"bytes,1,opt,name=stage,proto3" json:"stage,omitempty"`
 	DoneBytes uint64 `protobuf:"varint,2,opt,name=done_bytes,json=doneBytes,proto3" json:"done_bytes,omitempty"`
 	// An estimate; 0: unknown.
@@ -395,11 +422,70 @@ func (x *Progress) GetTotalBytes() uint64 {
 	return 0
 }
 
+// MemoryFile is the file with the memory of the largest process. It is sent at most
+// once, while CRIU writes the file, so that a client can read it as it grows. It is
+// not sent without tell_memory_file, with pre_dumps, or if no process has much more
+// memory than the others.
+type MemoryFile struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Relative to image_path. In a finished checkpoint, the file is in image_path
+	// itself, with the same name.
+	Path string `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	// The size in bytes that the file will have. It is computed from the process's
+	// mappings, so a client has to compare it with the file when the result is there.
+	Size          uint64 `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MemoryFile) Reset() {
+	*x = MemoryFile{}
+	mi := &file_checkpoint_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MemoryFile) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MemoryFile) ProtoMessage() {}
+
+func (x *MemoryFile) ProtoReflect() protoreflect.Message {
+	mi := &file_checkpoint_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MemoryFile.ProtoReflect.Descriptor instead.
+func (*MemoryFile) Descriptor() ([]byte, []int) {
+	return file_checkpoint_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *MemoryFile) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *MemoryFile) GetSize() uint64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
 type CheckpointResult struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Stages []*Stage               `protobuf:"bytes,1,rep,name=stages,proto3" json:"stages,omitempty"`
-	// For how long the container stood still; with exit, until CRIU had written
-	// it.
+	// How long the container was frozen. With exit: until CRIU had written it.
 	FrozenNs    uint64     `protobuf:"varint,2,opt,name=frozen_ns,json=frozenNs,proto3" json:"frozen_ns,omitempty"`
 	Criu        *CRIUStats `protobuf:"bytes,3,opt,name=criu,proto3" json:"criu,omitempty"`
 	ImageBytes  uint64     `protobuf:"varint,4,opt,name=image_bytes,json=imageBytes,proto3" json:"image_bytes,omitempty"`
@@ -409,10 +495,10 @@ type CheckpointResult struct {
 	CriuVersion    string `protobuf:"bytes,7,opt,name=criu_version,json=criuVersion,proto3" json:"criu_version,omitempty"`
 	RuntimeName    string `protobuf:"bytes,8,opt,name=runtime_name,json=runtimeName,proto3" json:"runtime_name,omitempty"` // "runc", "crun"
 	RuntimeVersion string `protobuf:"bytes,9,opt,name=runtime_version,json=runtimeVersion,proto3" json:"runtime_version,omitempty"`
-	// What each pre-dump has written.
+	// One for each pre-dump, in order.
 	PreDumps []*PreDump `protobuf:"bytes,10,rep,name=pre_dumps,json=preDumps,proto3" json:"pre_dumps,omitempty"`
-	// Why the checkpoint is not signed; empty: it is, or, with leave_sum, whoever
-	// completes it signs it.
+	// Why the checkpoint is not signed. Empty: it is signed; or with leave_sum, the
+	// client signs it.
 	Unsigned      string `protobuf:"bytes,11,opt,name=unsigned,proto3" json:"unsigned,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -420,7 +506,7 @@ type CheckpointResult struct {
 
 func (x *CheckpointResult) Reset() {
 	*x = CheckpointResult{}
-	mi := &file_checkpoint_proto_msgTypes[4]
+	mi := &file_checkpoint_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -432,7 +518,7 @@ func (x *CheckpointResult) String() string {
 func (*CheckpointResult) ProtoMessage() {}
 
 func (x *CheckpointResult) ProtoReflect() protoreflect.Message {
-	mi := &file_checkpoint_proto_msgTypes[4]
+	mi := &file_checkpoint_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -445,7 +531,7 @@ func (x *CheckpointResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointResult.ProtoReflect.Descriptor instead.
 func (*CheckpointResult) Descriptor() ([]byte, []int) {
-	return file_checkpoint_proto_rawDescGZIP(), []int{4}
+	return file_checkpoint_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *CheckpointResult) GetStages() []*Stage {
@@ -535,7 +621,7 @@ type PreDump struct {
 
 func (x *PreDump) Reset() {
 	*x = PreDump{}
-	mi := &file_checkpoint_proto_msgTypes[5]
+	mi := &file_checkpoint_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -547,7 +633,7 @@ func (x *PreDump) String() string {
 func (*PreDump) ProtoMessage() {}
 
 func (x *PreDump) ProtoReflect() protoreflect.Message {
-	mi := &file_checkpoint_proto_msgTypes[5]
+	mi := &file_checkpoint_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -560,7 +646,7 @@ func (x *PreDump) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreDump.ProtoReflect.Descriptor instead.
 func (*PreDump) Descriptor() ([]byte, []int) {
-	return file_checkpoint_proto_rawDescGZIP(), []int{5}
+	return file_checkpoint_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *PreDump) GetDurationNs() uint64 {
@@ -587,7 +673,7 @@ type Stage struct {
 
 func (x *Stage) Reset() {
 	*x = Stage{}
-	mi := &file_checkpoint_proto_msgTypes[6]
+	mi := &file_checkpoint_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -599,7 +685,7 @@ func (x *Stage) String() string {
 func (*Stage) ProtoMessage() {}
 
 func (x *Stage) ProtoReflect() protoreflect.Message {
-	mi := &file_checkpoint_proto_msgTypes[6]
+	mi := &file_checkpoint_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -612,7 +698,7 @@ func (x *Stage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stage.ProtoReflect.Descriptor instead.
 func (*Stage) Descriptor() ([]byte, []int) {
-	return file_checkpoint_proto_rawDescGZIP(), []int{6}
+	return file_checkpoint_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Stage) GetName() string {
@@ -629,7 +715,7 @@ func (x *Stage) GetDurationNs() uint64 {
 	return 0
 }
 
-// CRIUStats are those of stats-dump.
+// CRIUStats has the fields of CRIU's file stats-dump.
 type CRIUStats struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	FreezingUs    uint64                 `protobuf:"varint,1,opt,name=freezing_us,json=freezingUs,proto3" json:"freezing_us,omitempty"`
@@ -644,7 +730,7 @@ type CRIUStats struct {
 
 func (x *CRIUStats) Reset() {
 	*x = CRIUStats{}
-	mi := &file_checkpoint_proto_msgTypes[7]
+	mi := &file_checkpoint_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -656,7 +742,7 @@ func (x *CRIUStats) String() string {
 func (*CRIUStats) ProtoMessage() {}
 
 func (x *CRIUStats) ProtoReflect() protoreflect.Message {
-	mi := &file_checkpoint_proto_msgTypes[7]
+	mi := &file_checkpoint_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -669,7 +755,7 @@ func (x *CRIUStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CRIUStats.ProtoReflect.Descriptor instead.
 func (*CRIUStats) Descriptor() ([]byte, []int) {
-	return file_checkpoint_proto_rawDescGZIP(), []int{7}
+	return file_checkpoint_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *CRIUStats) GetFreezingUs() uint64 {
@@ -718,7 +804,7 @@ var File_checkpoint_proto protoreflect.FileDescriptor
 
 const file_checkpoint_proto_rawDesc = "" +
 	"\n" +
-	"\x10checkpoint.proto\x12\x14stasis.checkpoint.v1\"\x8f\x02\n" +
+	"\x10checkpoint.proto\x12\x14stasis.checkpoint.v1\"\xb9\x02\n" +
 	"\x11CheckpointRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
 	"\n" +
@@ -730,7 +816,8 @@ const file_checkpoint_proto_rawDesc = "" +
 	"\tpre_dumps\x18\x06 \x01(\x05R\bpreDumps\x12\x1b\n" +
 	"\tleave_sum\x18\a \x01(\bR\bleaveSum\x12\x1f\n" +
 	"\vbase_config\x18\b \x01(\tR\n" +
-	"baseConfig\"\xc2\x02\n" +
+	"baseConfig\x12(\n" +
+	"\x10tell_memory_file\x18\t \x01(\bR\x0etellMemoryFile\"\xc2\x02\n" +
 	"\vCRIUOptions\x12\x19\n" +
 	"\bopen_tcp\x18\x01 \x01(\bR\aopenTcp\x12\x1b\n" +
 	"\ttcp_close\x18\x02 \x01(\bR\btcpClose\x122\n" +
@@ -743,17 +830,23 @@ const file_checkpoint_proto_rawDesc = "" +
 	"\vghost_limit\x18\a \x01(\x04R\n" +
 	"ghostLimit\x12)\n" +
 	"\x10empty_namespaces\x18\b \x03(\tR\x0femptyNamespaces\x12!\n" +
-	"\fcgroups_mode\x18\t \x01(\tR\vcgroupsMode\"\x9c\x01\n" +
+	"\fcgroups_mode\x18\t \x01(\tR\vcgroupsMode\"\xe1\x01\n" +
 	"\x10CheckpointUpdate\x12<\n" +
 	"\bprogress\x18\x01 \x01(\v2\x1e.stasis.checkpoint.v1.ProgressH\x00R\bprogress\x12@\n" +
-	"\x06result\x18\x02 \x01(\v2&.stasis.checkpoint.v1.CheckpointResultH\x00R\x06resultB\b\n" +
+	"\x06result\x18\x02 \x01(\v2&.stasis.checkpoint.v1.CheckpointResultH\x00R\x06result\x12C\n" +
+	"\vmemory_file\x18\x03 \x01(\v2 .stasis.checkpoint.v1.MemoryFileH\x00R\n" +
+	"memoryFileB\b\n" +
 	"\x06update\"`\n" +
 	"\bProgress\x12\x14\n" +
 	"\x05stage\x18\x01 \x01(\tR\x05stage\x12\x1d\n" +
 	"\n" +
 	"done_bytes\x18\x02 \x01(\x04R\tdoneBytes\x12\x1f\n" +
 	"\vtotal_bytes\x18\x03 \x01(\x04R\n" +
-	"totalBytes\"\xcc\x03\n" +
+	"totalBytes\"4\n" +
+	"\n" +
+	"MemoryFile\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
+	"\x04size\x18\x02 \x01(\x04R\x04size\"\xcc\x03\n" +
 	"\x10CheckpointResult\x123\n" +
 	"\x06stages\x18\x01 \x03(\v2\x1b.stasis.checkpoint.v1.StageR\x06stages\x12\x1b\n" +
 	"\tfrozen_ns\x18\x02 \x01(\x04R\bfrozenNs\x123\n" +
@@ -802,31 +895,33 @@ func file_checkpoint_proto_rawDescGZIP() []byte {
 	return file_checkpoint_proto_rawDescData
 }
 
-var file_checkpoint_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_checkpoint_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
 var file_checkpoint_proto_goTypes = []any{
 	(*CheckpointRequest)(nil), // 0: stasis.checkpoint.v1.CheckpointRequest
 	(*CRIUOptions)(nil),       // 1: stasis.checkpoint.v1.CRIUOptions
 	(*CheckpointUpdate)(nil),  // 2: stasis.checkpoint.v1.CheckpointUpdate
 	(*Progress)(nil),          // 3: stasis.checkpoint.v1.Progress
-	(*CheckpointResult)(nil),  // 4: stasis.checkpoint.v1.CheckpointResult
-	(*PreDump)(nil),           // 5: stasis.checkpoint.v1.PreDump
-	(*Stage)(nil),             // 6: stasis.checkpoint.v1.Stage
-	(*CRIUStats)(nil),         // 7: stasis.checkpoint.v1.CRIUStats
+	(*MemoryFile)(nil),        // 4: stasis.checkpoint.v1.MemoryFile
+	(*CheckpointResult)(nil),  // 5: stasis.checkpoint.v1.CheckpointResult
+	(*PreDump)(nil),           // 6: stasis.checkpoint.v1.PreDump
+	(*Stage)(nil),             // 7: stasis.checkpoint.v1.Stage
+	(*CRIUStats)(nil),         // 8: stasis.checkpoint.v1.CRIUStats
 }
 var file_checkpoint_proto_depIdxs = []int32{
 	1, // 0: stasis.checkpoint.v1.CheckpointRequest.options:type_name -> stasis.checkpoint.v1.CRIUOptions
 	3, // 1: stasis.checkpoint.v1.CheckpointUpdate.progress:type_name -> stasis.checkpoint.v1.Progress
-	4, // 2: stasis.checkpoint.v1.CheckpointUpdate.result:type_name -> stasis.checkpoint.v1.CheckpointResult
-	6, // 3: stasis.checkpoint.v1.CheckpointResult.stages:type_name -> stasis.checkpoint.v1.Stage
-	7, // 4: stasis.checkpoint.v1.CheckpointResult.criu:type_name -> stasis.checkpoint.v1.CRIUStats
-	5, // 5: stasis.checkpoint.v1.CheckpointResult.pre_dumps:type_name -> stasis.checkpoint.v1.PreDump
-	0, // 6: stasis.checkpoint.v1.Checkpoints.Checkpoint:input_type -> stasis.checkpoint.v1.CheckpointRequest
-	2, // 7: stasis.checkpoint.v1.Checkpoints.Checkpoint:output_type -> stasis.checkpoint.v1.CheckpointUpdate
-	7, // [7:8] is the sub-list for method output_type
-	6, // [6:7] is the sub-list for method input_type
-	6, // [6:6] is the sub-list for extension type_name
-	6, // [6:6] is the sub-list for extension extendee
-	0, // [0:6] is the sub-list for field type_name
+	5, // 2: stasis.checkpoint.v1.CheckpointUpdate.result:type_name -> stasis.checkpoint.v1.CheckpointResult
+	4, // 3: stasis.checkpoint.v1.CheckpointUpdate.memory_file:type_name -> stasis.checkpoint.v1.MemoryFile
+	7, // 4: stasis.checkpoint.v1.CheckpointResult.stages:type_name -> stasis.checkpoint.v1.Stage
+	8, // 5: stasis.checkpoint.v1.CheckpointResult.criu:type_name -> stasis.checkpoint.v1.CRIUStats
+	6, // 6: stasis.checkpoint.v1.CheckpointResult.pre_dumps:type_name -> stasis.checkpoint.v1.PreDump
+	0, // 7: stasis.checkpoint.v1.Checkpoints.Checkpoint:input_type -> stasis.checkpoint.v1.CheckpointRequest
+	2, // 8: stasis.checkpoint.v1.Checkpoints.Checkpoint:output_type -> stasis.checkpoint.v1.CheckpointUpdate
+	8, // [8:9] is the sub-list for method output_type
+	7, // [7:8] is the sub-list for method input_type
+	7, // [7:7] is the sub-list for extension type_name
+	7, // [7:7] is the sub-list for extension extendee
+	0, // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_checkpoint_proto_init() }
@@ -837,6 +932,7 @@ func file_checkpoint_proto_init() {
 	file_checkpoint_proto_msgTypes[2].OneofWrappers = []any{
 		(*CheckpointUpdate_Progress)(nil),
 		(*CheckpointUpdate_Result)(nil),
+		(*CheckpointUpdate_MemoryFile)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -844,7 +940,7 @@ func file_checkpoint_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_checkpoint_proto_rawDesc), len(file_checkpoint_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   8,
+			NumMessages:   9,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -46,6 +46,12 @@ type DumpRequest struct {
 	// Not with Exit: CRIU could have ended the container when this fails.
 	While func(ctx context.Context) error
 
+	// MemoryFile, if not nil, is called with the file of the largest process's memory
+	// once CRIU has begun to write it: at most once, from another goroutine, and never
+	// after Dump has returned. It must not wait. It is not called with PreDumps, without
+	// Cgroup, or if no process has much more memory than the others.
+	MemoryFile func(MemoryFile)
+
 	Container  checkpoint.Container // for the manifest
 	TerminalIO bool
 	// Key signs the checkpoint; nil: it is not signed. With LeaveSum, AddSum does.
@@ -135,7 +141,14 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 		if n := len(preDumps); n > 0 {
 			opts.ParentPath = layout.PreDump(n)
 		}
-		err = r.frozen(ctx, func() error { return r.Runtime.Checkpoint(criuCtx, opts, actions...) })
+		watch := r.watchMemory(ctx, folder.Path())
+		// Only after the thaw: it may be reading the mappings.
+		defer watch.wait()
+		err = r.frozen(ctx, func() error {
+			// CRIU's code has left the process by then, so a size would be wrong.
+			defer watch.end()
+			return r.Runtime.Checkpoint(criuCtx, opts, actions...)
+		})
 	}
 	if err != nil && r.Exit && finished(r.logPath()) {
 		// CRIU was killed while it killed the container, of which this is now

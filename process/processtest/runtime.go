@@ -107,6 +107,37 @@ func (r *Runtime) Calls() []string {
 	return slices.Clone(r.calls)
 }
 
+// Hold starts another process of the container, and returns when that has so many bytes
+// of memory.
+func (r *Runtime) Hold(size int64) {
+	r.t.Helper()
+	out, in, err := os.Pipe()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.t.Cleanup(func() { out.Close() })
+	// It reads one block of that size, and waits for a reader of the rest.
+	c, err := r.spawn(output{w: in}, "dd", "if=/dev/zero", "count=1", fmt.Sprintf("bs=%d", size))
+	in.Close()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.mu.Lock()
+	r.execs[fmt.Sprintf("hold %d", c.process.Pid)] = c
+	r.mu.Unlock()
+	if _, err := out.Read(make([]byte, 1)); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// output are the streams of a process of which only the output matters.
+type output struct {
+	runc.IO
+	w *os.File
+}
+
+func (o output) Set(cmd *exec.Cmd) { cmd.Stdout = o.w }
+
 // End has a process of the container, init for "", end by itself with status 0.
 func (r *Runtime) End(execID string) {
 	r.t.Helper()
