@@ -59,7 +59,7 @@ func (c *Checkpoint) Verdict() sign.Verdict { return c.verdict }
 
 // RanWith tells whether a spec, which came with the checkpoint, is the one that the
 // container ran with when it was made. That is known of a checkpoint that is signed;
-// the files of other forms may be anybody's.
+// the files of other formats may be anybody's.
 func (c *Checkpoint) RanWith(spec []byte) bool {
 	if c.manifest == nil || len(c.verdict.Signers) == 0 {
 		return false

@@ -19,7 +19,7 @@ const Unconfined = "unconfined"
 const maxSpecDepth = 64
 
 // SpecDigest is "sha256:" and the digest in hex of a container's spec, however that is
-// written: forms of a checkpoint keep what it says, and not each blank. What it is of:
+// written: formats of a checkpoint keep what it says, and not each blank. What it is of:
 // the JSON without blanks, keys sorted, "annotations" left out if there are none.
 //
 // A spec that says something twice is an error: readers disagree on what counts.

@@ -299,7 +299,7 @@ func TestCLIUpstream(t *testing.T) {
 	countsOn(t, s, c)
 
 	l := findListed(listCheckpoints(t, s), ref)
-	if l == nil || l.Form != "runnable" || l.Checkpoint == 0 {
+	if l == nil || l.Format != "runnable" || l.Checkpoint == 0 {
 		t.Fatalf("ls: %+v", l)
 	}
 	var report struct {

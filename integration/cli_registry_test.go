@@ -169,7 +169,7 @@ func TestCLIRegistry(t *testing.T) {
 		if out := other.Stasis("pull", name); out != name+"\n" {
 			t.Errorf("pull printed %q", out)
 		}
-		if l := findListed(listCheckpoints(t, other), name); l == nil || l.Form != "runnable" || l.Broken != "" {
+		if l := findListed(listCheckpoints(t, other), name); l == nil || l.Format != "runnable" || l.Broken != "" {
 			t.Errorf("ls: %+v", l)
 		}
 	}
@@ -177,10 +177,10 @@ func TestCLIRegistry(t *testing.T) {
 	if out := other.Stasis("inspect", ref); !strings.Contains(out, "sleep 1000") {
 		t.Errorf("inspect:\n%s", out)
 	}
-	// Every form travels.
-	for _, form := range []string{"index", "podman"} {
-		name := r.host + "/backup/c:" + form
-		s.Stasis("convert", ref, name, "--format", form)
+	// Every format travels.
+	for _, format := range []string{"index", "podman"} {
+		name := r.host + "/backup/c:" + format
+		s.Stasis("convert", ref, name, "--format", format)
 		s.Stasis("push", name)
 		other.Stasis("pull", name)
 		checkEqual(t, other, ref, name)

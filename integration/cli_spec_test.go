@@ -194,20 +194,20 @@ func TestHostileSpec(t *testing.T) {
 					flags = nil
 				}
 				editSpec(t, good, evil, tc.change)
-				for form, from := range map[string]string{"archive": evil, "image": imported} {
-					if form == "image" {
+				for format, from := range map[string]string{"archive": evil, "image": imported} {
+					if format == "image" {
 						s.Stasis("import", evil, imported)
 						before = inStore(ctx, t, s)
 					}
 					_, err := s.StasisErr(append([]string{"restore", from, "r"}, flags...)...)
 					if err == nil || !strings.Contains(err.Error(), tc.says) {
-						t.Errorf("%s, %s: %v", name, form, err)
+						t.Errorf("%s, %s: %v", name, format, err)
 					}
 					if after := inStore(ctx, t, s); !slices.Equal(before, after) {
-						t.Errorf("%s, %s: left\n%s\nwas\n%s", name, form, strings.Join(after, "\n"), strings.Join(before, "\n"))
+						t.Errorf("%s, %s: left\n%s\nwas\n%s", name, format, strings.Join(after, "\n"), strings.Join(before, "\n"))
 					}
 					checkTidy(t, s)
-					if form == "image" {
+					if format == "image" {
 						if out := s.Stasis("inspect", from); !strings.Contains(out, "ASKS FOR") {
 							t.Errorf("%s: inspect says %s", name, out)
 						}

@@ -44,10 +44,10 @@ func TestRunnableUnderCRI(t *testing.T) {
 			if out := p.Exec(ctx, id, "cat", "/etc/saved"); out != "saved\n" {
 				t.Errorf("exec printed %q", out)
 			}
-			// The other form shows that this one does look: it misses what a restore
+			// The other format shows that this one does look: it misses what a restore
 			// needs.
 			if _, err := p.CreateContainerErr(ctx, "b", podmans, []string{"sleep", "1"}); (err != nil) != (version == "2.1") {
-				t.Errorf("Podman's form: %v", err)
+				t.Errorf("Podman's format: %v", err)
 			}
 			p.Remove(ctx)
 		})

@@ -11,7 +11,7 @@ import (
 )
 
 // TestIndexForCtr has ctr restore what `stasis checkpoint` writes in containerd's
-// form.
+// format.
 func TestIndexForCtr(t *testing.T) {
 	t.Parallel()
 	s := stack.Start(t, stack.Options{})

@@ -53,9 +53,9 @@ func refuses(t *testing.T, err error, want ...string) {
 	}
 }
 
-// TestSignedForms: whoever makes a checkpoint, and in whatever form it is and was before,
-// it is signed, and what is signed can be told.
-func TestSignedForms(t *testing.T) {
+// TestSignedFormats: whoever makes a checkpoint, and in whatever format it is and was
+// before, it is signed, and what is signed can be told.
+func TestSignedFormats(t *testing.T) {
 	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
@@ -64,33 +64,33 @@ func TestSignedForms(t *testing.T) {
 	c.Stdout.WaitFor(ctx, "ready")
 	dir := t.TempDir()
 
-	forms := map[string]string{
+	formats := map[string]string{
 		"runnable": "stasis.test/cp:runnable", "index": "stasis.test/cp:index", "podman": "stasis.test/cp:podman", "archive": filepath.Join(dir, "cp.tar"),
 	}
-	for form, name := range forms {
-		if form == "archive" {
+	for format, name := range formats {
+		if format == "archive" {
 			s.Stasis("checkpoint", "c", "--output", name, "--compress", "none")
 		} else {
-			s.Stasis("checkpoint", "c", name, "--format", form)
+			s.Stasis("checkpoint", "c", name, "--format", format)
 		}
 		v := verifies(t, s, name)
 		if !v.Signers[0].Own || !v.Spec || v.Container.BaseConfig == "" || v.Container.Namespace != s.Namespace || v.Container.ID != "c" {
-			t.Errorf("%s: %+v, %+v", form, v, v.Container)
+			t.Errorf("%s: %+v, %+v", format, v, v.Container)
 		}
-		for other := range forms {
-			to := "stasis.test/" + form + ":" + other
+		for other := range formats {
+			to := "stasis.test/" + format + ":" + other
 			if other == "archive" {
-				to = filepath.Join(dir, form+"-"+other+".tar")
+				to = filepath.Join(dir, format+"-"+other+".tar")
 			}
 			s.Stasis("convert", name, to, "--format", other, "--compress", "none")
 			if got := verifies(t, s, to); !got.Spec || *got.Container != *v.Container {
-				t.Errorf("%s made of %s: %+v, %+v", other, form, got, got.Container)
+				t.Errorf("%s made of %s: %+v, %+v", other, format, got, got.Container)
 			}
 		}
 	}
 	key := strings.TrimSpace(s.Stasis("key", "init"))
 	ociLayout := filepath.Join(dir, "layout.tar")
-	s.Stasis("export", forms["runnable"], ociLayout, "--format", "oci")
+	s.Stasis("export", formats["runnable"], ociLayout, "--format", "oci")
 	s.Stasis("import", ociLayout, "stasis.test/imported:1")
 	verifies(t, s, "stasis.test/imported:1")
 	var list []struct {
@@ -104,7 +104,7 @@ func TestSignedForms(t *testing.T) {
 			t.Errorf("ls: %+v", l)
 		}
 	}
-	if out := s.Stasis("inspect", forms["index"]); !strings.Contains(out, key[:16]+" (this node's)") {
+	if out := s.Stasis("inspect", formats["index"]); !strings.Contains(out, key[:16]+" (this node's)") {
 		t.Errorf("inspect:\n%s", out)
 	}
 	// By ctr and by the Task service.
@@ -126,7 +126,7 @@ func TestSignedForms(t *testing.T) {
 	for name, what := range map[string]string{
 		"checkpoint/core-1.img": "core-1.img", "checkpoint/stasis.json": "stasis.json", "checkpoint/stasis.sig.json": "stasis.sig.json",
 	} {
-		rewriteTar(t, forms["archive"], evil, map[string]func([]byte) []byte{name: flipped})
+		rewriteTar(t, formats["archive"], evil, map[string]func([]byte) []byte{name: flipped})
 		_, err := s.StasisErr("verify", evil)
 		refuses(t, err, what)
 		s.Stasis("import", evil, "stasis.test/evil:"+what)

@@ -59,7 +59,7 @@ func (n *Node) List(ctx context.Context, r ListRequest) ([]Listed, error) {
 	}
 	list, err := n.list(ctx, c)
 	return slices.DeleteFunc(list, func(l Listed) bool {
-		return r.Container != "" && !l.of(r.Container) || r.Format != "" && string(l.Form) != r.Format
+		return r.Container != "" && !l.of(r.Container) || r.Format != "" && string(l.Format) != r.Format
 	}), err
 }
 
@@ -87,11 +87,11 @@ func (n *Node) list(ctx context.Context, c *client.Client) ([]Listed, error) {
 		case err != nil && img.Labels[oci.AnnotationCheckpoint] == "":
 			continue // some image that is only partly here
 		case err != nil:
-			l.Form, l.Broken = oci.Form(img.Labels[oci.AnnotationCheckpoint]), err.Error()
+			l.Format, l.Broken = oci.Format(img.Labels[oci.AnnotationCheckpoint]), err.Error()
 			if errdefs.IsNotFound(err) {
 				l.Broken = "not all of it is here; pull it again"
 			}
-		case l.Form == oci.None:
+		case l.Format == oci.None:
 			continue
 		}
 		if at := l.Info.Checkpointed; !at.IsZero() {

@@ -20,7 +20,7 @@ func TestPruneChooses(t *testing.T) {
 	now := time.Date(2026, 1, 10, 0, 0, 0, 0, time.UTC)
 	entry := func(ref, container string, days int, pod *capture.Pod) Listed {
 		info := capture.Info{ContainerName: container, ContainerID: container + "-id", Pod: pod}
-		return Listed{Ref: ref, Created: now.AddDate(0, 0, -days), Summary: oci.Summary{Form: oci.Runnable, Info: info}}
+		return Listed{Ref: ref, Created: now.AddDate(0, 0, -days), Summary: oci.Summary{Format: oci.Runnable, Info: info}}
 	}
 	pod := &capture.Pod{Name: "p", Namespace: "n"}
 	// The newest first, as List returns them.

@@ -173,7 +173,7 @@ func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, s
 }
 
 // copyLogs puts CRIU's log and figures beside the images, which no restore reads
-// and every form of a checkpoint has.
+// and every format of a checkpoint has.
 func copyLogs(dir, workDir string) error {
 	for _, name := range []string{layout.DumpLog, layout.DumpStats} {
 		data, err := os.ReadFile(filepath.Join(workDir, name))

@@ -1,6 +1,6 @@
 // Package capture is what a checkpoint consists of outside of containerd. Every
-// form that a checkpoint travels in is read into a Capture and written from one,
-// so n forms take n readers and n writers, and no pair of forms knows of the other.
+// format that a checkpoint travels in is read into a Capture and written from one,
+// so n formats take n readers and n writers, and no pair of formats knows of the other.
 package capture
 
 import (
@@ -36,7 +36,7 @@ type Layer interface {
 }
 
 // Info says what a checkpoint is and where it came from. It is the info.json of
-// a runnable image; the other forms have their own names for most of it. Unknown
+// a runnable image; the other formats have their own names for most of it. Unknown
 // strings are empty, unknown times zero.
 type Info struct {
 	Version int `json:"version"` // of this struct as JSON: 1

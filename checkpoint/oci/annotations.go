@@ -13,7 +13,7 @@ import (
 // Annotations of a runnable image's manifest. Those of a string in capture.Info
 // are left out if that is empty. Times are RFC 3339, sizes are in bytes.
 const (
-	// AnnotationCheckpoint says what the image is; its value is a Form. Records
+	// AnnotationCheckpoint says what the image is; its value is a Format. Records
 	// of the image store have it as a label.
 	AnnotationCheckpoint = "stasis.run/checkpoint"
 	// AnnotationVersion is the format's: "1".
@@ -27,7 +27,7 @@ const (
 	// both layers have it, not the manifest.
 	AnnotationUncompressed = "stasis.run/uncompressed-size"
 	// AnnotationSigned are the IDs of the keys by which the checkpoint says it is
-	// signed, with commas between. All forms have it; nothing but a list goes by it.
+	// signed, with commas between. All formats have it; nothing but a list goes by it.
 	AnnotationSigned = "stasis.run/signed-by"
 
 	AnnotationContainerID    = "stasis.run/container.id"

@@ -19,7 +19,7 @@ import (
 // Options are those of writing.
 type Options struct {
 	// Compression is that of the layers; the zero value does not compress. The
-	// form Index has its own.
+	// format Index has its own.
 	Compression compression.Compression
 	// Folder is the folder of the store, which makes writing layers much faster; the
 	// zero value is for a store that has none, or one that is not known.

@@ -1,5 +1,5 @@
 // Package oci keeps checkpoints as images in containerd's content and image
-// store. Three forms are written and read, each from and into a
+// store. Three formats are written and read, each from and into a
 // capture.Capture:
 //
 //   - Runnable, Stasis's own: an ordinary OCI image, made of the layers of the

@@ -105,7 +105,7 @@ func FuzzDocument(f *testing.F) {
 			}
 			found := recognize(doc, nil)
 			_, _ = fromAnnotations(found.annotations), fromForeign(found.annotations)
-			if found.form != None && found.form != Index && len(doc.Layers) == 0 {
+			if found.format != None && found.format != Index && len(doc.Layers) == 0 {
 				t.Errorf("a checkpoint without layers: %s", data)
 			}
 		}

@@ -303,7 +303,7 @@ func TestDetect(t *testing.T) {
 	stasis := manifest(map[string]string{AnnotationCheckpoint: "runnable"})
 	for name, c := range map[string]struct {
 		desc ocispec.Descriptor
-		want Form
+		want Format
 	}{
 		"plain":                     {plain, None},
 		"plain index":               {index(nil, plain), None},

@@ -54,13 +54,13 @@ func makeTar(t testing.TB, entries ...entry) []byte {
 	return buf.Bytes()
 }
 
-// TestRoundTrip writes each form, reads it, and writes it again: the capture and
+// TestRoundTrip writes each format, reads it, and writes it again: the capture and
 // the image are the same, to the last byte.
 func TestRoundTrip(t *testing.T) {
-	for form, write := range forms {
+	for format, write := range formats {
 		for name, comp := range compressions {
 			for _, layer := range []bool{true, false} {
-				t.Run(string(form)+"/"+name+map[bool]string{true: "", false: ", no layer"}[layer], func(t *testing.T) {
+				t.Run(string(format)+"/"+name+map[bool]string{true: "", false: ", no layer"}[layer], func(t *testing.T) {
 					s := newStore(t)
 					base := s.baseImage()
 					c := newCapture(t)
@@ -73,7 +73,7 @@ func TestRoundTrip(t *testing.T) {
 					if err != nil {
 						t.Fatal(err)
 					}
-					if got, err := Detect(ctx, s, desc); got != form || err != nil {
+					if got, err := Detect(ctx, s, desc); got != format || err != nil {
 						t.Fatalf("Detect: %q, %v", got, err)
 					}
 					dir := filepath.Join(t.TempDir(), "new")
@@ -85,7 +85,7 @@ func TestRoundTrip(t *testing.T) {
 						t.Errorf("images are in %s", again.Images)
 					}
 					compare(t, ctx, again, c)
-					if !layer && form != Podman && again.Layer != nil {
+					if !layer && format != Podman && again.Layer != nil {
 						t.Error("a layer that was not there")
 					}
 					second, err := write(ctx, s, base, again, Options{Compression: comp})
@@ -233,8 +233,8 @@ func TestSecondGeneration(t *testing.T) {
 
 // TestReadInfo lists without reading.
 func TestReadInfo(t *testing.T) {
-	for form, write := range forms {
-		t.Run(string(form), func(t *testing.T) {
+	for format, write := range formats {
+		t.Run(string(format), func(t *testing.T) {
 			s := newStore(t)
 			base := s.baseImage()
 			c := newCapture(t)
@@ -263,21 +263,21 @@ func TestReadInfo(t *testing.T) {
 				t.Fatal(err)
 			}
 			want := c.Info
-			if form != Index {
-				want.Labels, want.Stats, want.Host.CgroupV2 = nil, nil, form == Podman
+			if format != Index {
+				want.Labels, want.Stats, want.Host.CgroupV2 = nil, nil, format == Podman
 			}
 			gotJSON, _ := json.Marshal(got.Info)
 			wantJSON, _ := json.Marshal(want)
 			if !bytes.Equal(gotJSON, wantJSON) {
 				t.Errorf("got  %s\nwant %s", gotJSON, wantJSON)
 			}
-			if got.Form != form || got.Checkpoint < 3*chunkSize || (got.Layer == 0) != (form == Podman) || got.Layer > 4096 {
-				t.Errorf("form %q, sizes %d and %d", got.Form, got.Checkpoint, got.Layer)
+			if got.Format != format || got.Checkpoint < 3*chunkSize || (got.Layer == 0) != (format == Podman) || got.Layer > 4096 {
+				t.Errorf("format %q, sizes %d and %d", got.Format, got.Checkpoint, got.Layer)
 			}
 		})
 	}
 	s := newStore(t)
-	if got, err := ReadInfo(s.ctx, s, s.baseImage()); got.Form != None || err != nil {
+	if got, err := ReadInfo(s.ctx, s, s.baseImage()); got.Format != None || err != nil {
 		t.Errorf("an image that is no checkpoint: %+v, %v", got, err)
 	}
 }
@@ -308,8 +308,8 @@ func TestProgress(t *testing.T) {
 // TestGarbageCollection: as long as there is a lease or a name all is kept, then
 // nothing is.
 func TestGarbageCollection(t *testing.T) {
-	for form, write := range forms {
-		t.Run(string(form), func(t *testing.T) {
+	for format, write := range formats {
+		t.Run(string(format), func(t *testing.T) {
 			s := newStore(t)
 			base := s.baseImage()
 			ctx, done := s.leased()
@@ -339,8 +339,8 @@ func TestGarbageCollection(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if img.Labels[AnnotationCheckpoint] != string(form) || img.Labels["a"] != "b" ||
-				form == Index && img.Labels["containerd.io/checkpoint"] != "true" {
+			if img.Labels[AnnotationCheckpoint] != string(format) || img.Labels["a"] != "b" ||
+				format == Index && img.Labels["containerd.io/checkpoint"] != "true" {
 				t.Errorf("labels %v", img.Labels)
 			}
 			done()
@@ -353,7 +353,7 @@ func TestGarbageCollection(t *testing.T) {
 			if _, err := Read(s.ctx, s, desc, t.TempDir()); err != nil {
 				t.Error(err)
 			}
-			switch form {
+			switch format {
 			case Runnable:
 				var m ocispec.Manifest
 				s.get(desc, &m)
@@ -384,7 +384,7 @@ func TestGarbageCollection(t *testing.T) {
 // TestInterrupted ends a write at different points: nothing has a name, and when
 // the lease has ended nothing is there but the base.
 func TestInterrupted(t *testing.T) {
-	for form, write := range forms {
+	for format, write := range formats {
 		for _, after := range []int64{0, 1, 2 * chunkSize} {
 			s := newStore(t)
 			base := s.baseImage()
@@ -402,19 +402,19 @@ func TestInterrupted(t *testing.T) {
 			}})
 			cancel()
 			if !errors.Is(err, context.Canceled) {
-				t.Errorf("%s: cancelled after %d bytes: %v", form, after, err)
+				t.Errorf("%s: cancelled after %d bytes: %v", format, after, err)
 			}
 			if found, err := s.ListStatuses(s.ctx); err != nil || len(found) > 0 {
-				t.Errorf("%s: unfinished writes are left: %v, %v", form, found, err)
+				t.Errorf("%s: unfinished writes are left: %v, %v", format, found, err)
 			}
 			done()
 			s.collect()
 			if got := s.blobs(); len(got) != len(before) {
-				t.Errorf("%s: %d blobs are left of %d", form, len(got), len(before))
+				t.Errorf("%s: %d blobs are left of %d", format, len(got), len(before))
 			}
 			records, err := s.records.List(s.ctx)
 			if err != nil || len(records) != 1 {
-				t.Errorf("%s: images %v, %v", form, records, err)
+				t.Errorf("%s: images %v, %v", format, records, err)
 			}
 		}
 	}

@@ -36,7 +36,7 @@ const MediaTypeInfo = "application/vnd.stasis.checkpoint.info.v1+json"
 // specType is the type that containerd registers for runtime specs.
 const specType = "types.containerd.io/opencontainers/runtime-spec/1/Spec"
 
-// WriteIndex writes containerd's form and returns the descriptor of the index.
+// WriteIndex writes containerd's format and returns the descriptor of the index.
 // base is what the record of the container's image points at, which becomes
 // part of the checkpoint. `ctr containers restore` looks that image up by
 // Info.Base.Name, and fails without Info.Runtime and Info.Base.Snapshotter.

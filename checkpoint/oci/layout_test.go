@@ -207,7 +207,7 @@ func TestReadLimited(t *testing.T) {
 	defer done()
 	c := newCapture(t)
 	c.Layer = bytesLayer(makeTar(t, entry{name: "zeros", data: strings.Repeat("\x00", 4<<20)}))
-	for form, write := range forms {
+	for format, write := range formats {
 		desc, err := write(ctx, s, base, c, Options{Compression: compressions["zstd"]})
 		if err != nil {
 			t.Fatal(err)
@@ -219,7 +219,7 @@ func TestReadLimited(t *testing.T) {
 				err = got.Layer.WriteLayer(ctx, io.Discard)
 			}
 			if fits == "all" && err != nil || fits != "all" && !errors.Is(err, capture.ErrTooLarge) {
-				t.Errorf("%s, %d bytes: %v", form, limit, err)
+				t.Errorf("%s, %d bytes: %v", format, limit, err)
 			}
 		}
 	}

@@ -20,7 +20,7 @@ import (
 	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
-// WritePodman writes the form of Podman and CRI-O and returns the descriptor of
+// WritePodman writes the format of Podman and CRI-O and returns the descriptor of
 // an index with the one manifest. Of their readers, some look for the
 // annotations on the index and some on the manifest, so both have all of them.
 // The container's image is not part of it: who restores it pulls that by name.

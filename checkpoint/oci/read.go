@@ -23,29 +23,29 @@ import (
 // Summary is what a list of checkpoints shows. Nothing in it was checked against
 // the checkpoint itself.
 type Summary struct {
-	Form Form `json:"form"`
+	Format Format `json:"form"`
 	// Info has what manifests and small blobs tell; Labels and Stats are only
-	// known of the form Index when Stasis wrote it.
+	// known of the format Index when Stasis wrote it.
 	Info capture.Info `json:"info"`
 	// SignedBy are the IDs of the keys by which it says it is signed; none of what
 	// others than Stasis have stored.
 	SignedBy []string `json:"signed_by,omitempty"`
 	// Checkpoint and Layer are the sizes in bytes of the blobs with CRIU's
 	// images and with the writable layer. Those of the base image are shared. In
-	// the form Podman the first has both.
+	// the format Podman the first has both.
 	Checkpoint int64 `json:"checkpoint_bytes"`
 	Layer      int64 `json:"layer_bytes"`
 }
 
 // ReadInfo tells about a checkpoint without reading it. An image that is no
-// checkpoint has the Form None.
+// checkpoint has the Format None.
 func ReadInfo(ctx context.Context, store content.Provider, desc ocispec.Descriptor) (Summary, error) {
 	f, err := find(ctx, store, desc)
 	if err != nil {
 		return Summary{}, err
 	}
-	s := Summary{Form: f.form, SignedBy: signers(f.annotations)}
-	switch f.form {
+	s := Summary{Format: f.format, SignedBy: signers(f.annotations)}
+	switch f.format {
 	case Runnable:
 		s.Info = fromAnnotations(f.annotations)
 		if l := f.doc.layer(f.annotations[AnnotationCheckpointLayer]); l != nil {
@@ -80,7 +80,7 @@ func (d document) layer(digest string) *ocispec.Descriptor {
 	return nil
 }
 
-// Read reads a checkpoint of any form. dir is empty or does not exist; CRIU's
+// Read reads a checkpoint of any format. dir is empty or does not exist; CRIU's
 // images go to dir/checkpoint. The writable layer stays in the store and is read
 // by WriteLayer, so the image has to be kept until then. After an error, dir is
 // as it was.
@@ -121,7 +121,7 @@ func read(ctx context.Context, store content.Provider, desc ocispec.Descriptor, 
 	if limit, err = capture.Limit(dir, limit); err != nil {
 		return nil, err
 	}
-	switch f.form {
+	switch f.format {
 	case Runnable:
 		return readRunnable(ctx, store, f, dir, limit)
 	case Index:
@@ -231,7 +231,7 @@ func unpack(ctx context.Context, store content.Provider, desc ocispec.Descriptor
 	return b.finish()
 }
 
-// addManifest completes an Info with what stasis.json tells: containerd's form
+// addManifest completes an Info with what stasis.json tells: containerd's format
 // does not even have the container's ID. Whether it is right, package checkpoint
 // finds out when the folder is opened.
 func addManifest(info *capture.Info, dir string) {

@@ -86,15 +86,15 @@ func withDigest(name, digits string) (string, error) {
 
 // newRecord is the record of a checkpoint.
 func newRecord(ctx context.Context, store content.Provider, name string, desc ocispec.Descriptor, labels map[string]string) (images.Image, error) {
-	form, err := Detect(ctx, store, desc)
+	format, err := Detect(ctx, store, desc)
 	if err != nil {
 		return images.Image{}, err
 	}
-	if form == None {
+	if format == None {
 		return images.Image{}, fault.Invalid("%s is no checkpoint", desc.Digest)
 	}
-	img := images.Image{Name: name, Target: desc, Labels: map[string]string{AnnotationCheckpoint: string(form)}}
-	if form == Index {
+	img := images.Image{Name: name, Target: desc, Labels: map[string]string{AnnotationCheckpoint: string(format)}}
+	if format == Index {
 		img.Labels["containerd.io/checkpoint"] = "true" // as containerd's client does
 	}
 	maps.Copy(img.Labels, labels)

@@ -216,8 +216,8 @@ func newCapture(t *testing.T) *capture.Capture {
 	}
 }
 
-// forms are all writers.
-var forms = map[Form]func(context.Context, content.Store, ocispec.Descriptor, *capture.Capture, Options) (ocispec.Descriptor, error){
+// formats are all writers.
+var formats = map[Format]func(context.Context, content.Store, ocispec.Descriptor, *capture.Capture, Options) (ocispec.Descriptor, error){
 	Runnable: WriteRunnable,
 	Index:    WriteIndex,
 	Podman: func(ctx context.Context, s content.Store, _ ocispec.Descriptor, c *capture.Capture, o Options) (ocispec.Descriptor, error) {

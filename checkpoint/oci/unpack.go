@@ -174,7 +174,7 @@ func unpackStasis(ctx context.Context, r io.Reader, c *capture.Capture, limit in
 	return nil
 }
 
-// unpackFlat reads the tar of containerd's form: CRIU's images, and no folder.
+// unpackFlat reads the tar of containerd's format: CRIU's images, and no folder.
 func unpackFlat(ctx context.Context, r io.Reader, dir string, limit int64) error {
 	u := newUnpacker(dir, limit)
 	scan := tarcheck.NewReader(r, nil)

@@ -5,7 +5,7 @@
 // the thaw OverlayLayer (or TreeLayer, where a container has a whole tree of its
 // own) writes it as an OCI layer, and Apply puts such a layer onto the root
 // filesystem of another container. SplitDeleted and JoinDeleted translate to
-// and from the form of Podman, CRI-O and the kubelet: a tar without whiteouts,
+// and from the format of Podman, CRI-O and the kubelet: a tar without whiteouts,
 // and a list of what was deleted.
 //
 // A layer says of every file: its path, kind, content, owner, mode, time of

@@ -227,7 +227,7 @@ func TestLayersRestoreAnyTree(t *testing.T) {
 			root := copyTree(t, o.merged)
 			same(t, "tree layer", want, describe(t, onto(t, base, layerOf(t, TreeLayer{Root: root, Base: base})), quiet))
 
-			// The form of Podman: a tar, then deletions.
+			// The format of Podman: a tar, then deletions.
 			var files, joined bytes.Buffer
 			deleted, err := SplitDeleted(bytes.NewReader(layer), &files)
 			if err != nil && strings.Contains(err.Error(), "UTF-8") {

@@ -66,7 +66,7 @@ Podman and CRI-O; archive is the tar file of Podman, CRI-O and the kubelet.`,
 	flags.StringVar(&f.ghostLimit, "ghost-limit", "", "largest deleted file that is saved, such as 64M (CRIU's default is 1M)")
 	flags.StringVar(&f.preDump, "pre-dump", "", "write the memory `N` times before, while the container runs, each time what has changed, so that it stands still for less; auto: until that is no less than the time before")
 	flags.Var(&f.compress, "compress", "how layers or the archive are compressed: zstd, gzip or none")
-	flags.Var(&f.format, "format", "form of the checkpoint: runnable, index, podman or archive")
+	flags.Var(&f.format, "format", "format of the checkpoint: runnable, index, podman or archive")
 	flags.StringVarP(&f.file, "output", "o", "", "write an archive to `FILE` instead of an image (json or table: what to print, as elsewhere)")
 	flags.BoolVar(&f.request.Push, "push", false, "push the image to its registry")
 	flags.BoolVar(&f.request.PlainHTTP, "plain-http", false, "push without TLS; implied for localhost")

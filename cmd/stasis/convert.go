@@ -17,8 +17,8 @@ type formatFlags struct {
 func addFormatFlags(cmd *cobra.Command, f *formatFlags, formats ...string) {
 	f.format = choice{formats[0], formats}
 	f.compress = choice{"zstd", []string{"zstd", "gzip", "none"}}
-	cmd.Flags().Var(&f.format, "format", "form of the checkpoint")
-	cmd.Flags().Var(&f.compress, "compress", "how it is compressed; the form index is always gzip")
+	cmd.Flags().Var(&f.format, "format", "format of the checkpoint")
+	cmd.Flags().Var(&f.compress, "compress", "how it is compressed; the format index is always gzip")
 	must(cmd.RegisterFlagCompletionFunc("format", f.format.complete))
 	must(cmd.RegisterFlagCompletionFunc("compress", f.compress.complete))
 }
@@ -27,12 +27,12 @@ func newConvertCommand(a *app) *cobra.Command {
 	var f formatFlags
 	cmd := &cobra.Command{
 		Use:   "convert SOURCE DESTINATION",
-		Short: "Make a checkpoint of another form",
-		Long: `Make a checkpoint of another form out of one of any form: an image, an archive, or
-a folder of CRIU's images. DESTINATION is the name of an image, or for an archive
+		Short: "Make a checkpoint of another format",
+		Long: `Make a checkpoint of another format out of one of any format: an image, an archive,
+or a folder of CRIU's images. DESTINATION is the name of an image, or for an archive
 a file ("-" is stdout).
 
-The forms runnable and index consist in part of the image that the container was
+The formats runnable and index consist in part of the image that the container was
 made from, which is pulled if it is not here.`,
 		Example: `  stasis convert checkpoint.tar.zst backup/db:1
   stasis convert backup/db:1 db.tar --format archive --compress none

@@ -15,7 +15,7 @@ func newDiffCommand(a *app) *cobra.Command {
 		Use:   "diff FIRST SECOND",
 		Short: "Show what changed between two checkpoints",
 		Long: `Show what changed between two checkpoints of a container: files of its root
-filesystem, and pages of its memory. Both may be in any form.`,
+filesystem, and pages of its memory. Both may be in any format.`,
 		Example: `  stasis diff backup/db:1 backup/db:2
   stasis diff backup/db:1 backup/db:2 -o json | jq '.files[].path'`,
 		Args:              cobra.ExactArgs(2),

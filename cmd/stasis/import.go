@@ -16,7 +16,7 @@ func newImportCommand(a *app) *cobra.Command {
 		Long: `Read a checkpoint from a file, or from stdin if that is "-", and keep it as the
 image REF. The file is an archive of Podman, CRI-O or the kubelet, or an image in
 an OCI layout, as "stasis export" writes them, compressed or not. From an archive
-an image is made in the form of --format; an OCI image stays what it is. Without
+an image is made in the format of --format; an OCI image stays what it is. Without
 REF it keeps its name in the file, if there is one, and is else called by the
 container and the time, or the digest if it does not say when it was made. If
 another image has that name, the beginning of the digest is added to it: only a REF

@@ -57,10 +57,10 @@ func printList(a *app, list []node.Listed, now time.Time) error {
 	t := newTable(a.out, "REF", "CONTAINER", "FORM", "SIZE", "CREATED", "SIGNED BY", "BASE")
 	for _, l := range list {
 		if l.Broken != "" {
-			t.row(l.Ref, l.Owner(), string(l.Form), "", ago(l.Created, now), "", "("+l.Broken+")")
+			t.row(l.Ref, l.Owner(), string(l.Format), "", ago(l.Created, now), "", "("+l.Broken+")")
 			continue
 		}
-		t.row(l.Ref, l.Owner(), string(l.Form), size(l.Bytes()), ago(l.Created, now), signer(l), l.Info.Base.Name)
+		t.row(l.Ref, l.Owner(), string(l.Format), size(l.Bytes()), ago(l.Created, now), signer(l), l.Info.Base.Name)
 	}
 	return t.end()
 }

@@ -25,7 +25,7 @@ func newRestoreCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "restore REF|FILE [NAME]",
 		Short: "Start a container where a checkpoint left it",
-		Long: `Start a container from a checkpoint of any form: an image, which is pulled if it
+		Long: `Start a container from a checkpoint of any format: an image, which is pulled if it
 is not here, or an archive in a file. The container gets the ID it had, or NAME,
 and runs under Stasis.
 

@@ -82,7 +82,7 @@ Look at it before (stasis inspect). It is for checkpoints of other engines, and 
 versions of Stasis that did not sign. Signatures of others stay. What its spec asks for
 still needs the flags of stasis restore.
 
-The image is written anew, in the same form, and REF names that; other names of the
+The image is written anew, in the same format, and REF names that; other names of the
 old image stay with the old one.`,
 		Example: `  stasis import checkpoint.tar backup/db:1
   stasis sign backup/db:1`,

@@ -110,10 +110,10 @@ var forgeries = map[string]forgery{
 	"host's fs": oneMount("/dev/mqueue", func(m *mnt.MntEntry) bool { *m.Fstype = uint32(mnt.Fstype_OVERLAYFS); return true }).says("/dev/mqueue", "overlayfs"),
 }
 
-// TestTrust restores a checkpoint that was made here and altered since, with a
+// TestPolicy restores a checkpoint that was made here and altered since, with a
 // manifest that fits it, and without its signature: none is restored, and nothing is
 // left.
-func TestTrust(t *testing.T) {
+func TestPolicy(t *testing.T) {
 	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
@@ -224,9 +224,9 @@ func forge(t *testing.T, dir string, f forgery) {
 	must(t, os.Remove(filepath.Join(dir, layout.Signature)))
 }
 
-// TestTrustKeeps checks that what confines a container confines it after a restore:
+// TestPolicyKeeps checks that what confines a container confines it after a restore:
 // the filter of each thread, read-only files, masked paths.
-func TestTrustKeeps(t *testing.T) {
+func TestPolicyKeeps(t *testing.T) {
 	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()

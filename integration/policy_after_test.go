@@ -17,18 +17,18 @@ import (
 	"github.com/stasis-run/stasis/integration/stack"
 )
 
-// TestTrustAfter has the checks of names pass, and what the names mean change before
+// TestPolicyAfter has the checks of names pass, and what the names mean change before
 // CRIU runs: the container's volume has links to the host's files then. The restored
 // processes have the host's files open, and end before they run: the program's first
 // act would be to make a folder.
-func TestTrustAfter(t *testing.T) {
+func TestPolicyAfter(t *testing.T) {
 	t.Parallel()
 	for name, opts := range map[string]stack.Options{"runc": {}, "crun": {Crun: true}} {
-		t.Run(name, func(t *testing.T) { trustAfter(t, stack.Start(t, opts)) })
+		t.Run(name, func(t *testing.T) { policyAfter(t, stack.Start(t, opts)) })
 	}
 }
 
-func trustAfter(t *testing.T, s *stack.Stack) {
+func policyAfter(t *testing.T, s *stack.Stack) {
 	ctx := s.Ctx()
 	faults := s.Faults()
 	volume, host := filepath.Join(s.Dir, "volume"), filepath.Join(s.Dir, "host")

@@ -14,9 +14,9 @@ import (
 
 // listedCheckpoint is what the tests look at of `stasis ls -o json`.
 type listedCheckpoint struct {
-	Ref  string
-	Form string
-	Info struct {
+	Ref    string
+	Format string `json:"form"`
+	Info   struct {
 		ContainerName string `json:"container_name"`
 		Base          struct{ Name string }
 	}
@@ -52,7 +52,7 @@ func diff(t *testing.T, s *stack.Stack, first, second string) (d memoryAndFiles)
 	return d
 }
 
-// checkEqual compares two checkpoints that are the same in different forms.
+// checkEqual compares two checkpoints that are the same in different formats.
 func checkEqual(t *testing.T, s *stack.Stack, first, second string) {
 	t.Helper()
 	d := diff(t, s, first, second)
@@ -84,9 +84,9 @@ func checkTidy(t *testing.T, s *stack.Stack) {
 	}
 }
 
-// TestCLIForms takes one checkpoint through every form, and every command that
+// TestCLIFormats takes one checkpoint through every format, and every command that
 // does not need a registry.
-func TestCLIForms(t *testing.T) {
+func TestCLIFormats(t *testing.T) {
 	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
@@ -100,31 +100,31 @@ func TestCLIForms(t *testing.T) {
 		t.Errorf("checkpoint printed %q", out)
 	}
 	l := findListed(listCheckpoints(t, s), original)
-	if l == nil || l.Form != "runnable" || l.Info.ContainerName != "c" || l.Info.Base.Name != stack.Busybox || l.Checkpoint == 0 {
+	if l == nil || l.Format != "runnable" || l.Info.ContainerName != "c" || l.Info.Base.Name != stack.Busybox || l.Checkpoint == 0 {
 		t.Fatalf("ls: %+v", l)
 	}
 
-	// From each form to each, as all are read and written by way of one.
-	forms := map[string]string{"index": "stasis.test/cp:index", "podman": "stasis.test/cp:podman", "archive": filepath.Join(dir, "cp.tar.zst")}
-	for form, name := range forms {
-		if out := s.Stasis("convert", original, name, "--format", form); out != name+"\n" {
-			t.Errorf("convert to %s printed %q", form, out)
+	// From each format to each, as all are read and written by way of one.
+	formats := map[string]string{"index": "stasis.test/cp:index", "podman": "stasis.test/cp:podman", "archive": filepath.Join(dir, "cp.tar.zst")}
+	for format, name := range formats {
+		if out := s.Stasis("convert", original, name, "--format", format); out != name+"\n" {
+			t.Errorf("convert to %s printed %q", format, out)
 		}
 		checkEqual(t, s, original, name)
-		back := "stasis.test/back:" + form
+		back := "stasis.test/back:" + format
 		s.Stasis("convert", name, back, "--compress", "none")
 		checkEqual(t, s, original, back)
 	}
 	list := listCheckpoints(t, s)
-	for form, name := range forms {
-		if l := findListed(list, name); form != "archive" && (l == nil || l.Form != form) {
+	for format, name := range formats {
+		if l := findListed(list, name); format != "archive" && (l == nil || l.Format != format) {
 			t.Errorf("ls: %s is %+v", name, l)
 		}
 	}
-	if out := s.Stasis("ls", "--format", "index", "--container", "c"); strings.Count(out, "\n") != 2 || !strings.Contains(out, forms["index"]) {
+	if out := s.Stasis("ls", "--format", "index", "--container", "c"); strings.Count(out, "\n") != 2 || !strings.Contains(out, formats["index"]) {
 		t.Errorf("ls of an index:\n%s", out)
 	}
-	for _, name := range append([]string{original}, forms["index"], forms["podman"], forms["archive"]) {
+	for _, name := range append([]string{original}, formats["index"], formats["podman"], formats["archive"]) {
 		if out := s.Stasis("inspect", name); !strings.Contains(out, "sleep 1000") || !strings.Contains(out, stack.Busybox) {
 			t.Errorf("inspect %s:\n%s", name, out)
 		}

@@ -17,26 +17,26 @@ import (
 	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
-// Form is what kind of image a checkpoint is.
-type Form string
+// Format is what kind of image a checkpoint is.
+type Format string
 
 const (
 	// None is an image that is no checkpoint.
-	None     Form = ""
-	Runnable Form = "runnable"
-	Index    Form = "index"
-	Podman   Form = "podman"
+	None     Format = ""
+	Runnable Format = "runnable"
+	Index    Format = "index"
+	Podman   Format = "podman"
 )
 
-// Detect tells what form of a checkpoint an image has. It reads indexes and
+// Detect tells what format of a checkpoint an image has. It reads indexes and
 // manifests only. An image that is no checkpoint is None, without an error; if
 // its content is not in the store, the error matches errdefs.ErrNotFound.
-func Detect(ctx context.Context, store content.Provider, desc ocispec.Descriptor) (Form, error) {
+func Detect(ctx context.Context, store content.Provider, desc ocispec.Descriptor) (Format, error) {
 	f, err := find(ctx, store, desc)
 	if err != nil {
 		return None, err
 	}
-	return f.form, nil
+	return f.format, nil
 }
 
 // document is an index or a manifest.
@@ -49,8 +49,8 @@ type document struct {
 
 // found is a checkpoint in an image.
 type found struct {
-	form Form
-	// doc is the index of the form Index, else the manifest.
+	format Format
+	// doc is the index of the format Index, else the manifest.
 	doc document
 	// annotations are those of the index, if there is one, and of the manifest.
 	annotations map[string]string
@@ -62,7 +62,7 @@ func find(ctx context.Context, store content.Provider, desc ocispec.Descriptor) 
 	if err != nil {
 		return found{}, err
 	}
-	if f := recognize(top, nil); f.form != None || !images.IsIndexType(desc.MediaType) {
+	if f := recognize(top, nil); f.format != None || !images.IsIndexType(desc.MediaType) {
 		return f, nil
 	}
 	for i, child := range top.Manifests {
@@ -79,7 +79,7 @@ func find(ctx context.Context, store content.Provider, desc ocispec.Descriptor) 
 		if err != nil {
 			return found{}, err
 		}
-		if f := recognize(doc, top.Annotations); f.form != None {
+		if f := recognize(doc, top.Annotations); f.format != None {
 			return f, nil
 		}
 	}
@@ -96,12 +96,12 @@ func recognize(doc document, above map[string]string) found {
 	maps.Copy(f.annotations, doc.Annotations)
 	switch {
 	case doc.one(images.MediaTypeContainerd1Checkpoint) != nil:
-		f.form = Index
+		f.format = Index
 	case len(doc.Layers) == 0:
 	case doc.Annotations[AnnotationCheckpoint] == string(Runnable):
-		f.form = Runnable
+		f.format = Runnable
 	case has(f.annotations, criuName, podmanName, crioName):
-		f.form = Podman
+		f.format = Podman
 	}
 	return f
 }

@@ -21,14 +21,14 @@ import (
 )
 
 // readImage reads a checkpoint image into a folder that ends with the test.
-func readImage(ctx context.Context, t *testing.T, s *stack.Stack, name string, form oci.Form) *capture.Capture {
+func readImage(ctx context.Context, t *testing.T, s *stack.Stack, name string, format oci.Format) *capture.Capture {
 	t.Helper()
 	img, err := s.Client().GetImage(ctx, name)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, err := oci.Detect(ctx, s.Client().ContentStore(), img.Target()); got != form || err != nil {
-		t.Fatalf("%s is of form %q, %v; want %q", name, got, err, form)
+	if got, err := oci.Detect(ctx, s.Client().ContentStore(), img.Target()); got != format || err != nil {
+		t.Fatalf("%s is of format %q, %v; want %q", name, got, err, format)
 	}
 	c, err := oci.Read(ctx, s.Client().ContentStore(), img.Target(), filepath.Join(t.TempDir(), "capture"))
 	if err != nil {
@@ -37,8 +37,8 @@ func readImage(ctx context.Context, t *testing.T, s *stack.Stack, name string, f
 	return c
 }
 
-// saveImage writes a checkpoint image of a form and names it.
-func saveImage(ctx context.Context, t *testing.T, s *stack.Stack, name string, form oci.Form, base string, c *capture.Capture, comp compression.Compression) client.Image {
+// saveImage writes a checkpoint image of a format and names it.
+func saveImage(ctx context.Context, t *testing.T, s *stack.Stack, name string, format oci.Format, base string, c *capture.Capture, comp compression.Compression) client.Image {
 	t.Helper()
 	cl := s.Client()
 	ctx, done, err := oci.WithLease(ctx, cl.LeasesService(), "")
@@ -48,7 +48,7 @@ func saveImage(ctx context.Context, t *testing.T, s *stack.Stack, name string, f
 	defer done()
 	var desc ocispec.Descriptor
 	o := oci.Options{Compression: comp}
-	switch form {
+	switch format {
 	case oci.Runnable:
 		desc, err = oci.WriteRunnable(ctx, cl.ContentStore(), s.Image(ctx, base).Target(), c, o)
 	case oci.Index:
@@ -77,7 +77,7 @@ func noLeases(ctx context.Context, t *testing.T, s *stack.Stack) {
 	}
 }
 
-// TestImageOfCtr reads a checkpoint that ctr made, writes it in containerd's form
+// TestImageOfCtr reads a checkpoint that ctr made, writes it in containerd's format
 // again, and has ctr restore that.
 func TestImageOfCtr(t *testing.T) {
 	s := stack.Start(t, stack.Options{})
@@ -203,13 +203,13 @@ func TestImageCollected(t *testing.T) {
 	list := func() string { return s.Ctr("content", "list", "--quiet") }
 	collect(ctx, t, s)
 	before := list()
-	for _, form := range []oci.Form{oci.Runnable, oci.Index, oci.Podman} {
-		img := saveImage(ctx, t, s, "stasis.test/ours:1", form, stack.Busybox, got, compression.Zstd)
+	for _, format := range []oci.Format{oci.Runnable, oci.Index, oci.Podman} {
+		img := saveImage(ctx, t, s, "stasis.test/ours:1", format, stack.Busybox, got, compression.Zstd)
 		collect(ctx, t, s)
-		readImage(ctx, t, s, img.Name(), form)
+		readImage(ctx, t, s, img.Name(), format)
 		s.Ctr("images", "delete", "--sync", img.Name())
 		if after := list(); after != before {
-			t.Errorf("%s: content before\n%s\nafter\n%s", form, before, after)
+			t.Errorf("%s: content before\n%s\nafter\n%s", format, before, after)
 		}
 	}
 }
