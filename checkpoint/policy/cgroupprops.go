@@ -79,10 +79,10 @@ func (c *checker) checkProperty(prop *cgroup.CgroupPropEntry, top bool) {
 	if bad != "" {
 		c.refuse("cgroup.img: property %s %s", quote(name), bad)
 	}
-	// CRIU keeps that one in its own way, and what it writes of its mode is
+	// CRIU writes that one for the groups at the top only, and as owner and mode
 	// whatever was in memory.
-	if name != "freezer.state" {
-		c.checkCgroupPerms(quote(name), prop.GetPerms(), 0o644)
+	if name != "freezer.state" || !top {
+		c.checkCgroupPerms(quote(name), prop.GetPerms(), maxFileMode)
 	}
 	all := c.ckpt.Options().CgroupsMode == "full" || c.ckpt.Options().CgroupsMode == "strict"
 	for line := range strings.Lines(value) {
@@ -117,8 +117,16 @@ func (c *checker) mayMarkPackets(name, line string) bool {
 // maxProperty is a page, the most that the kernel takes.
 const maxProperty = 4096
 
+// The modes that the kernel gives the files and folders of control groups, or less.
+// (Files that all may write, such as cgroup.event_control, are no properties.)
+const (
+	maxFileMode   = 0o644
+	maxFolderMode = 0o755
+)
+
 // checkCgroupPerms compares who may write a group, or a file of it. Who may, can
-// take limits off.
+// take limits off. For a container of root's too: CRIU also sets the mode of the
+// container's own group, and all users of the host would come to it.
 func (c *checker) checkCgroupPerms(name string, p *cgroup.CgroupPerms, most uint32) {
 	if p == nil {
 		return
@@ -126,7 +134,7 @@ func (c *checker) checkCgroupPerms(name string, p *cgroup.CgroupPerms, most uint
 	if p.GetUid() != 0 && !c.grant.uid(p.GetUid()) || p.GetGid() != 0 && !c.grant.gid(p.GetGid()) {
 		c.refuse("cgroup.img: %s belongs to %d:%d, which the spec does not grant", name, p.GetUid(), p.GetGid())
 	}
-	if mode := p.GetMode() & 0o7777; mode&^most != 0 && !c.grant.uid(0) {
+	if mode := p.GetMode() & 0o7777; mode&^most != 0 {
 		c.refuse("cgroup.img: %s has the mode %04o, at most %04o is allowed", name, mode, most)
 	}
 }

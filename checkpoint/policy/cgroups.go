@@ -150,7 +150,7 @@ func (c *checker) checkCgroupFolder(dir *cgroup.CgroupDirEntry, top bool, contro
 	if climbs(name) || !top && (strings.Contains(name, "/") || name == "" || name == ".") {
 		c.refuse("cgroup.img: group %s of controller %s climbs out of the container's", quote(name), quote(controller))
 	}
-	c.checkCgroupPerms(quote(name), dir.GetDirPerms(), 0o755)
+	c.checkCgroupPerms(quote(name), dir.GetDirPerms(), maxFolderMode)
 	for _, prop := range dir.GetProperties() {
 		c.checkProperty(prop, top)
 	}

@@ -183,21 +183,82 @@ func TestCgroups(t *testing.T) {
 			f.judged(tc.want, "cgroup.img")
 		})
 	}
+}
+
+// The owner and mode of a group and of its files. CRIU gives them to the container's
+// own group too, whatever the mode of the restore. A container of root's has no more
+// than others.
+func TestCgroupPerms(t *testing.T) {
+	type perms = cgroup.CgroupPerms
+	modes := func(m uint32) *perms { return &perms{Mode: &m, Uid: u32(0), Gid: u32(0)} }
+	top := func(controller string) func(*cgroup.CgroupEntry) *cgroup.CgroupDirEntry {
+		return func(e *cgroup.CgroupEntry) *cgroup.CgroupDirEntry {
+			for _, c := range e.Controllers {
+				if c.Cnames[0] == controller {
+					return c.Dirs[0]
+				}
+			}
+			return nil
+		}
+	}
+	folder := func(p *perms) func(*cgroup.CgroupEntry) {
+		return func(e *cgroup.CgroupEntry) { top("memory")(e).DirPerms = p }
+	}
+	file := func(name string, p *perms) func(*cgroup.CgroupEntry) {
+		return func(e *cgroup.CgroupEntry) {
+			prop := top("memory")(e).Properties[0]
+			prop.Name, prop.Value, prop.Perms = &name, proto.String("0"), p
+		}
+	}
+	child := func(dir *perms, name string, p *perms) func(*cgroup.CgroupEntry) {
+		return func(e *cgroup.CgroupEntry) {
+			d := top("freezer")(e)
+			d.Children = append(d.Children, &cgroup.CgroupDirEntry{DirName: proto.String("a"), DirPerms: dir, Properties: []*cgroup.CgroupPropEntry{
+				{Name: &name, Value: proto.String("0"), Perms: p}}})
+		}
+	}
 	for _, tc := range []struct {
 		name string
 		fn   func(*cgroup.CgroupEntry)
 		want string
 	}{
-		{"for all to write", func(e *cgroup.CgroupEntry) { memory(e).Dirs[0].Properties[0].Perms.Mode = u32(0o100666) }, `"memory.limit_in_bytes" has the mode 0666, at most 0644`},
-		{"of another user", func(e *cgroup.CgroupEntry) { memory(e).Dirs[0].Properties[0].Perms.Uid = u32(7) }, `"memory.limit_in_bytes" belongs to 7:0`},
-		{"folder for all to write", func(e *cgroup.CgroupEntry) { memory(e).Dirs[0].DirPerms.Mode = u32(0o40777) }, "has the mode 0777, at most 0755"},
+		{"file for all to write", file("pids.max", modes(0o100666)), `"pids.max" has the mode 0666, at most 0644`},
+		{"for others alone", file("pids.max", modes(0o100002)), `"pids.max" has the mode 0002, at most 0644`},
+		{"for a group to write", file("pids.max", modes(0o100664)), `"pids.max" has the mode 0664, at most 0644`},
+		{"set-user-ID", file("pids.max", modes(0o104644)), `"pids.max" has the mode 4644, at most 0644`},
+		{"program", file("pids.max", modes(0o100755)), `"pids.max" has the mode 0755, at most 0644`},
+		{"as the kernel has it", file("pids.max", modes(0o100644)), ""},
+		{"read-only", file("devices.list", modes(0o100444)), ""},
+		{"none", file("pids.max", nil), ""},
+		{"folder for all to write", folder(modes(0o40777)), "has the mode 0777, at most 0755"},
+		{"for a group", folder(modes(0o40775)), "has the mode 0775, at most 0755"},
+		{"set-group-ID", folder(modes(0o42755)), "has the mode 2755, at most 0755"},
+		{"sticky", folder(modes(0o41755)), "has the mode 1755, at most 0755"},
+		{"as the kernel has a folder", folder(modes(0o40755)), ""},
+		{"closed folder", folder(modes(0o40700)), ""},
+		{"child for all to write", child(modes(0o40777), "pids.max", nil), `"a" has the mode 0777, at most 0755`},
+		{"file of a child", child(nil, "pids.max", modes(0o666)), `"pids.max" has the mode 0666, at most 0644`},
+		// CRIU leaves the mode of this one to chance, but writes none for a child.
+		{"state of a child", child(nil, "freezer.state", modes(0o666)), `"freezer.state" has the mode 0666, at most 0644`},
+		{"state", func(e *cgroup.CgroupEntry) {
+			for _, p := range top("freezer")(e).Properties {
+				if p.GetName() == "freezer.state" {
+					p.Perms = modes(0o666)
+				}
+			}
+		}, ""},
 	} {
-		t.Run(tc.name, func(t *testing.T) {
-			f := confined(t)
-			one(f, "cgroup.img", "CGROUP", tc.fn)
-			f.judged(tc.want, "cgroup.img")
-		})
+		for user, f := range map[string]*forgery{"root": newForgery(t), "user": confined(t)} {
+			t.Run(tc.name+"/"+user, func(t *testing.T) {
+				f.t = t
+				one(f, "cgroup.img", "CGROUP", tc.fn)
+				f.judged(tc.want, "cgroup.img")
+			})
+		}
 	}
+	f := confined(t)
+	one(f, "cgroup.img", "CGROUP", file("pids.max", &perms{Mode: u32(0o644), Uid: u32(7), Gid: u32(0)}))
+	f.refused(`"pids.max" belongs to 7:0`)
 }
 
 // Processes in several groups that the container has made below its own, each way
