@@ -306,25 +306,52 @@ func TestCommonGroup(t *testing.T) {
 
 // With cgroups_mode full, CRIU sets what the image says. That mode is in the manifest.
 func TestCgroupsMode(t *testing.T) {
+	property := func(name, value string) *cgroup.CgroupPropEntry {
+		return &cgroup.CgroupPropEntry{Name: &name, Value: &value}
+	}
+	list := func(lines string) *cgroup.CgroupPropEntry { return property("devices.list", lines) }
+	writable := func(p *cgroup.CgroupPropEntry) *cgroup.CgroupPropEntry {
+		p.Perms = &cgroup.CgroupPerms{Mode: u32(0o100666), Uid: u32(0), Gid: u32(0)}
+		return p
+	}
+	const allow = `property "devices.allow" is no property that a restore may set`
 	for _, tc := range []struct {
-		name, devices string
-		pod           bool
-		want          string
+		name     string
+		property *cgroup.CgroupPropEntry // in place of devices.list
+		child    bool                    // of a group below the container's own
+		pod      bool
+		want     string
 	}{
-		{"pod", "c 1:3 rwm", true, "limits (cgroups_mode full) in place of the pod's"},
-		{"devices of all containers", "c 1:3 rwm\nb *:* m", false, ""},
-		{"device of the spec", "c 10:229 rw", false, ""},
-		{"more of it", "c 10:229 rwm", false, `access to devices "c 10:229 rwm"`},
-		{"all", "a *:* rwm", false, `access to devices "a *:* rwm"`},
-		{"disk", "b 8:0 rwm", false, `access to devices "b 8:0 rwm"`},
+		{"pod", list("c 1:3 rwm"), false, true, "limits (cgroups_mode full) in place of the pod's"},
+		{"devices of all containers", list("c 1:3 rwm\nb *:* m"), false, false, ""},
+		{"device of the spec", list("c 10:229 rw"), false, false, ""},
+		{"more of it", list("c 10:229 rwm"), false, false, `access to devices "c 10:229 rwm"`},
+		{"all", list("a *:* rwm"), false, false, `access to devices "a *:* rwm"`},
+		{"disk", list("b 8:0 rwm"), false, false, `access to devices "b 8:0 rwm"`},
+		{"disk among others", list("c 1:3 rwm\nb 8:0 rwm\nc 1:5 rwm"), false, false, `access to devices "b 8:0 rwm"`},
+		// The kernel gives a group no more than the one above it has.
+		{"all, for a child", list("a *:* rwm"), true, false, ""},
+		{"allowed", property("devices.allow", "a *:* rwm"), false, false, allow},
+		{"allowed to a child", property("devices.allow", "a *:* rwm"), true, false, allow},
+		{"allowed what the spec has", property("devices.allow", "c 10:229 rw"), false, false, allow},
+		{"list for all to write", writable(list("c 1:3 rwm")), false, false, `"devices.list" has the mode 0666, at most 0644`},
+		{"child's for all to write", writable(list("c 1:3 rwm")), true, false, `"devices.list" has the mode 0666, at most 0644`},
+		{"packets of another class", property("net_cls.classid", "7"), false, false, `net_cls.classid of "7" is not the spec's`},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			f := newForgery(t)
 			one(f, "cgroup.img", "CGROUP", func(e *cgroup.CgroupEntry) {
 				for _, ctl := range e.Controllers {
-					for _, p := range ctl.Dirs[0].Properties {
+					if ctl.Cnames[0] != "devices" {
+						continue
+					}
+					if tc.child {
+						ctl.Dirs[0].Children = []*cgroup.CgroupDirEntry{{DirName: proto.String("a"), Properties: []*cgroup.CgroupPropEntry{tc.property}}}
+						continue
+					}
+					for i, p := range ctl.Dirs[0].Properties {
 						if p.GetName() == "devices.list" {
-							p.Value = proto.String(tc.devices)
+							ctl.Dirs[0].Properties[i] = tc.property
 						}
 					}
 				}
