@@ -70,7 +70,7 @@ func openFile(fn func(*fdinfo.FileEntry)) forgery {
 			}
 		}
 		return all
-	}}
+	}, want: []string{"process 1: fd 0: open file"}}
 }
 
 func (f forgery) says(want ...string) forgery { f.want = append(f.want, want...); return f }

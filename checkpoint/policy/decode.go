@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"strings"
 
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
 	fown "github.com/checkpoint-restore/go-criu/v8/crit/images/fown"
 	skopts "github.com/checkpoint-restore/go-criu/v8/crit/images/sk-opts"
 	"google.golang.org/protobuf/proto"
@@ -35,17 +36,19 @@ func (c *checker) walk(m protoreflect.Message) (err error) {
 		return fault.Invalid("%s has a field or value that this version of Stasis does not know, and cannot check", name)
 	}
 	switch e := m.Interface().(type) {
+	case *fdinfo.FileEntry:
+		c.entry = opened{c, e.GetId()} // which has the others
 	case *fown.FownEntry:
 		// A signal is sent with these users' rights (F_SETOWN).
 		if e.GetPid() != 0 && !(c.grant.uid(e.GetUid()) && c.grant.uid(e.GetEuid())) {
-			c.refuse("a file sends signals as user %d/%d, which the spec does not grant", e.GetUid(), e.GetEuid())
+			c.refuse("%s: sends signals as user %d/%d, which the spec does not grant", c.entry, e.GetUid(), e.GetEuid())
 		}
 	case *skopts.SkOptsEntry:
 		if e.GetSoPriority() > maxPriority && !c.grant.any("CAP_NET_ADMIN", "CAP_NET_RAW") {
-			c.refuse("a socket has the priority %d, which needs CAP_NET_ADMIN or CAP_NET_RAW", e.GetSoPriority())
+			c.refuse("%s: has the priority %d, which needs CAP_NET_ADMIN or CAP_NET_RAW", c.entry, e.GetSoPriority())
 		}
 		if e.GetSoMark() != 0 && !c.grant.any("CAP_NET_ADMIN", "CAP_NET_RAW") {
-			c.refuse("a socket has the packet mark %#x, which needs CAP_NET_ADMIN or CAP_NET_RAW", e.GetSoMark())
+			c.refuse("%s: has the packet mark %#x, which needs CAP_NET_ADMIN or CAP_NET_RAW", c.entry, e.GetSoMark())
 		}
 	}
 	m.Range(func(fd protoreflect.FieldDescriptor, v protoreflect.Value) bool {

@@ -1,7 +1,6 @@
 package policy
 
 import (
-	"fmt"
 	"path"
 	"regexp"
 	"strings"
@@ -25,11 +24,14 @@ import (
 // container's mount namespace and device cgroup.
 func (c *checker) checkFiles() error {
 	regular := map[uint32]string{}
-	c.unnamed = map[uint32]bool{}
+	c.unnamed, c.parts = map[uint32]bool{}, map[part]uint32{}
 	err := c.each(layout.RemapFilePaths, "REMAP_FPATH", func(msg []byte) error {
 		var e remap.RemapFilePathEntry
 		err := c.decode(msg, &e)
 		c.unnamed[e.GetOrigId()] = e.RemapType != nil && e.GetRemapType() == remap.RemapType_GHOST
+		if name := layout.GhostFile.Hex(e.GetRemapId()); c.names[name] {
+			c.parts[part{image: name}] = e.GetOrigId()
+		}
 		return err
 	})
 	if err != nil {
@@ -43,6 +45,12 @@ func (c *checker) checkFiles() error {
 		if reg := e.GetReg(); reg != nil {
 			regular[e.GetId()] = reg.GetName()
 			regular[reg.GetId()] = reg.GetName()
+		}
+		if e.Tty != nil {
+			c.parts[part{layout.Terminals, e.GetTty().GetTtyInfoId()}] = e.GetId()
+		}
+		if e.Memfd != nil {
+			c.parts[part{layout.Memfds, e.GetMemfd().GetInodeId()}] = e.GetId()
 		}
 		c.checkFile(&e)
 		return nil
@@ -64,7 +72,7 @@ func (c *checker) checkFiles() error {
 // at as well.
 func (c *checker) checkFile(e *fdinfo.FileEntry) {
 	g := &c.grant
-	who := fmt.Sprintf("open file %d", e.GetId())
+	who := opened{c, e.GetId()}
 	switch e.GetType() {
 	case fdinfo.FdTypes_REG, fdinfo.FdTypes_PIPE, fdinfo.FdTypes_FIFO, fdinfo.FdTypes_INETSK, fdinfo.FdTypes_UNIXSK,
 		fdinfo.FdTypes_EVENTFD, fdinfo.FdTypes_EVENTPOLL, fdinfo.FdTypes_INOTIFY, fdinfo.FdTypes_SIGNALFD, fdinfo.FdTypes_PACKETSK,
@@ -128,7 +136,7 @@ func (c *checker) checkFile(e *fdinfo.FileEntry) {
 }
 
 // checkOtherFlags is for what else CRIU opens with the flags of an image.
-func (c *checker) checkOtherFlags(who string, e *fdinfo.FileEntry) {
+func (c *checker) checkOtherFlags(who opened, e *fdinfo.FileEntry) {
 	for _, f := range []struct {
 		kind  string
 		flags uint32
@@ -142,7 +150,7 @@ func (c *checker) checkOtherFlags(who string, e *fdinfo.FileEntry) {
 	}
 }
 
-func (c *checker) checkRegular(who string, reg *regfile.RegFileEntry) {
+func (c *checker) checkRegular(who opened, reg *regfile.RegFileEntry) {
 	name := reg.GetName()
 	if bad := inRoot(name); bad != "" {
 		c.refuse("%s: %s", who, bad)
@@ -210,14 +218,14 @@ func isBelow(name, dir string) bool {
 }
 
 // checkSocketNamespace refuses sockets of another network namespace.
-func (c *checker) checkSocketNamespace(who string, id *uint32) {
+func (c *checker) checkSocketNamespace(who opened, id *uint32) {
 	if id != nil && *id != 0 && *id != c.init().ids.GetNetNsId() {
 		c.refuse("%s: is a socket of network namespace %d, the processes are in %d", who, *id, c.init().ids.GetNetNsId())
 	}
 }
 
 // checkNamespaceFile refuses a descriptor of one of the host's namespaces.
-func (c *checker) checkNamespaceFile(who string, id uint32) {
+func (c *checker) checkNamespaceFile(who opened, id uint32) {
 	for _, ns := range namespaceKinds {
 		if id == ns.id(c.inventory.root) && c.namespace(ns.kind) != nil {
 			c.refuse("%s: is the host's %s namespace", who, ns.kind)
@@ -229,7 +237,7 @@ func (c *checker) checkNamespaceFile(who string, id uint32) {
 // container: USK_EXTERN, CRIU's sk-unix.c.
 const unixExternal = 1 << 0
 
-func (c *checker) checkUnixSocket(who string, sk *skunix.UnixSkEntry) {
+func (c *checker) checkUnixSocket(who opened, sk *skunix.UnixSkEntry) {
 	name := strings.TrimRight(string(sk.GetName()), "\x00")
 	abstract := strings.HasPrefix(string(sk.GetName()), "\x00")
 	if !abstract && (climbs(name) || strings.ContainsRune(name, 0)) {
@@ -260,7 +268,7 @@ func (c *checker) checkUnixSocket(who string, sk *skunix.UnixSkEntry) {
 // checkWatch is for an inotify watch. Without a path CRIU opens the file by its
 // handle, which finds any file of the file system, also outside of what of it is
 // mounted; CheckMounts looks at those.
-func (c *checker) checkWatch(who string, wd *fsnotify.InotifyWdEntry) {
+func (c *checker) checkWatch(who opened, wd *fsnotify.InotifyWdEntry) {
 	if p := wd.GetFHandle().Path; p != nil && climbs(*p) {
 		c.refuse("%s: watches %s, which climbs with ..", who, quote(*p))
 	}
@@ -283,7 +291,7 @@ func (c *checker) checkRemaps(regular map[uint32]string) error {
 			return nil // the old form
 		}
 		if name := regular[e.GetRemapId()]; !linkRemap().MatchString(path.Base(name)) {
-			c.refuse("remap-fpath.img: a restore would delete %s", quote(name))
+			c.refuse("%s: remap-fpath.img: a restore would delete %s", opened{c, e.GetOrigId()}, quote(name))
 		}
 		return nil
 	})
@@ -299,15 +307,16 @@ func (c *checker) checkGhosts() error {
 		if err := c.firstOnly(name, "GHOST_FILE", &e); err != nil {
 			return err
 		}
+		who := c.of(part{image: name})
 		switch e.GetMode() & unix.S_IFMT {
 		case unix.S_IFCHR, unix.S_IFBLK:
-			c.refuse("%s: a deleted file that is a device", name)
+			c.refuse("%s: a deleted file that is a device", who)
 		case unix.S_IFLNK:
 			// It is there for a moment, in which CRIU opens other files.
-			c.refuse("%s: a deleted file that is a link", name)
+			c.refuse("%s: a deleted file that is a link", who)
 		}
 		if !c.grant.uid(e.GetUid()) || !c.grant.gid(e.GetGid()) {
-			c.refuse("%s: a deleted file of %d:%d, which the spec does not grant", name, e.GetUid(), e.GetGid())
+			c.refuse("%s: a deleted file of %d:%d, which the spec does not grant", who, e.GetUid(), e.GetGid())
 		}
 	}
 	return nil
@@ -323,7 +332,7 @@ func (c *checker) checkTerminals() error {
 		case tty.TtyType_PTY, tty.TtyType_CTTY, tty.TtyType_UNKNOWN:
 		default:
 			if !c.hasTerminal() && !allDevicesOf(c.spec) {
-				c.refuse("terminal %d is of kind %s, which the spec does not have", e.GetId(), e.GetType())
+				c.refuse("%s: terminal %d is of kind %s, which the spec does not have", c.of(part{layout.Terminals, e.GetId()}), e.GetId(), e.GetType())
 			}
 		}
 		return nil
@@ -343,7 +352,7 @@ func (c *checker) checkMemfds() error {
 			return err
 		}
 		if !c.grant.uid(e.GetUid()) || !c.grant.gid(e.GetGid()) {
-			c.refuse("memory file %s belongs to %d:%d, which the spec does not grant", quote(e.GetName()), e.GetUid(), e.GetGid())
+			c.refuse("%s: memory file %s belongs to %d:%d, which the spec does not grant", c.of(part{layout.Memfds, uint32(e.GetInodeId())}), quote(e.GetName()), e.GetUid(), e.GetGid())
 		}
 		return nil
 	})
@@ -361,7 +370,7 @@ func (c *checker) checkLabels() error {
 				return err
 			}
 			if label := e.GetXattrSecuritySelinux(); label != "" && (c.spec.Process == nil || label != c.spec.Process.SelinuxLabel) {
-				c.refuse("%s: descriptor %d has the label %s, which is not the spec's", name, e.GetFd(), quote(label))
+				c.refuse("%s: descriptor %d in %s has the label %s, which is not the spec's", opened{c, e.GetId()}, e.GetFd(), name, quote(label))
 			}
 			return nil
 		})

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	bpfmap "github.com/checkpoint-restore/go-criu/v8/crit/images/bpfmap-file"
@@ -52,8 +53,12 @@ func fill(m protoreflect.Message) {
 	}
 }
 
+// addFile adds an open file, number 77 if it has none.
 func (f *forgery) addFile(e *fdinfo.FileEntry) {
 	f.t.Helper()
+	if e.Id == nil {
+		e.Id = u32(77)
+	}
 	alter(f, "files.img", "FILES", func(all []*fdinfo.FileEntry) []*fdinfo.FileEntry { return append(all, filled(e)) })
 }
 
@@ -87,7 +92,7 @@ func TestFiles(t *testing.T) {
 		{"signals of another", func(f *forgery) {
 			f.addFile(&fdinfo.FileEntry{Type: fdinfo.FdTypes_REG.Enum(), Reg: &regfile.RegFileEntry{
 				Name: proto.String("/a"), Fown: &fown.FownEntry{Pid: u32(1)}}})
-		}, "a file sends signals as user 0/0"},
+		}, "sends signals as user 0/0"},
 		{"raw socket", func(f *forgery) {
 			f.addFile(&fdinfo.FileEntry{Type: fdinfo.FdTypes_INETSK.Enum(), Isk: &inet.InetSkEntry{Type: u32(unix.SOCK_RAW), Proto: u32(1)}})
 		}, "raw socket of protocol 1 needs CAP_NET_RAW"},
@@ -124,8 +129,8 @@ func TestFiles(t *testing.T) {
 			Wd: []*fsnotify.InotifyWdEntry{filled(&fsnotify.InotifyWdEntry{SDev: u32(266338304), IIno: proto.Uint64(4711),
 				FHandle: &fh.FhEntry{Bytes: u32(8), Type: u32(1), Handle: []uint64{1}}})}}}), "by a handle (inode 4711) that is in none of the spec's mounts"},
 		{"deletion", func(f *forgery) {
-			f.addFile(&fdinfo.FileEntry{Type: fdinfo.FdTypes_REG.Enum(), Id: u32(77), Reg: &regfile.RegFileEntry{Id: u32(77), Name: proto.String("/data/precious")}})
-			f.write("remap-fpath.img", "REMAP_FPATH", &remap.RemapFilePathEntry{OrigId: u32(1), RemapId: u32(77), RemapType: remap.RemapType_LINKED.Enum()})
+			f.addFile(&fdinfo.FileEntry{Type: fdinfo.FdTypes_REG.Enum(), Id: u32(78), Reg: &regfile.RegFileEntry{Id: u32(78), Name: proto.String("/data/precious")}})
+			f.remap(remap.RemapType_LINKED, 77, 78)
 		}, `a restore would delete "/data/precious"`},
 		{"second name", func(f *forgery) {
 			f.addFile(&fdinfo.FileEntry{Type: fdinfo.FdTypes_REG.Enum(), Id: u32(77), Reg: &regfile.RegFileEntry{Id: u32(77), Name: proto.String("/data/link_remap.3")}})
@@ -133,19 +138,23 @@ func TestFiles(t *testing.T) {
 		}, ""},
 		{"deleted device", func(f *forgery) {
 			f.write("ghost-file-1.img", "GHOST_FILE", filled(&ghost.GhostFileEntry{Mode: u32(unix.S_IFBLK | 0o666)}))
-		}, "ghost-file-1.img: a deleted file that is a device"},
+			f.remap(remap.RemapType_GHOST, 77, 1)
+		}, "a deleted file that is a device"},
 		{"deleted file of root", func(f *forgery) {
 			f.write("ghost-file-1.img", "GHOST_FILE", filled(&ghost.GhostFileEntry{Mode: u32(unix.S_IFREG | unix.S_ISUID | 0o755)}))
+			f.remap(remap.RemapType_GHOST, 77, 1)
 		}, "a deleted file of 0:0"},
 		{"memory file of root", func(f *forgery) {
-			f.write("memfd.img", "MEMFD_INODE", filled(&memfd.MemfdInodeEntry{Name: proto.String("m")}))
+			f.write("memfd.img", "MEMFD_INODE", filled(&memfd.MemfdInodeEntry{Name: proto.String("m"), InodeId: proto.Uint64(5)}))
+			f.addFile(&fdinfo.FileEntry{Type: fdinfo.FdTypes_MEMFD.Enum(), Memfd: &memfd.MemfdFileEntry{InodeId: u32(5)}})
 		}, `memory file "m" belongs to 0:0`},
 		{"virtual terminal", func(f *forgery) {
-			f.write("tty-info.img", "TTY_INFO", filled(&tty.TtyInfoEntry{Type: tty.TtyType_VT.Enum()}))
-		}, "terminal 0 is of kind VT"},
+			f.write("tty-info.img", "TTY_INFO", filled(&tty.TtyInfoEntry{Id: u32(5), Type: tty.TtyType_VT.Enum()}))
+			f.addFile(&fdinfo.FileEntry{Type: fdinfo.FdTypes_TTY.Enum(), Tty: &tty.TtyFileEntry{TtyInfoId: u32(5)}})
+		}, "terminal 5 is of kind VT"},
 		{"label", func(f *forgery) {
 			one(f, "fdinfo-2.img", "FDINFO", func(e *fdinfo.FdinfoEntry) { e.XattrSecuritySelinux = proto.String("other") })
-		}, `descriptor 0 has the label "other"`},
+		}, `process 6: fd 0: open file 2: descriptor 0 in fdinfo-2.img has the label "other"`},
 		{"unknown kind", func(f *forgery) {
 			f.addFile(&fdinfo.FileEntry{Type: fdinfo.FdTypes_UND.Enum()})
 		}, "is of kind UND"},
@@ -153,9 +162,22 @@ func TestFiles(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			f := confined(t)
 			tc.fn(f)
-			f.judged(tc.want)
+			f.held(77)
+			// Each refusal names who has the file open.
+			who := "process 6: fd 77: open file 77: "
+			if strings.HasPrefix(tc.want, "process 6: ") {
+				who = ""
+			}
+			f.judged(tc.want, who)
 		})
 	}
+	// A file that no process has open.
+	f := newForgery(t)
+	f.addFile(&fdinfo.FileEntry{Type: fdinfo.FdTypes_EXT.Enum()})
+	f.refused("grants: open file 77: is of kind EXT")
+	f = confined(t)
+	f.write("ghost-file-1.img", "GHOST_FILE", filled(&ghost.GhostFileEntry{Mode: u32(unix.S_IFREG)}))
+	f.refused("grants: ghost-file-1.img: a deleted file of 0:0")
 }
 
 func TestTmpfs(t *testing.T) {

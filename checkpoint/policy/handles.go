@@ -62,7 +62,7 @@ func (c *checker) checkHandle(id uint32, wd *fsnotify.InotifyWdEntry, sources []
 			return nil
 		}
 	}
-	c.refuse("open file %d: watches a file by a handle (inode %d) that is in none of the spec's mounts", id, wd.GetIIno())
+	c.refuse("%s: watches a file by a handle (inode %d) that is in none of the spec's mounts", opened{c, id}, wd.GetIIno())
 	return nil
 }
 

@@ -96,7 +96,7 @@ func (c *checker) checkPaths(rootfs string) error {
 			bad = c.mayOpenKernels(to, 4, nil)
 		}
 		if bad != "" {
-			c.refuse("open file %d: watches %s, which %s", w.file, quote(w.path), bad)
+			c.refuse("%s: watches %s, which %s", opened{c, w.file}, quote(w.path), bad)
 		}
 	}
 	return nil
@@ -219,12 +219,10 @@ func (c *checker) checkRegularPath(v *view, reg regular, p *paths) error {
 		access := opens(reg.flags) | p.others[reg.id] | uses[reg.id].access
 		bad = c.mayOpenKernels(to, access, c.processes)
 	}
-	if bad == "" {
-		return nil
+	if bad != "" {
+		c.refuse("%s: %s %s", opened{c, reg.id}, quote(reg.name), bad)
 	}
-	who, err := c.whose(reg.id)
-	c.refuse("%sopen file %d: %s %s", who, reg.id, quote(reg.name), bad)
-	return err
+	return nil
 }
 
 func (c *checker) checkSocketPath(v *view, sk socket) error {
@@ -243,9 +241,7 @@ func (c *checker) checkSocketPath(v *view, sk socket) error {
 		bad = "is no socket, and a restore would delete it"
 	}
 	if bad != "" {
-		who, err := c.whose(sk.id)
-		c.refuse("%sopen file %d: unix socket %s %s", who, sk.id, quote(sk.name), bad)
-		return err
+		c.refuse("%s: unix socket %s %s", opened{c, sk.id}, quote(sk.name), bad)
 	}
 	return nil
 }

@@ -192,7 +192,7 @@ func TestPaths(t *testing.T) {
 		}, overLink},
 		{"a link with two targets", func(f *forgery) {
 			f.tmpfs(&tar.Header{Name: "./x", Linkname: "/a", Typeflag: tar.TypeSymlink}, &tar.Header{Name: "./x", Linkname: "/b", Typeflag: tar.TypeSymlink})
-		}, "is a link to two files"},
+		}, `tmpfs-dev-999.tar.gz.img: "./x" is a link to two files`},
 		{"a file of a tmpfs", func(f *forgery) { f.tmpfs(); f.regular("/tmp/x/etc/shadow", 0) }, ""},
 
 		{"emptied", open("/etc/passwd", unix.O_WRONLY|unix.O_TRUNC), `"/etc/passwd" is opened with flags 0x201, which would create or empty it`},
@@ -256,7 +256,7 @@ func TestPaths(t *testing.T) {
 			f.remap(remap.RemapType_GHOST, 77, 1)
 		}, "was deleted, and is in a file system of the kernel's"},
 		{"deleted file", func(f *forgery) { f.ghost(unix.S_IFREG); f.regular("/a/b/c", 0); f.remap(remap.RemapType_GHOST, 77, 1) }, ""},
-		{"deleted link", func(f *forgery) { f.ghost(unix.S_IFLNK) }, "ghost-file-1.img: a deleted file that is a link"},
+		{"deleted link", func(f *forgery) { f.ghost(unix.S_IFLNK); f.remap(remap.RemapType_GHOST, 77, 1) }, "open file 77: a deleted file that is a link"},
 		{"second name that is a link", func(f *forgery) {
 			f.link("/proc/1/root/etc/shadow", "link_remap.3")
 			f.regular("/link_remap.3", 0)
@@ -286,7 +286,13 @@ func TestPaths(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			f := newForgery(t)
 			tc.fn(f)
-			f.judged(tc.want)
+			f.held(77)
+			// Each refusal of a file names who has it open.
+			who := "process 6: "
+			if strings.Contains(tc.want, "mount at") || strings.Contains(tc.want, "tmpfs") {
+				who = ""
+			}
+			f.judged(tc.want, who)
 		})
 	}
 }

@@ -75,6 +75,8 @@ type checker struct {
 	mounts    map[string][]mountEntry // by the image that has them
 	wanted    map[string]wanted       // the spec's, by path in the root filesystem
 	unnamed   map[uint32]bool         // entries of files.img whose file CRIU makes anew
+	parts     map[part]uint32         // entries of files.img, by what other images have of them
+	entry     opened                  // the entry of files.img that is being decoded
 
 	portStart  int                          // see unprivilegedPorts; -1 if it was not read
 	processes  map[uint32]bool              // see uses

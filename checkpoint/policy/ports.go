@@ -17,7 +17,7 @@ const (
 )
 
 // checkPort is for a socket that CRIU binds, as root, to the port that the image has.
-func (c *checker) checkPort(who string, sk *inet.InetSkEntry) {
+func (c *checker) checkPort(who opened, sk *inet.InetSkEntry) {
 	switch sk.GetProto() {
 	case unix.IPPROTO_TCP, unix.IPPROTO_UDP, unix.IPPROTO_UDPLITE, unix.IPPROTO_SCTP, unix.IPPROTO_DCCP, unix.IPPROTO_MPTCP, 0:
 	default:

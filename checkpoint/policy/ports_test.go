@@ -60,7 +60,7 @@ func TestPorts(t *testing.T) {
 			err := f.check()
 			// What else is wrong with such a network namespace is not asked here.
 			c := &checker{spec: f.spec, grant: grantOf(f.spec), portStart: -1}
-			c.checkPort("open file 77", &inet.InetSkEntry{Proto: &tc.proto, SrcPort: &tc.port})
+			c.checkPort(opened{c, 77}, &inet.InetSkEntry{Proto: &tc.proto, SrcPort: &tc.port})
 			if got := len(c.found) > 0; got != (tc.want != "") || err == nil && got {
 				t.Errorf("%q; %v", c.found, err)
 			}
@@ -71,5 +71,6 @@ func TestPorts(t *testing.T) {
 	}
 	f := confined(t)
 	f.addFile(&fdinfo.FileEntry{Type: fdinfo.FdTypes_INETSK.Enum(), Isk: &inet.InetSkEntry{Opts: &skopts.SkOptsEntry{SoPriority: u32(7)}}})
-	f.refused("a socket has the priority 7, which needs CAP_NET_ADMIN")
+	f.held(77)
+	f.refused("process 6: fd 77: open file 77: has the priority 7, which needs CAP_NET_ADMIN")
 }

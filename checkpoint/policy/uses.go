@@ -121,12 +121,35 @@ func (c *checker) usesOfMemory(pid uint32) error {
 	return nil
 }
 
-// whose names a process that has an entry of files.img, for an error.
-func (c *checker) whose(id uint32) (string, error) {
-	uses, err := c.uses()
-	u, known := uses[id]
-	if err != nil || !known {
-		return "", err
-	}
-	return u.String() + ": ", nil
+// opened is an entry of files.img, as errors name it: with a process that has it open,
+// if one has. It looks for that only when it is printed.
+type opened struct {
+	c  *checker
+	id uint32
 }
+
+func (o opened) String() string {
+	// Where this cannot be read, the checkpoint is refused all the same.
+	uses, _ := o.c.uses()
+	if u, known := uses[o.id]; known {
+		return fmt.Sprintf("%s: open file %d", u, o.id)
+	}
+	return fmt.Sprintf("open file %d", o.id)
+}
+
+// part is an entry of another image that belongs to one of files.img.
+type part struct {
+	image string
+	id    uint32
+}
+
+// of is for an error about a part: the entry of files.img, or the image alone where
+// there is none.
+func (c *checker) of(p part) fmt.Stringer {
+	if id, known := c.parts[p]; known {
+		return opened{c, id}
+	}
+	return p
+}
+
+func (p part) String() string { return p.image }
