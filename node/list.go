@@ -28,7 +28,8 @@ type Listed struct {
 	// image came here.
 	Created time.Time `json:"created"`
 	oci.Summary
-	// KeyTrusted: SignedBy has a key that is trusted here.
+	// KeyTrusted: SignedBy has a key that is trusted here, and the first is one. What
+	// the checkpoint says of its signers is not verified; Verify does that.
 	KeyTrusted bool `json:"key_trusted"`
 	// Broken says why the checkpoint cannot be read.
 	Broken string `json:"broken,omitempty"`
@@ -97,7 +98,7 @@ func (n *Node) list(ctx context.Context, c *client.Client) ([]Listed, error) {
 		if at := l.Info.Checkpointed; !at.IsZero() {
 			l.Created = at
 		}
-		l.KeyTrusted = slices.ContainsFunc(trust.Keys(), func(s sign.Signer) bool { return slices.Contains(l.SignedBy, s.KeyID) })
+		l.KeyTrusted = trustedFirst(l.SignedBy, trust.Keys())
 		found = append(found, l)
 	}
 	slices.SortStableFunc(found, func(a, b Listed) int {
@@ -107,4 +108,17 @@ func (n *Node) list(ctx context.Context, c *client.Client) ([]Listed, error) {
 		return strings.Compare(a.Ref, b.Ref)
 	})
 	return found, nil
+}
+
+// trustedFirst moves the keys that are trusted to the front, and tells whether there
+// are any.
+func trustedFirst(ids []string, trusted []sign.Signer) bool {
+	rank := func(id string) int {
+		if slices.ContainsFunc(trusted, func(s sign.Signer) bool { return s.KeyID == id }) {
+			return 0
+		}
+		return 1
+	}
+	slices.SortStableFunc(ids, func(a, b string) int { return rank(a) - rank(b) })
+	return len(ids) > 0 && rank(ids[0]) == 0
 }

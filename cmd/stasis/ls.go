@@ -9,7 +9,8 @@ import (
 	"github.com/stasis-run/stasis/node"
 )
 
-// signer is the key by which a checkpoint says it is signed, for people.
+// signer is the key by which a checkpoint says it is signed, for people: a trusted one
+// if it has any.
 func signer(l node.Listed) string {
 	switch {
 	case len(l.SignedBy) == 0:
@@ -28,8 +29,9 @@ func newLsCommand(a *app) *cobra.Command {
 		Aliases: []string{"list"},
 		Short:   "List the checkpoints in containerd's image store",
 		Long: `List the checkpoints in containerd's image store, the newest first. SIZE is what
-one takes besides the image that its container was made from. SIGNED BY is the key by
-which it says it is signed, which "stasis verify" proves: with ? it is not trusted here.`,
+one takes besides the image that its container was made from. SIGNED BY is the key that
+a checkpoint names as its signer, or one that is trusted here if it names several; with
+? none is. No signature is verified here: "stasis verify" does that.`,
 		Example: `  stasis ls
   stasis ls --container db
   stasis ls -o json | jq -r '.[].ref'`,
