@@ -8,9 +8,11 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fh"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fown"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/fs"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fsnotify"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/mm"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/mnt"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/regfile"
 	inet "github.com/checkpoint-restore/go-criu/v8/crit/images/sk-inet"
 	skopts "github.com/checkpoint-restore/go-criu/v8/crit/images/sk-opts"
 	skunix "github.com/checkpoint-restore/go-criu/v8/crit/images/sk-unix"
@@ -44,7 +46,14 @@ func more(e *fdinfo.FileEntry) forgery {
 	}}
 }
 
+// other adds a regular file of that name, number 777, and nothing that has it open.
+func other(name string) forgery {
+	return more(&fdinfo.FileEntry{Type: fdinfo.FdTypes_REG.Enum(), Reg: &regfile.RegFileEntry{Id: proto.Uint32(777), Flags: proto.Uint32(0),
+		Pos: proto.Uint64(0), Fown: nobody(), Name: &name}}).inStart()
+}
+
 func (f forgery) inStart() forgery { f.late = true; return f }
+func (f forgery) early() forgery   { f.late = false; return f }
 
 func nobody() *fown.FownEntry {
 	return &fown.FownEntry{Uid: proto.Uint32(0), Euid: proto.Uint32(0), Signum: proto.Uint32(0), PidType: proto.Uint32(0), Pid: proto.Uint32(0)}
@@ -76,17 +85,30 @@ const onlyProcfsLink = "goes over a link of procfs"
 // hostileForgeries are those with which a container has come to files of the host,
 // to what the kernel has, or to run code as CRIU.
 var hostileForgeries = map[string]forgery{
-	"CRIU's descriptors":    named("/dev/null", hostRoot+"/etc/shadow", 0).says("process 1: fd 0", hostRoot+"/etc/shadow", onlyProcfsLink),
-	"over a link":           named("/dev/null", "/x/etc/shadow", 0).says("process 1: fd 0", `"/x/etc/shadow"`, onlyProcfsLink),
-	"over one of a volume":  named("/dev/null", "/volume/x/etc/shadow", 0).says("process 1: fd 0", onlyProcfsLink),
-	"over one of a tmpfs":   named("/dev/null", "/dev/shm/x/etc/shadow", 0).says("process 1: fd 0", onlyProcfsLink),
-	"working folder":        named("/", hostRoot, 0).says("process 1: cwd", onlyProcfsLink),
-	"executable":            named("/busybox", hostRoot+"/bin/sh", 0).says("process 1: exe", onlyProcfsLink),
-	"kernel messages":       named("/dev/null", "/proc/kmsg", 0).says("process 1: fd 0", "/proc/kmsg", "shows more to root"),
-	"addresses":             named("/dev/null", "/proc/kallsyms", 0).says("process 1: fd 0", "/proc/kallsyms", "shows more to root"),
-	"setting of the kernel": named("/dev/null", "/proc/sys/kernel/core_pattern", unix.O_RDWR).says("process 1: fd 0", "needs privileges to be opened"),
-	"made file":             openFile(func(f *fdinfo.FileEntry) { *f.Reg.Flags |= unix.O_CREAT }).says("would create or empty it"),
-	"emptied file":          openFile(func(f *fdinfo.FileEntry) { *f.Reg.Flags |= unix.O_TRUNC }).says("would create or empty it"),
+	"CRIU's descriptors":   named("/dev/null", hostRoot+"/etc/shadow", 0).says("process 1: fd 0", hostRoot+"/etc/shadow", onlyProcfsLink),
+	"over a link":          named("/dev/null", "/x/etc/shadow", 0).says("process 1: fd 0", `"/x/etc/shadow"`, onlyProcfsLink),
+	"over one of a volume": named("/dev/null", "/volume/x/etc/shadow", 0).says("process 1: fd 0", onlyProcfsLink),
+	"over one of a tmpfs":  named("/dev/null", "/dev/shm/x/etc/shadow", 0).says("process 1: fd 0", onlyProcfsLink),
+	"working folder":       named("/", hostRoot, 0).says("process 1: cwd", onlyProcfsLink),
+	"executable":           named("/busybox", hostRoot+"/bin/sh", 0).says("process 1: exe", onlyProcfsLink),
+	"root folder": other(hostRoot).and(forgery{file: "fs-1.img", kind: &fs.FsEntry{}, do: first(func(e *fs.FsEntry) { *e.RootId = 777 })}).
+		says("process 1: root: open file 777", onlyProcfsLink),
+	"mapped file": other(hostRoot+"/etc/passwd").and(forgery{file: "mm-1.img", kind: &mm.MmEntry{}, do: first(func(m *mm.MmEntry) {
+		for _, v := range m.Vmas {
+			if v.GetStatus()&(1<<6|1<<7) != 0 { // of a file: VMA_FILE_PRIVATE, VMA_FILE_SHARED
+				*v.Shmid = 777
+				return
+			}
+		}
+	})}).says("process 1: mapping at 0x", "open file 777", onlyProcfsLink),
+	"deleted file":             named("/deleted", hostRoot+"/etc/deleted", unix.O_WRONLY).says("process 1: fd 3", hostRoot+"/etc/deleted", onlyProcfsLink),
+	"deleted file over a link": named("/deleted", "/volume/x/etc/deleted", unix.O_WRONLY).says("process 1: fd 3", onlyProcfsLink),
+	"deleted file that climbs": named("/deleted", "/volume/../../deleted", unix.O_WRONLY).early().says("process 1: fd 3", "climbs with .."),
+	"kernel messages":          named("/dev/null", "/proc/kmsg", 0).says("process 1: fd 0", "/proc/kmsg", "shows more to root"),
+	"addresses":                named("/dev/null", "/proc/kallsyms", 0).says("process 1: fd 0", "/proc/kallsyms", "shows more to root"),
+	"setting of the kernel":    named("/dev/null", "/proc/sys/kernel/core_pattern", unix.O_RDWR).says("process 1: fd 0", "needs privileges to be opened"),
+	"made file":                openFile(func(f *fdinfo.FileEntry) { *f.Reg.Flags |= unix.O_CREAT }).says("would create or empty it"),
+	"emptied file":             openFile(func(f *fdinfo.FileEntry) { *f.Reg.Flags |= unix.O_TRUNC }).says("would create or empty it"),
 	"socket": more(&fdinfo.FileEntry{Type: fdinfo.FdTypes_UNIXSK.Enum(), Usk: &skunix.UnixSkEntry{Id: proto.Uint32(777), Ino: proto.Uint32(777),
 		Type: proto.Uint32(unix.SOCK_STREAM), State: proto.Uint32(10), Flags: proto.Uint32(2), Uflags: proto.Uint32(0), Backlog: proto.Uint32(1),
 		Peer: proto.Uint32(0), Fown: nobody(), Opts: noOptions(), Name: []byte("/x/run/s\x00")}}).inStart().says("open file 777: unix socket", onlyProcfsLink),
@@ -129,6 +151,17 @@ var hostileForgeries = map[string]forgery{
 		p := e.Controllers[0].Dirs[0].Properties[0]
 		*p.Name, *p.Value = "devices.allow", "a *:* rwm"
 	}).says(`property "devices.allow"`),
+	"devices with the checkpoint's limits": func() forgery {
+		f := groups(func(e *cgroup.CgroupEntry) {
+			p := e.Controllers[0].Dirs[0].Properties[0]
+			*p.Name, *p.Value = "devices.allow", "a *:* rwm"
+		}).says(`property "devices.allow"`)
+		f.full = true
+		return f
+	}(),
+	"limits for all to write": groups(func(e *cgroup.CgroupEntry) {
+		*e.Controllers[0].Dirs[0].DirPerms.Mode |= 0o002
+	}).says("has the mode 0757, at most 0755"),
 	"hierarchy": groups(func(e *cgroup.CgroupEntry) {
 		e.Controllers = append(e.Controllers, &cgroup.CgControllerEntry{Cnames: []string{"name=evil"}, Dirs: []*cgroup.CgroupDirEntry{{DirName: proto.String("x")}}})
 		e.Sets[0].Ctls = append(e.Sets[0].Ctls, &cgroup.CgMemberEntry{Name: proto.String("name=evil"), Path: proto.String("/x"), CgnsPrefix: proto.Uint32(2)})

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -29,6 +30,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/layout"
+	"github.com/stasis-run/stasis/checkpoint/sign"
 	"github.com/stasis-run/stasis/checkpoint/sum"
 	"github.com/stasis-run/stasis/integration/stack"
 )
@@ -39,7 +41,9 @@ type forgery struct {
 	kind proto.Message
 	do   func([]*crit.CriuEntry) []*crit.CriuEntry
 	late bool // it is noticed in Start, when the root filesystem is there
+	full bool // CRIU is told to set the limits of the checkpoint (cgroups_mode full)
 	want []string
+	also []forgery // of other images, of which only the first three fields matter
 }
 
 // first changes the first message of an image.
@@ -74,6 +78,8 @@ func openFile(fn func(*fdinfo.FileEntry)) forgery {
 }
 
 func (f forgery) says(want ...string) forgery { f.want = append(f.want, want...); return f }
+
+func (f forgery) and(also ...forgery) forgery { f.also = append(f.also, also...); return f }
 
 // forgeries has one for each kind of rule; checkpoint/policy tests each rule.
 var forgeries = map[string]forgery{
@@ -112,7 +118,8 @@ var forgeries = map[string]forgery{
 
 // TestPolicy restores a checkpoint that was made here and altered since, with a
 // manifest that fits it, and without its signature: none is restored, and nothing is
-// left.
+// left. A signature of this node's grants no more: that is tried with one forgery of
+// each image.
 func TestPolicy(t *testing.T) {
 	t.Parallel()
 	s := stack.Start(t, stack.Options{})
@@ -120,10 +127,12 @@ func TestPolicy(t *testing.T) {
 	faults := s.Faults()
 	volume := filepath.Join(s.Dir, "volume")
 	must(t, os.Mkdir(volume, 0o755))
-	c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sleep", "1000"), seccompprofile.WithDefaultProfile(),
+	// Descriptor 3 is a deleted file.
+	c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sh", "-c", "exec 3>/deleted; rm /deleted; echo ready; exec sleep 1000"), seccompprofile.WithDefaultProfile(),
 		oci.WithMounts([]specs.Mount{{Type: "bind", Source: volume, Destination: "/volume", Options: []string{"rbind", "ro"}}}),
 		oci.WithPidsLimit(8), oomScore(321), oci.WithNoNewPrivileges, oci.WithDroppedCapabilities([]string{"CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE"}))
 	c.Start(ctx)
+	c.Stdout.WaitFor(ctx, "ready")
 	must(t, os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", c.Task.Pid()), []byte("100"), 0))
 	// Links to where CRIU has the host's root while it restores.
 	must(t, os.Symlink(hostRoot, filepath.Join(volume, "x")))
@@ -132,11 +141,13 @@ func TestPolicy(t *testing.T) {
 	good := filepath.Join(s.Dir, "good")
 	c.Checkpoint(ctx, good, &options.CheckpointOptions{Exit: true})
 	maps.Copy(forgeries, hostileForgeries)
-	for name, f := range forgeries {
-		t.Run(name, func(t *testing.T) {
-			dir := filepath.Join(s.Dir, "forged", strings.ReplaceAll(name, " ", "-"))
-			must(t, os.CopyFS(dir, os.DirFS(good)))
-			forge(t, dir, f)
+	key, err := sign.Dir(s.ConfigDir()).ReadKey()
+	must(t, err)
+	signed := map[string]bool{} // images of which one forgery was
+	for _, name := range slices.Sorted(maps.Keys(forgeries)) {
+		f := forgeries[name]
+		dir := filepath.Join(s.Dir, "forged", strings.ReplaceAll(name, " ", "-"))
+		refused := func(t *testing.T) {
 			seen := len(faults.Calls())
 			err := c.RestoreErr(ctx, dir)
 			if err == nil {
@@ -157,7 +168,24 @@ func TestPolicy(t *testing.T) {
 				c.DeleteTask(ctx)
 			}
 			nothingOf(ctx, t, s, c)
+		}
+		t.Run(name, func(t *testing.T) {
+			must(t, os.CopyFS(dir, os.DirFS(good)))
+			forge(t, dir, f)
+			refused(t)
 		})
+		if class := fmt.Sprint(f.file, f.late); !signed[class] {
+			signed[class] = true
+			t.Run(name+"/signed", func(t *testing.T) {
+				must(t, checkpoint.Sign(ctx, dir, key, checkpoint.Manifest{}))
+				trust, err := sign.Dir(s.ConfigDir()).Trust()
+				must(t, err)
+				if v, err := checkpoint.SignedBy(dir, trust); err != nil || len(v.Signers) != 1 || !v.Signers[0].Own {
+					t.Errorf("signed by %+v, %v", v, err)
+				}
+				refused(t)
+			})
+		}
 	}
 	// What was copied and signed anew in the same way, but not altered.
 	dir := filepath.Join(s.Dir, "same")
@@ -181,8 +209,42 @@ func oomScore(score int) oci.SpecOpts {
 	}
 }
 
-// forge alters an image, and writes a manifest that fits.
+// forge alters images, and writes a manifest that fits.
 func forge(t *testing.T, dir string, f forgery) {
+	t.Helper()
+	altered := map[string]bool{}
+	for _, f := range append([]forgery{f}, f.also...) {
+		altered[forgeImage(t, dir, f)] = true
+	}
+	path := filepath.Join(dir, layout.Manifest)
+	data, err := os.ReadFile(path)
+	must(t, err)
+	var m checkpoint.Manifest
+	must(t, json.Unmarshal(data, &m))
+	if f.full {
+		m.Options.CgroupsMode = "full"
+	}
+	for i := range m.Files {
+		file := &m.Files[i]
+		if !altered[file.Name] {
+			continue
+		}
+		data, err := os.ReadFile(filepath.Join(dir, file.Name))
+		must(t, err)
+		w := sum.NewWriter()
+		_, _ = w.Write(data)
+		file.Size, file.Sum, file.Chunks = int64(len(data)), w.Sum().Text, w.Sum().Chunks
+	}
+	data, err = json.Marshal(m)
+	must(t, err)
+	must(t, os.WriteFile(path, data, 0o600))
+	// A forger has no key, so it is not signed; what is altered below a signature, none
+	// takes (TestSigned).
+	must(t, os.Remove(filepath.Join(dir, layout.Signature)))
+}
+
+// forgeImage alters one image, and returns its name.
+func forgeImage(t *testing.T, dir string, f forgery) string {
 	t.Helper()
 	paths, err := filepath.Glob(filepath.Join(dir, f.file))
 	must(t, err)
@@ -199,29 +261,7 @@ func forge(t *testing.T, dir string, f forgery) {
 	must(t, err)
 	must(t, crit.New(nil, out, "", false, false).Encode(img))
 	must(t, out.Close())
-
-	path := filepath.Join(dir, layout.Manifest)
-	data, err := os.ReadFile(path)
-	must(t, err)
-	var m checkpoint.Manifest
-	must(t, json.Unmarshal(data, &m))
-	for i := range m.Files {
-		file := &m.Files[i]
-		data, err := os.ReadFile(filepath.Join(dir, file.Name))
-		must(t, err)
-		if file.Name != filepath.Base(paths[0]) {
-			continue
-		}
-		w := sum.NewWriter()
-		_, _ = w.Write(data)
-		file.Size, file.Sum, file.Chunks = int64(len(data)), w.Sum().Text, w.Sum().Chunks
-	}
-	data, err = json.Marshal(m)
-	must(t, err)
-	must(t, os.WriteFile(path, data, 0o600))
-	// A forger has no key, so it is not signed; what is altered below a signature, none
-	// takes (TestSigned).
-	must(t, os.Remove(filepath.Join(dir, layout.Signature)))
+	return filepath.Base(paths[0])
 }
 
 // TestPolicyKeeps checks that what confines a container confines it after a restore:
