@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/checkpoint/layout"
+	"github.com/stasis-run/stasis/checkpoint/sign"
 	"github.com/stasis-run/stasis/integration/stack"
 )
 
@@ -37,6 +38,12 @@ func TestCLIBrokenOutput(t *testing.T) {
 	s.Stasis("export", ref, tar)
 	s.Stasis("export", ref, oci, "--format", "oci")
 	s.Stasis("push", ref, remote)
+	pub := filepath.Join(dir, "other.pub")
+	other, err := sign.Dir(filepath.Join(dir, "other")).Key()
+	must(t, err)
+	public, err := other.Public()
+	must(t, err)
+	must(t, os.WriteFile(pub, public, 0o644))
 	restored := 0
 	for _, line := range []string{
 		"checkpoint c stasis.test/broken:1", "checkpoint c stasis.test/broken:1 -o json", "checkpoint c --output -",
@@ -45,14 +52,24 @@ func TestCLIBrokenOutput(t *testing.T) {
 		"import " + tar, "import " + oci, "convert " + ref + " stasis.test/broken:2 --format podman", "convert --format archive " + ref + " -",
 		"restore " + ref + " NAME", "restore -o json " + ref + " NAME",
 		"check", "check -o json", "version", "version -o json", "prune --keep 100 -o json", "rm stasis.test/broken:1", "completion bash", "--help",
+		"key init", "key show", "key list", "key list -o json", "key trust " + pub, "key remove " + other.ID,
+		"verify " + ref, "verify " + tar, "verify -o json " + tar, "sign stasis.test/signed:1", "sign stasis.test/signed:1 -o json",
 	} {
 		for _, full := range []bool{true, false} {
 			if strings.HasPrefix(line, "rm ") {
 				s.Stasis("convert", ref, "stasis.test/broken:1")
 			}
+			if strings.HasPrefix(line, "key remove ") {
+				s.Stasis("key", "trust", pub)
+			}
 			name := fmt.Sprintf("r%d", restored)
 			restored++
 			cmd := s.StasisCommand(strings.Fields(strings.ReplaceAll(line, "NAME", name))...)
+			if strings.HasPrefix(line, "sign ") {
+				// With another key each time, or there is nothing to do.
+				s.Stasis("convert", ref, "stasis.test/signed:1")
+				cmd.Env = append(cmd.Env, "STASIS_CONFIG_DIR="+filepath.Join(t.TempDir(), "keys"))
+			}
 			var errs strings.Builder
 			cmd.Stderr = &errs
 			var out *os.File
