@@ -32,8 +32,12 @@ func policyAfter(t *testing.T, s *stack.Stack) {
 	ctx := s.Ctx()
 	faults := s.Faults()
 	volume, host := filepath.Join(s.Dir, "volume"), filepath.Join(s.Dir, "host")
+	program, err := os.ReadFile(filepath.Join(stack.Rootfs("busybox"), "bin", "busybox"))
+	must(t, err)
 	for _, dir := range []string{volume, host} {
 		must(t, os.MkdirAll(filepath.Join(dir, "folder"), 0o755))
+		must(t, os.MkdirAll(filepath.Join(dir, "jail"), 0o755))
+		must(t, os.WriteFile(filepath.Join(dir, "program"), program, 0o755)) // CRIU compares its build ID
 		for _, file := range []string{"out", "library"} {
 			must(t, os.WriteFile(filepath.Join(dir, file), []byte("secret\n"), 0o600))
 		}
@@ -47,8 +51,15 @@ out = open("/volume/out", "a")
 library = os.open("/volume/library", os.O_RDONLY)
 memory = mmap.mmap(library, 0, prot=mmap.PROT_READ)
 os.close(library)
-if os.fork() == 0: # CRIU cannot wait for an init whose children it holds
+program = os.fork() # CRIU cannot wait for an init whose children it holds
+if program == 0:
+	os.execv("/volume/program", ["sleep", "1000"])
+jail = os.fork()
+if jail == 0:
+	os.chroot("/volume/jail")
 	time.sleep(1000)
+while os.readlink(f"/proc/{program}/exe") != "/volume/program" or os.readlink(f"/proc/{jail}/root") != "/volume/jail":
+	time.sleep(0.01)
 print("ready")
 while True:
 	try: # not a file that is open for a moment, and then in the checkpoint
@@ -87,8 +98,11 @@ while True:
 		}
 	}
 
-	for what, want := range map[string]string{"out": "descriptor", "library": "mapping", "folder": "working folder"} {
-		t.Run(want, func(t *testing.T) {
+	for what, want := range map[string]string{
+		"out": "process 1 (python3): descriptor", "library": "process 1 (python3): mapping", "folder": "process 1 (python3): working folder",
+		"program": " (program): executable", "jail": " (python3): root",
+	} {
+		t.Run(what, func(t *testing.T) {
 			faults.Hold("restore", stack.Before)
 			errc := make(chan error, 1)
 			go func() { errc <- c.RestoreErr(ctx, good) }()
@@ -101,7 +115,7 @@ while True:
 			err := <-errc
 			must(t, os.Remove(path))
 			must(t, os.Rename(path+".away", path))
-			refused(t, err, "process 1 (python3): "+want, filepath.Join(host, what), "were ended before they ran")
+			refused(t, err, want, filepath.Join(host, what), "were ended before they ran")
 		})
 	}
 
