@@ -4,12 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"testing"
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/creds"
 	core "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/mnt"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/pstree"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/regfile"
 	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/proto"
 
@@ -51,6 +54,73 @@ func TestBudget(t *testing.T) {
 		}
 		if !errors.Is(err, gone) {
 			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// ending is a context that ends when it has been looked at so often.
+type ending struct {
+	context.Context
+	left, looks int
+}
+
+var errGone = errors.New("gone")
+
+func (e *ending) Err() error {
+	if e.looks++; e.looks > e.left {
+		return errGone
+	}
+	return nil
+}
+
+// A check ends with its context, wherever it is, and does not go on with something
+// else: that of a checkpoint which takes long to check, and of one which does not.
+func TestCancelled(t *testing.T) {
+	f := newForgery(t)
+	small, err := checkpoint.Open(t.Context(), f.dir)
+	must(t, err)
+	gone := &ending{Context: context.Background()}
+	if err := Check(gone, small, f.spec); !errors.Is(err, errGone) {
+		t.Errorf("Check: %v", err)
+	}
+	if err := CheckMounts(gone, small, f.spec, f.root); !errors.Is(err, errGone) {
+		t.Errorf("CheckMounts: %v", err)
+	}
+	if gone.looks != 2 {
+		t.Errorf("they went on: %d looks", gone.looks)
+	}
+	alter(f, mountsImage, "MNTS", func(all []*mnt.MntEntry) []*mnt.MntEntry {
+		for i := range uint32(3000) {
+			all = append(all, filled(&mnt.MntEntry{MntId: u32(1000 + i), ParentMntId: all[0].MntId, Mountpoint: proto.String(fmt.Sprintf("./m%d", i)), Root: proto.String("/")}))
+		}
+		return all
+	})
+	alter(f, "files.img", "FILES", func(all []*fdinfo.FileEntry) []*fdinfo.FileEntry {
+		for i := range uint32(500) {
+			all = append(all, filled(&fdinfo.FileEntry{Type: fdinfo.FdTypes_REG.Enum(), Id: u32(1000 + i),
+				Reg: &regfile.RegFileEntry{Id: u32(1000 + i), Name: proto.String("/a/b/c/d")}}))
+		}
+		return all
+	})
+	ckpt, err := checkpoint.Open(t.Context(), f.dir)
+	must(t, err)
+	for name, check := range map[string]func(context.Context) error{
+		"Check":       func(ctx context.Context) error { return Check(ctx, ckpt, f.spec) },
+		"CheckMounts": func(ctx context.Context) error { return CheckMounts(ctx, ckpt, f.spec, f.root) },
+	} {
+		all := &ending{Context: context.Background(), left: math.MaxInt}
+		if err := check(all); errors.Is(err, errGone) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if all.looks < 15 {
+			t.Errorf("%s looks %d times only", name, all.looks)
+		}
+		for left := 0; left < all.looks; left += 1 + all.looks/15 {
+			ctx := &ending{Context: context.Background(), left: left}
+			// A reader that has ended asks once more, for the cause.
+			if err := check(ctx); !errors.Is(err, errGone) || ctx.looks > left+2 {
+				t.Errorf("%s, gone after %d of %d looks: %v after %d", name, left, all.looks, err, ctx.looks)
+			}
 		}
 	}
 }

@@ -32,19 +32,18 @@ import (
 // masked or read-only.
 func CheckMounts(ctx context.Context, ckpt *checkpoint.Checkpoint, spec *specs.Spec, rootfs string) error {
 	c := newChecker(ctx, ckpt, spec)
-	err := c.checkMounts(rootfs)
 	for _, step := range []func() error{
+		func() error { return c.checkMounts(rootfs) },
 		c.checkTmpfs,
 		func() error { return c.checkHandles(rootfs) },
 		func() error { return c.checkPaths(rootfs) },
 	} {
-		if err != nil {
-			break
+		if err := context.Cause(ctx); err != nil {
+			return err
 		}
-		err = step()
-	}
-	if err != nil {
-		return fmt.Errorf("checkpoint %s: %w", ckpt.Dir(), err)
+		if err := step(); err != nil {
+			return fmt.Errorf("checkpoint %s: %w", ckpt.Dir(), err)
+		}
 	}
 	return c.verdict()
 }
