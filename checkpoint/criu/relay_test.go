@@ -12,10 +12,14 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/containerd/cgroups/v3"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/stasis-run/stasis/process"
 )
 
 // In these tests the runtime is the test, and both the stand-in for CRIU and CRIU are
@@ -104,6 +108,11 @@ func fakeCRIU(args []string, how string) error {
 	pid := child.Process.Pid
 	if err := os.WriteFile(os.Getenv(fakeEnv+"_PID"), []byte(strconv.Itoa(pid)), 0o600); err != nil {
 		return err
+	}
+	if group := os.Getenv(fakeEnv + "_GROUP"); group != "" {
+		if err := os.WriteFile(filepath.Join(group, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0); err != nil {
+			return err
+		}
 	}
 	if how != "loose" {
 		if err := unix.PtraceSeize(pid); err != nil {
@@ -197,6 +206,38 @@ func callCRIU(ctx context.Context, t *testing.T, env []string, dir *os.File, not
 	}
 }
 
+// makeGroup makes a control group for a test, and has fakeCRIU put its process there.
+func makeGroup(t *testing.T) string {
+	t.Helper()
+	group := fmt.Sprintf("/stasis-test-relay-%d-%d", os.Getpid(), time.Now().UnixNano())
+	dir := filepath.Join("/sys/fs/cgroup", group)
+	if cgroups.Mode() != cgroups.Unified {
+		dir = filepath.Join("/sys/fs/cgroup/freezer", group)
+	}
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Skip(err)
+	}
+	t.Cleanup(func() {
+		process.KillCgroup(group)
+		_ = process.RemoveCgroup(group)
+	})
+	t.Setenv(fakeEnv+"_GROUP", dir)
+	return group
+}
+
+func frozen(t *testing.T, pid int, group string) bool {
+	t.Helper()
+	cg, err := process.LoadCgroup(pid, group)
+	if err != nil {
+		t.Fatal(err)
+	}
+	frozen, err := cg.Frozen()
+	if err != nil {
+		t.Error(err)
+	}
+	return frozen
+}
+
 // TestRelay has the messages pass, and the process end unless it was held, looked at
 // and found good.
 func TestRelay(t *testing.T) {
@@ -215,8 +256,11 @@ func TestRelay(t *testing.T) {
 		check  error
 		cancel string // when the restore is cancelled: on which notification, or in the check
 		want   string // of the error
+		group  bool   // the process is in a control group
 	}{
 		"good":                {},
+		"in a group":          {group: true},
+		"bad in a group":      {group: true, check: bad, want: bad.Error()},
 		"bad":                 {check: bad, want: bad.Error()},
 		"not held":            {how: "loose", want: "is not held by CRIU"},
 		"not told":            {how: "silent", want: "has not told"},
@@ -233,8 +277,16 @@ func TestRelay(t *testing.T) {
 			runCtx, end := context.WithCancel(context.Background())
 			defer end()
 			looked := 0
-			r := &RestoreRequest{Bundle: t.TempDir(), Self: self, Spec: &specs.Spec{}, Check: func(ctx context.Context, pids []int) error {
+			group := ""
+			if c.group {
+				group = makeGroup(t)
+			}
+			spec := &specs.Spec{Linux: &specs.Linux{CgroupsPath: group}}
+			r := &RestoreRequest{Bundle: t.TempDir(), Self: self, Spec: spec, Check: func(ctx context.Context, pids []int) error {
 				looked++
+				if c.group && !frozen(t, pids[0], group) {
+					t.Error("its control group runs while it is looked at")
+				}
 				if c.cancel == "check" {
 					cancel()
 				}
@@ -273,6 +325,9 @@ func TestRelay(t *testing.T) {
 			if c.want == "" {
 				if err != nil || pid != made || got != r.Bundle || looked != 1 || unix.Kill(made, 0) != nil {
 					t.Errorf("process %d of %d, folder %q, looked at %d times: %v", pid, made, got, looked, err)
+				}
+				if c.group && frozen(t, made, group) {
+					t.Error("its control group is frozen for good")
 				}
 				return
 			}
