@@ -38,8 +38,15 @@ func named(old, name string, flags uint32) forgery {
 	}}
 }
 
-// more adds an open file, that no process need have.
+// more adds an open file, which the process has as descriptor 77.
 func more(e *fdinfo.FileEntry) forgery {
+	return added(e).and(forgery{file: "fdinfo-*.img", kind: &fdinfo.FdinfoEntry{}, do: func(all []*crit.CriuEntry) []*crit.CriuEntry {
+		return append(all, &crit.CriuEntry{Message: &fdinfo.FdinfoEntry{Id: proto.Uint32(777), Fd: proto.Uint32(77), Flags: proto.Uint32(0), Type: e.Type}})
+	}}).says("process 1: fd 77: open file 777")
+}
+
+// added adds an entry of an open file, which nothing has open.
+func added(e *fdinfo.FileEntry) forgery {
 	return forgery{file: "files.img", kind: &fdinfo.FileEntry{}, do: func(all []*crit.CriuEntry) []*crit.CriuEntry {
 		e.Id = proto.Uint32(777)
 		return append(all, &crit.CriuEntry{Message: e})
@@ -48,7 +55,7 @@ func more(e *fdinfo.FileEntry) forgery {
 
 // other adds a regular file of that name, number 777, and nothing that has it open.
 func other(name string) forgery {
-	return more(&fdinfo.FileEntry{Type: fdinfo.FdTypes_REG.Enum(), Reg: &regfile.RegFileEntry{Id: proto.Uint32(777), Flags: proto.Uint32(0),
+	return added(&fdinfo.FileEntry{Type: fdinfo.FdTypes_REG.Enum(), Reg: &regfile.RegFileEntry{Id: proto.Uint32(777), Flags: proto.Uint32(0),
 		Pos: proto.Uint64(0), Fown: nobody(), Name: &name}}).inStart()
 }
 
@@ -111,15 +118,15 @@ var hostileForgeries = map[string]forgery{
 	"emptied file":             openFile(func(f *fdinfo.FileEntry) { *f.Reg.Flags |= unix.O_TRUNC }).says("would create or empty it"),
 	"socket": more(&fdinfo.FileEntry{Type: fdinfo.FdTypes_UNIXSK.Enum(), Usk: &skunix.UnixSkEntry{Id: proto.Uint32(777), Ino: proto.Uint32(777),
 		Type: proto.Uint32(unix.SOCK_STREAM), State: proto.Uint32(10), Flags: proto.Uint32(2), Uflags: proto.Uint32(0), Backlog: proto.Uint32(1),
-		Peer: proto.Uint32(0), Fown: nobody(), Opts: noOptions(), Name: []byte("/x/run/s\x00")}}).inStart().says("open file 777: unix socket", onlyProcfsLink),
+		Peer: proto.Uint32(0), Fown: nobody(), Opts: noOptions(), Name: []byte("/x/run/s\x00")}}).inStart().says("unix socket", onlyProcfsLink),
 	"watch": more(&fdinfo.FileEntry{Type: fdinfo.FdTypes_INOTIFY.Enum(), Ify: &fsnotify.InotifyFileEntry{Id: proto.Uint32(777), Flags: proto.Uint32(0),
 		Fown: nobody(), Wd: []*fsnotify.InotifyWdEntry{{Id: proto.Uint32(777), IIno: proto.Uint64(1), Mask: proto.Uint32(1), IgnoredMask: proto.Uint32(0),
 			SDev: proto.Uint32(1), Wd: proto.Uint32(1), FHandle: &fh.FhEntry{Bytes: proto.Uint32(0), Type: proto.Uint32(0), Path: proto.String("x/etc")}}}}}).
-		inStart().says("open file 777: watches", onlyProcfsLink),
+		inStart().says("watches", onlyProcfsLink),
 	"port": more(&fdinfo.FileEntry{Type: fdinfo.FdTypes_INETSK.Enum(), Isk: &inet.InetSkEntry{Id: proto.Uint32(777), Ino: proto.Uint32(777),
 		Family: proto.Uint32(unix.AF_INET), Type: proto.Uint32(unix.SOCK_STREAM), Proto: proto.Uint32(unix.IPPROTO_TCP), State: proto.Uint32(10),
 		SrcPort: proto.Uint32(22), DstPort: proto.Uint32(0), Flags: proto.Uint32(2), Backlog: proto.Uint32(1), SrcAddr: []uint32{0}, DstAddr: []uint32{0},
-		Fown: nobody(), Opts: noOptions()}}).says("open file 777: src_port 22", "needs CAP_NET_BIND_SERVICE"),
+		Fown: nobody(), Opts: noOptions()}}).says("src_port 22", "needs CAP_NET_BIND_SERVICE"),
 
 	"mounted too early": {file: "mountpoints-*.img", kind: &mnt.MntEntry{}, late: true, do: func(all []*crit.CriuEntry) []*crit.CriuEntry {
 		ids := map[string]*uint32{}
