@@ -150,6 +150,9 @@ func (n *Node) Checkpoint(ctx context.Context, r CheckpointRequest) ([]Checkpoin
 // maxPreDumps is far beyond any use. The shim is asked in 32 bits.
 const maxPreDumps = 127
 
+// Check says what is wrong with a request in itself, which Checkpoint would say, too.
+func (r CheckpointRequest) Check() error { return r.complete() }
+
 // complete checks a request, and fills in what is left empty.
 func (r *CheckpointRequest) complete() error {
 	if r.Format == "" {

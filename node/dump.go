@@ -250,6 +250,22 @@ func sizeOf(dir string) (size int64, err error) {
 	return size, err
 }
 
+// labelContainerName is the label that CRI gives a container in a pod.
+const labelContainerName = "io.kubernetes.container.name"
+
+// podOf is the pod that a container is in, or nil.
+func podOf(info containers.Container) *capture.Pod {
+	if info.Labels[labelContainerName] == "" {
+		return nil
+	}
+	return &capture.Pod{
+		Name:      info.Labels["io.kubernetes.pod.name"],
+		Namespace: info.Labels["io.kubernetes.pod.namespace"],
+		UID:       info.Labels["io.kubernetes.pod.uid"],
+		ID:        info.SandboxID,
+	}
+}
+
 // describe says what the checkpoint is of.
 func (d *dumper) describe(ctx context.Context) (capture.Info, error) {
 	labels := d.info.Labels
@@ -265,15 +281,10 @@ func (d *dumper) describe(ctx context.Context) (capture.Info, error) {
 		Checkpointed:  time.Now(),
 		Labels:        labels,
 	}
-	if name := labels["io.kubernetes.container.name"]; name != "" {
+	if name := labels[labelContainerName]; name != "" {
 		i.ContainerName = name
-		i.Pod = &capture.Pod{
-			Name:      labels["io.kubernetes.pod.name"],
-			Namespace: labels["io.kubernetes.pod.namespace"],
-			UID:       labels["io.kubernetes.pod.uid"],
-			ID:        d.info.SandboxID,
-		}
 	}
+	i.Pod = podOf(d.info)
 	i.Namespace = namespaceOf(ctx)
 	if d.image != nil {
 		i.Base.Digest = d.base.Digest.String()

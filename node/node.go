@@ -54,6 +54,9 @@ type Options struct {
 	State string
 	// Version is noted in checkpoints as the version of the program that made them.
 	Version string
+	// ImagesOnly has checkpoints be named as images in containerd only, and no archive or
+	// folder of this host be opened by its path: whoever names it may not be root.
+	ImagesOnly bool
 	// Keys is where the keys are that sign checkpoints, and that are trusted; empty:
 	// sign.DefaultDir.
 	Keys sign.Dir

@@ -30,7 +30,7 @@ import (
 // to be unpacked; it is never nil.
 func (n *Node) openCapture(ctx context.Context, arg string, limit int64) (*capture.Capture, func(), error) {
 	nothing := func() {}
-	info, err := os.Stat(arg)
+	info, err := n.stat(arg)
 	switch {
 	case err == nil && info.IsDir():
 		return &capture.Capture{Images: arg}, nothing, nil
@@ -55,6 +55,14 @@ func (n *Node) openCapture(ctx context.Context, arg string, limit int64) (*captu
 	return n.unpacked(func(dir string) (*capture.Capture, error) {
 		return oci.ReadLimited(ctx, c.ContentStore(), img.Target, dir, limit)
 	})
+}
+
+// stat looks at a file that a checkpoint may be named by.
+func (n *Node) stat(arg string) (os.FileInfo, error) {
+	if n.o.ImagesOnly {
+		return nil, &fs.PathError{Op: "stat", Path: arg, Err: fs.ErrNotExist}
+	}
+	return os.Stat(arg)
 }
 
 // openArchive is openCapture for an archive.

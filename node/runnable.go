@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -27,7 +26,7 @@ import (
 // is made runnable first, under a name of its own, if it may have what its spec asks for.
 func (op *restoring) runnable(ctx context.Context) (images.Image, error) {
 	arg, c := op.Checkpoint, op.c
-	info, err := os.Stat(arg)
+	info, err := op.node.stat(arg)
 	switch {
 	case err == nil && info.IsDir():
 		return images.Image{}, fmt.Errorf("it is a folder, which lacks what a container needs besides its processes; `ctr run --runtime %s` with a criu_image_path restores one: %w",

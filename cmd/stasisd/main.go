@@ -14,7 +14,6 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
-	"time"
 
 	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -145,9 +144,6 @@ namespaces = ["default"]
 	}
 }
 
-// graceTime is how long requests at work may take when we are to end.
-const graceTime = 30 * time.Second
-
 // serve serves until ctx ends.
 func serve(ctx context.Context, c config, logs io.Writer) error {
 	var level slog.Level
@@ -155,9 +151,9 @@ func serve(ctx context.Context, c config, logs io.Writer) error {
 		return fmt.Errorf("log_level: %w", err)
 	}
 	log := slog.New(slog.NewTextHandler(logs, &slog.HandlerOptions{Level: level}))
-	n := node.Dial(c.Address, node.Options{State: c.State, Version: version, Logger: log})
+	n := node.Dial(c.Address, node.Options{State: c.State, Version: version, Logger: log, ImagesOnly: true})
 	defer n.Close()
-	handler, err := rest.New(rest.Options{Node: n, Namespace: c.Namespace, AllowPaths: c.AllowPaths, Clients: c.Clients, Log: log})
+	handler, err := rest.New(rest.Options{Node: n, Namespace: c.Namespace, State: c.State, AllowPaths: c.AllowPaths, Clients: c.Clients, Log: log})
 	if err != nil {
 		return err
 	}
@@ -167,7 +163,7 @@ func serve(ctx context.Context, c config, logs io.Writer) error {
 	}
 	server := rest.Serve(handler)
 	server.ErrorLog = slog.NewLogLogger(log.Handler(), slog.LevelDebug)
-	// What is at work outlives ctx, for graceTime.
+	// What is at work outlives ctx, for rest.GraceTime.
 	working, abort := context.WithCancel(context.WithoutCancel(ctx))
 	defer abort()
 	server.BaseContext = func(net.Listener) context.Context { return working }
@@ -193,12 +189,12 @@ func serve(ctx context.Context, c config, logs io.Writer) error {
 	_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
 	cancel() // which ends the streams of events
 	<-watched
-	grace, stop := context.WithTimeout(context.WithoutCancel(ctx), graceTime)
+	grace, stop := context.WithTimeout(context.WithoutCancel(ctx), rest.GraceTime)
 	defer stop()
 	if serr := server.Shutdown(grace); serr != nil {
 		// What was at work is undone, not left half way.
 		abort()
-		last, stop := context.WithTimeout(context.WithoutCancel(ctx), graceTime)
+		last, stop := context.WithTimeout(context.WithoutCancel(ctx), rest.GraceTime)
 		defer stop()
 		err = errors.Join(err, server.Shutdown(last))
 	}

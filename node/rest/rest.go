@@ -1,7 +1,7 @@
 // Package rest serves a node's containers and checkpoints by HTTP.
 //
-// It has the path and the fields of containerd's first interface (bundles.go). The file
-// docs/rest-api.md describes all requests.
+// It has the paths and the fields of containerd's first interface (bundles.go), and an
+// interface of its own (v1.go). The file docs/rest-api.md describes all requests.
 package rest
 
 import (
@@ -12,6 +12,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"path/filepath"
 	"runtime/debug"
 	"time"
 
@@ -29,6 +30,8 @@ type Options struct {
 	// Namespace is that of containerd in which the containers are that were started
 	// from bundles.
 	Namespace string
+	// State is the folder for the records of jobs.
+	State string
 	// AllowPaths are the folders below which requests may name files.
 	AllowPaths []string
 	// Clients may use TLS listeners.
@@ -48,10 +51,14 @@ type server struct {
 	paths   paths
 	events  *events
 	metrics *metrics
+	jobs    *jobs
 	slots   chan struct{} // one for each request at work
 	// bodyTime bounds how long a body may take to arrive.
 	bodyTime time.Duration
 }
+
+// GraceTime is how long what is at work may take when a Server is to end.
+const GraceTime = 30 * time.Second
 
 const (
 	// maxBody bounds the body of a request, in bytes.
@@ -76,8 +83,13 @@ func New(o Options) (*Server, error) {
 		names[c.Name] = true
 	}
 	s := &server{o: o, paths: o.AllowPaths, events: newEvents(), metrics: newMetrics(), slots: make(chan struct{}, maxRequests), bodyTime: 30 * time.Second}
+	var err error
+	if s.jobs, err = newJobs(filepath.Join(o.State, jobsFolder), o.Log); err != nil {
+		return nil, err
+	}
 	mux := http.NewServeMux()
 	s.bundleRoutes(mux)
+	s.v1(mux)
 	mux.Handle("GET /metrics", s.route(route{scope: ScopeRead}, func(w http.ResponseWriter, r *http.Request) error {
 		promhttp.HandlerFor(s.metrics.registry, promhttp.HandlerOpts{}).ServeHTTP(w, r)
 		return nil
@@ -96,7 +108,10 @@ func (s *Server) Run(ctx context.Context, ready func()) error {
 		}
 		s.s.o.Log.Error("recover: " + err.Error())
 	}
-	defer s.s.events.close()
+	defer func() {
+		s.s.events.close()
+		s.s.jobs.end(GraceTime)
+	}()
 	for pause := time.Duration(0); ; pause = time.Second {
 		select {
 		case <-ctx.Done():

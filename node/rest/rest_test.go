@@ -50,8 +50,8 @@ func (b *syncBuffer) String() string {
 func newTestServer(t *testing.T, clients ...Client) (*Server, *syncBuffer) {
 	t.Helper()
 	log := &syncBuffer{}
-	n := node.Dial(filepath.Join(t.TempDir(), "none.sock"), node.Options{State: t.TempDir()})
-	s, err := New(Options{Node: n, Namespace: "test", Clients: clients, Log: slog.New(slog.NewTextHandler(log, nil))})
+	n := node.Dial(filepath.Join(t.TempDir(), "none.sock"), node.Options{State: filepath.Join(t.TempDir(), "state"), ImagesOnly: true})
+	s, err := New(Options{Node: n, Namespace: "test", State: t.TempDir(), Clients: clients, Log: slog.New(slog.NewTextHandler(log, nil))})
 	if err != nil {
 		t.Fatal(err)
 	}
