@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/url"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -139,6 +140,30 @@ func TestREST(t *testing.T) {
 	if len(refs) != 2 || refs[1] != ref {
 		t.Errorf("checkpoints by pages %v", refs)
 	}
+	// Through a file.
+	file := filepath.Join(s.Dir, "c.tar")
+	curl := func(args ...string) string {
+		t.Helper()
+		out, err := exec.CommandContext(ctx, "curl", append([]string{"-sS", "--fail-with-body", "--unix-socket", d.Socket}, args...)...).CombinedOutput()
+		if err != nil {
+			t.Fatalf("curl %v: %v\n%s", args, err, out)
+		}
+		return string(out)
+	}
+	for _, format := range []string{"archive", "oci"} {
+		curl("-o", file, "http://node"+path+"/export"+query+"&format="+format)
+		imported := curl("--data-binary", "@"+file, "http://node/v1/imports"+query+"&ref=stasis.test/imported:1")
+		if !strings.Contains(imported, `"ref":"stasis.test/imported:1"`) {
+			t.Errorf("import of %s: %s", format, imported)
+		}
+		if list := get("/v1/checkpoints"); !strings.Contains(list, `"ref":"stasis.test/imported:1"`) || strings.Count(list, `"container":"c"`) != 2 {
+			t.Errorf("imported from %s: %s", format, list)
+		}
+		want(t, d, 204, "DELETE", "/v1/checkpoints/stasis.test%2Fimported:1"+query, "")
+	}
+	want(t, d, 404, "GET", "/v1/checkpoints/none/export"+query, "")
+	want(t, d, 400, "POST", "/v1/imports"+query, "no checkpoint")
+
 	want(t, d, 204, "DELETE", path+query, "")
 	want(t, d, 404, "DELETE", path+query, "")
 	if metrics := want(t, d, 200, "GET", "/metrics", ""); !strings.Contains(metrics, "stasis_checkpoint_frozen_seconds_count 2") {

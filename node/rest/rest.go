@@ -53,6 +53,7 @@ type server struct {
 	metrics *metrics
 	jobs    *jobs
 	slots   chan struct{} // one for each request at work
+	streams chan struct{} // the same for streams
 	// bodyTime bounds how long a body may take to arrive.
 	bodyTime time.Duration
 }
@@ -63,8 +64,9 @@ const GraceTime = 30 * time.Second
 const (
 	// maxBody bounds the body of a request, in bytes.
 	maxBody = 1 << 20
-	// maxRequests bounds how many requests are at work at a time.
+	// maxRequests and maxStreams bound how many requests are at work at a time.
 	maxRequests = 256
+	maxStreams  = 256
 )
 
 // New returns a Server. Serve its Handler by a server with ConnContext, and call Run.
@@ -82,7 +84,7 @@ func New(o Options) (*Server, error) {
 		}
 		names[c.Name] = true
 	}
-	s := &server{o: o, paths: o.AllowPaths, events: newEvents(), metrics: newMetrics(), slots: make(chan struct{}, maxRequests), bodyTime: 30 * time.Second}
+	s := &server{o: o, paths: o.AllowPaths, events: newEvents(), metrics: newMetrics(), slots: make(chan struct{}, maxRequests), streams: make(chan struct{}, maxStreams), bodyTime: 30 * time.Second}
 	var err error
 	if s.jobs, err = newJobs(filepath.Join(o.State, jobsFolder), o.Log); err != nil {
 		return nil, err
@@ -143,7 +145,7 @@ type route struct {
 	mutates bool
 	fail    func(w http.ResponseWriter, status int, err error) // nil: failPlain
 	status  func(error) int                                    // nil: statusOf
-	// stream: the answer goes on for as long as the client likes.
+	// stream: the answer, or the body, goes on for as long as the client likes.
 	stream bool
 }
 
@@ -169,7 +171,8 @@ func (s *server) route(t route, serve func(http.ResponseWriter, *http.Request) e
 		}
 		answer := &recorder{ResponseWriter: w}
 		defer func() {
-			if failed := recover(); failed != nil && failed != http.ErrAbortHandler { //nolint:errorlint // it is the value itself
+			failed := recover()
+			if failed != nil && failed != http.ErrAbortHandler { //nolint:errorlint // it is the value itself
 				s.o.Log.Error(fmt.Sprintf("%s: %v\n%s", r.Pattern, failed, debug.Stack()))
 				if answer.status == 0 {
 					t.fail(answer, http.StatusInternalServerError, errors.New("a fault in stasisd, which its log describes"))
@@ -179,22 +182,29 @@ func (s *server) route(t route, serve func(http.ResponseWriter, *http.Request) e
 			if t.mutates {
 				s.o.Log.Info("audit", "who", who.name, "method", r.Method, "path", r.URL.Path, "status", answer.code(), "took", time.Since(started).Round(time.Millisecond).String())
 			}
+			if failed != nil {
+				panic(http.ErrAbortHandler) // what was answered so far is not all
+			}
 		}()
 		if !who.may(t.scope, namespace) {
 			t.fail(answer, http.StatusForbidden, fmt.Errorf("%s may not: it needs scope %s%s", who.name, t.scope, inNamespace(namespace)))
 			return
 		}
-		if !t.stream {
-			select {
-			case s.slots <- struct{}{}:
-				defer func() { <-s.slots }()
-			default:
-				w.Header().Set("Retry-After", "1")
-				t.fail(answer, http.StatusServiceUnavailable, fmt.Errorf("%d requests are at work", maxRequests))
-				return
-			}
+		slots := s.slots
+		if t.stream {
+			slots = s.streams
 		}
-		r.Body = http.MaxBytesReader(answer, r.Body, maxBody)
+		select {
+		case slots <- struct{}{}:
+			defer func() { <-slots }()
+		default:
+			w.Header().Set("Retry-After", "1")
+			t.fail(answer, http.StatusServiceUnavailable, fmt.Errorf("%d requests of this kind are at work", cap(slots)))
+			return
+		}
+		if !t.stream {
+			r.Body = http.MaxBytesReader(answer, r.Body, maxBody)
+		}
 		ctx := context.WithValue(r.Context(), callerKey{}, who)
 		if namespace != "" {
 			ctx = namespaces.WithNamespace(ctx, namespace)

@@ -55,6 +55,7 @@ func newTestServer(t *testing.T, clients ...Client) (*Server, *syncBuffer) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { s.s.jobs.end(0) })
 	return s, log
 }
 

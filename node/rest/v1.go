@@ -64,6 +64,7 @@ func (s *server) v1(mux *http.ServeMux) huma.API {
 	api := humago.New(m, config)
 	s.v1Containers(api, m)
 	s.v1Checkpoints(api, m)
+	s.v1Streams(api, m)
 	s.v1Jobs(api, m)
 	return api
 }
