@@ -166,8 +166,18 @@ func TestREST(t *testing.T) {
 
 	want(t, d, 204, "DELETE", path+query, "")
 	want(t, d, 404, "DELETE", path+query, "")
-	if metrics := want(t, d, 200, "GET", "/metrics", ""); !strings.Contains(metrics, "stasis_checkpoint_frozen_seconds_count 2") {
-		t.Errorf("metrics %s", metrics)
+	metrics := want(t, d, 200, "GET", "/metrics", "")
+	for _, line := range []string{
+		"stasis_checkpoint_frozen_seconds_count 2",
+		`stasis_operation_duration_seconds_count{operation="restore"} 1`,
+		`stasis_operation_errors_total{class="not-found",operation="checkpoint"} 1`,
+		fmt.Sprintf("stasis_checkpoints{namespace=%q} 1", s.Namespace),
+		fmt.Sprintf("stasis_containers{namespace=%q,status=\"running\"} 1", s.Namespace),
+		"stasis_state_free_bytes ",
+	} {
+		if !strings.Contains(metrics, line) {
+			t.Errorf("metrics lack %s:\n%s", line, metrics)
+		}
 	}
 	c.Kill(ctx, syscall.SIGKILL)
 	c.DeleteTask(ctx)

@@ -60,7 +60,8 @@ type Saved struct {
 	Exit      bool        `json:"exit"`
 	Options   DumpOptions `json:"options"`
 	// Frozen is for how long the container stood still; 0 if that is not known.
-	Frozen time.Duration `json:"frozen_ns"`
+	Frozen     time.Duration `json:"frozen_ns"`
+	ImageBytes int64         `json:"image_bytes"` // of CRIU's images
 
 	dir string
 }
@@ -127,7 +128,7 @@ func (n *Node) Save(ctx context.Context, r SaveRequest) (_ *Saved, err error) {
 	if result.Unsigned != "" {
 		n.log.Warn(fmt.Sprintf("checkpoint %s of %s is not signed: %s", r.Name, r.Container, result.Unsigned))
 	}
-	saved.Frozen = time.Duration(result.FrozenNs)
+	saved.Frozen, saved.ImageBytes = time.Duration(result.FrozenNs), int64(result.ImageBytes)
 	if err := saved.write(); err != nil {
 		return nil, err
 	}

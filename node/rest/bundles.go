@@ -78,11 +78,12 @@ func (s *server) startBundle(w http.ResponseWriter, r *http.Request) error {
 		}
 	}
 	started := time.Now()
-	if _, err := s.o.Node.Start(r.Context(), start); err != nil {
-		return err
-	}
+	_, err := s.o.Node.Start(r.Context(), start)
 	if body.Checkpoint != "" {
-		s.metrics.restore.Observe(time.Since(started).Seconds())
+		s.metrics.observe("restore", started, err)
+	}
+	if err != nil {
+		return err
 	}
 	w.WriteHeader(http.StatusCreated)
 	return nil
@@ -254,11 +255,11 @@ func (s *server) saveBundle(w http.ResponseWriter, r *http.Request) error {
 		Container: r.PathValue("name"), Name: r.PathValue("checkpoint"), Exit: body.Exit,
 		Options: node.DumpOptions{OpenTCP: body.TCP, ExternalUnixSockets: body.UnixSockets, Terminal: body.Shell},
 	})
+	s.metrics.observe("checkpoint", started, err)
 	if err != nil {
 		return err
 	}
-	s.metrics.checkpoint.Observe(time.Since(started).Seconds())
-	s.metrics.frozen.Observe(saved.Frozen.Seconds())
+	s.metrics.checkpointed([]node.CheckpointResult{{Frozen: saved.Frozen, ImageBytes: saved.ImageBytes}})
 	w.WriteHeader(http.StatusCreated)
 	return nil
 }

@@ -78,12 +78,14 @@ const (
 // jobs are those at work and the records of those that have ended, which are files in
 // dir, so that a later process knows them.
 type jobs struct {
-	dir   string
-	log   *slog.Logger
-	slots chan struct{}
-	base  context.Context
-	abort context.CancelCauseFunc
-	work  sync.WaitGroup
+	dir string
+	log *slog.Logger
+	// observe notes a job that was at work.
+	observe func(kind string, started time.Time, err error)
+	slots   chan struct{}
+	base    context.Context
+	abort   context.CancelCauseFunc
+	work    sync.WaitGroup
 
 	mu     sync.Mutex
 	ending bool
@@ -104,8 +106,8 @@ var (
 
 // newJobs reads the records in a folder, which it makes. Those of jobs that were at work
 // when the process ended say so from now on.
-func newJobs(dir string, log *slog.Logger) (*jobs, error) {
-	j := &jobs{dir: dir, log: log, slots: make(chan struct{}, maxJobs), all: map[string]*job{}}
+func newJobs(dir string, log *slog.Logger, observe func(string, time.Time, error)) (*jobs, error) {
+	j := &jobs{dir: dir, log: log, observe: observe, slots: make(chan struct{}, maxJobs), all: map[string]*job{}}
 	j.base, j.abort = context.WithCancelCause(context.Background())
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make the folder of jobs: %w", err)
@@ -202,7 +204,9 @@ func (j *jobs) run(ctx context.Context, one *job, do func(context.Context, node.
 	case j.slots <- struct{}{}:
 		defer func() { <-j.slots }()
 		j.change(one, func(r *Job) { r.State = StateRunning })
+		started := time.Now()
 		result, err = j.guarded(ctx, one, do)
+		j.observe(one.Kind, started, err)
 	case <-ctx.Done():
 		err = context.Cause(ctx)
 	}

@@ -84,9 +84,9 @@ func New(o Options) (*Server, error) {
 		}
 		names[c.Name] = true
 	}
-	s := &server{o: o, paths: o.AllowPaths, events: newEvents(), metrics: newMetrics(), slots: make(chan struct{}, maxRequests), streams: make(chan struct{}, maxStreams), bodyTime: 30 * time.Second}
+	s := &server{o: o, paths: o.AllowPaths, events: newEvents(), metrics: newMetrics(o), slots: make(chan struct{}, maxRequests), streams: make(chan struct{}, maxStreams), bodyTime: 30 * time.Second}
 	var err error
-	if s.jobs, err = newJobs(filepath.Join(o.State, jobsFolder), o.Log); err != nil {
+	if s.jobs, err = newJobs(filepath.Join(o.State, jobsFolder), o.Log, s.metrics.observe); err != nil {
 		return nil, err
 	}
 	mux := http.NewServeMux()

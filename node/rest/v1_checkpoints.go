@@ -99,10 +99,7 @@ func (s *server) v1Checkpoints(api huma.API, m *v1Mux) {
 			return s.accept(ctx, "checkpoint", cmp.Or(b.Pod, strings.Join(b.Containers, " ")), func(ctx context.Context, tell node.Progress) (any, error) {
 				r.Progress = tell
 				results, err := s.o.Node.Checkpoint(ctx, r)
-				for _, result := range results {
-					s.metrics.checkpoint.Observe(result.Took.Seconds())
-					s.metrics.frozen.Observe(result.Frozen.Seconds())
-				}
+				s.metrics.checkpointed(results)
 				return results, err
 			})
 		})

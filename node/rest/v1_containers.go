@@ -106,7 +106,6 @@ func (s *server) v1Containers(api huma.API, m *v1Mux) {
 				if result == nil {
 					return nil, err
 				}
-				s.metrics.restore.Observe(result.Took.Seconds())
 				return result, err
 			})
 		})

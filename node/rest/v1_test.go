@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -213,7 +214,7 @@ func TestProblems(t *testing.T) {
 
 func newTestJobs(t *testing.T, dir string) (*jobs, context.Context) {
 	t.Helper()
-	j, err := newJobs(dir, slog.New(slog.DiscardHandler))
+	j, err := newJobs(dir, slog.New(slog.DiscardHandler), func(string, time.Time, error) {})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -392,5 +393,31 @@ func TestFollow(t *testing.T) {
 	}
 	if _, body := call(t, c, "GET", "/v1/jobs/none/events", ""); !strings.Contains(body, "event: problem") {
 		t.Errorf("%s", body)
+	}
+}
+
+// TestDashboard: each metric of Stasis in the dashboard is one that we have.
+func TestDashboard(t *testing.T) {
+	data, err := os.ReadFile("../../contrib/grafana/stasis.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	docs, err := os.ReadFile("../../docs/rest-api.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	source, err := os.ReadFile("metrics.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	used := regexp.MustCompile(`stasis_[a-z_]+`).FindAllString(string(data), -1)
+	for _, name := range used {
+		name = strings.TrimSuffix(strings.TrimSuffix(name, "_bucket"), "_count")
+		if !strings.Contains(string(source), `"`+name+`"`) || !strings.Contains(string(docs), name) {
+			t.Errorf("%s is in the dashboard, and not in metrics.go or not in docs/rest-api.md", name)
+		}
+	}
+	if len(used) < 8 || !json.Valid(data) {
+		t.Errorf("metrics in the dashboard: %v", used)
 	}
 }
