@@ -85,6 +85,17 @@ func Uncommitted(dir string) string {
 	return path
 }
 
+// IsBeingWritten tells whether a process is at work on a checkpoint in dir. One that died
+// is not.
+func IsBeingWritten(dir string) bool {
+	lock, err := os.OpenFile((&Folder{dir: dir}).Path(), os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return false
+	}
+	defer lock.Close()
+	return errors.Is(unix.Flock(int(lock.Fd()), unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK)
+}
+
 // reserveSize is the size in bytes of the file that Reserve makes.
 const reserveSize = 4 << 20
 

@@ -1,7 +1,6 @@
 package node
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -14,6 +13,7 @@ import (
 	"github.com/containerd/containerd/api/services/tasks/v1"
 	"github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/pkg/cio"
 	"github.com/containerd/containerd/v2/pkg/identifiers"
@@ -73,15 +73,15 @@ func (n *Node) Start(ctx context.Context, r StartRequest) (pid uint32, err error
 	if err != nil {
 		return 0, err
 	}
-	end, err := n.beginStart(ctx, r.Container)
+	release, err := n.reserve(ctx, r.Container, true)
 	if err != nil {
 		return 0, err
 	}
 	var container client.Container
 	defer func() {
-		end()
+		release()
 		if err == nil {
-			// It may have ended already, which nobody minded then.
+			// It may have ended already, and nobody could remove it then.
 			if rerr := n.removeEnded(ctx, c, container); rerr != nil && !errdefs.IsNotFound(rerr) {
 				n.log.Warn(rerr.Error())
 			}
@@ -127,7 +127,7 @@ func readBundle(dir string) (_ *specs.Spec, root string, err error) {
 		return nil, "", fmt.Errorf("bundle %s: %w", dir, err)
 	}
 	var spec specs.Spec
-	if err := json.NewDecoder(bytes.NewReader(data)).Decode(&spec); err != nil {
+	if err := json.Unmarshal(data, &spec); err != nil {
 		return nil, "", requestError("bundle %s: config.json: %v", dir, err)
 	}
 	switch {
@@ -149,28 +149,54 @@ func readBundle(dir string) (_ *specs.Spec, root string, err error) {
 	return &spec, root, nil
 }
 
-// beginStart keeps a container of that ID from being removed as one that has ended, until
-// end is called.
-func (n *Node) beginStart(ctx context.Context, id string) (end func(), err error) {
-	n.bundles.Lock()
-	defer n.bundles.Unlock()
+// reservation is held by what starts a container of some ID, or removes one.
+type reservation struct {
+	starts bool
+	done   chan struct{} // closed when it is over
+}
+
+// reserve waits until nobody removes a container of that ID, and keeps others from it
+// until release is called. It does not wait for one that is being started: that is an
+// error.
+func (n *Node) reserve(ctx context.Context, id string, starts bool) (release func(), err error) {
 	key := namespaceOf(ctx) + "/" + id
-	if n.starting[key] {
-		return nil, fmt.Errorf("container %s is being started: %w", id, errdefs.ErrAlreadyExists)
-	}
-	if n.starting == nil {
-		n.starting = map[string]bool{}
-	}
-	n.starting[key] = true
-	return func() {
+	for {
 		n.bundles.Lock()
-		defer n.bundles.Unlock()
-		delete(n.starting, key)
-	}, nil
+		other, taken := n.reserved[key]
+		if !taken {
+			if n.reserved == nil {
+				n.reserved = map[string]*reservation{}
+			}
+			mine := &reservation{starts, make(chan struct{})}
+			n.reserved[key] = mine
+			n.bundles.Unlock()
+			return func() {
+				n.bundles.Lock()
+				defer n.bundles.Unlock()
+				delete(n.reserved, key)
+				close(mine.done)
+			}, nil
+		}
+		n.bundles.Unlock()
+		if other.starts {
+			return nil, fmt.Errorf("container %s is being started: %w", id, errdefs.ErrAlreadyExists)
+		}
+		select {
+		case <-other.done:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// isBundle tells whether Start has made a container. A label alone could come from an
+// image; a container that Start has made has none.
+func isBundle(info containers.Container) bool {
+	return info.Labels[labelBundle] != "" && info.Image == "" && info.Runtime.Name == RuntimeName
 }
 
 // makeRoom removes a bundle container that has ended, so that its name is free. Any other
-// that has the name is an error. The caller has called beginStart.
+// that has the name is an error. The caller has reserved it.
 func makeRoom(ctx context.Context, c *client.Client, id string) error {
 	container, err := c.LoadContainer(ctx, id)
 	if errdefs.IsNotFound(err) {
@@ -179,11 +205,11 @@ func makeRoom(ctx context.Context, c *client.Client, id string) error {
 	if err != nil {
 		return fmt.Errorf("look at container %s: %w", id, err)
 	}
-	labels, err := container.Labels(ctx)
+	info, err := container.Info(ctx, client.WithoutRefreshedMetadata)
 	if err != nil {
 		return fmt.Errorf("look at container %s: %w", id, err)
 	}
-	ended := labels[labelBundle] != ""
+	ended := isBundle(info)
 	if ended {
 		if ended, err = hasEnded(ctx, container); err != nil {
 			return err
@@ -198,11 +224,14 @@ func makeRoom(ctx context.Context, c *client.Client, id string) error {
 // removeEnded removes a bundle container that has ended, or that was made by a process
 // which died before it was started.
 func (n *Node) removeEnded(ctx context.Context, c *client.Client, container client.Container) error {
-	n.bundles.Lock()
-	defer n.bundles.Unlock()
-	if n.starting[namespaceOf(ctx)+"/"+container.ID()] {
-		return nil
+	release, err := n.reserve(ctx, container.ID(), false)
+	if errdefs.IsAlreadyExists(err) {
+		return nil // which looks itself
 	}
+	if err != nil {
+		return err
+	}
+	defer release()
 	ended, err := hasEnded(ctx, container)
 	if err != nil || !ended {
 		return err

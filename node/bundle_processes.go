@@ -4,7 +4,9 @@ import (
 	"context"
 	"crypto/rand"
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -53,7 +55,7 @@ func (n *Node) Bundles(ctx context.Context) ([]Bundle, error) {
 	found := []Bundle{}
 	for _, container := range containers {
 		b, err := describeBundle(ctx, container)
-		if errdefs.IsNotFound(err) {
+		if errdefs.IsNotFound(err) || errdefs.IsFailedPrecondition(err) {
 			continue // it has ended meanwhile
 		}
 		if err != nil {
@@ -81,6 +83,9 @@ func describeBundle(ctx context.Context, container client.Container) (*Bundle, e
 	if status.Status != client.Running && status.Status != client.Paused && status.Status != client.Pausing {
 		return nil, fmt.Errorf("it is %s: %w", status.Status, errdefs.ErrNotFound)
 	}
+	if !isBundle(info) {
+		return nil, fmt.Errorf("it was not started from a bundle: %w", errdefs.ErrNotFound)
+	}
 	b := &Bundle{Container: info.ID, Bundle: info.Labels[labelBundle], Paused: status.Status != client.Running}
 	var spec specs.Spec
 	if err := typeurl.UnmarshalTo(info.Spec, &spec); err != nil {
@@ -93,7 +98,7 @@ func describeBundle(ctx context.Context, container client.Container) (*Bundle, e
 	if err != nil {
 		return nil, err
 	}
-	for pid := range added {
+	for _, pid := range slices.Sorted(maps.Keys(added)) {
 		if p, err := readProcess(pid); err == nil { // else it has ended
 			b.Processes = append(b.Processes, *p)
 		}
@@ -272,7 +277,7 @@ func (n *Node) bundle(ctx context.Context, id string) (client.Container, client.
 	if err != nil {
 		return nil, nil, fmt.Errorf("look at container %s: %w", id, err)
 	}
-	if info.Labels[labelBundle] == "" {
+	if !isBundle(info) {
 		return nil, nil, fmt.Errorf("container %s was not started from a bundle: %w", id, errdefs.ErrNotFound)
 	}
 	task, err := container.Task(ctx, nil)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"time"
 
 	apievents "github.com/containerd/containerd/api/events"
@@ -30,7 +31,8 @@ type Event struct {
 
 // WatchBundles removes bundle containers, and processes added to them, when they have
 // ended, and tells what happens to those that are there, until ctx ends. It returns before
-// if the connection to containerd fails. started, if not nil, is called when it watches.
+// if the connection to containerd fails. started, if not nil, is called when it watches;
+// tell is called from several goroutines.
 func (n *Node) WatchBundles(ctx context.Context, started func(), tell func(Event)) error {
 	c, err := n.Client(ctx)
 	if err != nil {
@@ -47,6 +49,8 @@ func (n *Node) WatchBundles(ctx context.Context, started func(), tell func(Event
 	if started != nil {
 		started()
 	}
+	w := &bundleWatch{n: n, c: c, tell: tell, ended: map[string]time.Time{}}
+	defer w.work.Wait()
 	sweep := time.NewTicker(sweepEvery)
 	defer sweep.Stop()
 	for {
@@ -54,9 +58,7 @@ func (n *Node) WatchBundles(ctx context.Context, started func(), tell func(Event
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-sweep.C:
-			if err := n.removeAllEnded(ctx, c); err != nil {
-				n.log.Warn(err.Error())
-			}
+			w.do(func() error { return n.removeAllEnded(ctx, c) })
 		case err := <-failed:
 			if ctx.Err() != nil {
 				return ctx.Err()
@@ -66,11 +68,30 @@ func (n *Node) WatchBundles(ctx context.Context, started func(), tell func(Event
 			if e.Namespace != namespaceOf(ctx) {
 				continue
 			}
-			if err := n.happened(ctx, c, e, tell); err != nil {
+			if err := w.happened(ctx, e); err != nil {
 				n.log.Warn(err.Error())
 			}
 		}
 	}
+}
+
+// bundleWatch is a WatchBundles at work. What takes its time is done beside it.
+type bundleWatch struct {
+	n    *Node
+	c    *client.Client
+	tell func(Event)
+	work sync.WaitGroup
+	// ended are bundle containers whose end was seen a short time ago: an event that
+	// comes after it finds no container.
+	ended map[string]time.Time
+}
+
+func (w *bundleWatch) do(fn func() error) {
+	w.work.Go(func() {
+		if err := fn(); err != nil {
+			w.n.log.Warn(err.Error())
+		}
+	})
 }
 
 func (n *Node) removeAllEnded(ctx context.Context, c *client.Client) error {
@@ -79,7 +100,11 @@ func (n *Node) removeAllEnded(ctx context.Context, c *client.Client) error {
 		return fmt.Errorf("list containers: %w", err)
 	}
 	for _, container := range containers {
-		if err := n.removeEnded(ctx, c, container); err != nil && !errdefs.IsNotFound(err) {
+		info, err := container.Info(ctx, client.WithoutRefreshedMetadata)
+		if err == nil && isBundle(info) {
+			err = n.removeEnded(ctx, c, container)
+		}
+		if err != nil && !errdefs.IsNotFound(err) {
 			n.log.Warn(err.Error())
 		}
 	}
@@ -87,7 +112,7 @@ func (n *Node) removeAllEnded(ctx context.Context, c *client.Client) error {
 }
 
 // happened looks at one event.
-func (n *Node) happened(ctx context.Context, c *client.Client, envelope *events.Envelope, tell func(Event)) error {
+func (w *bundleWatch) happened(ctx context.Context, envelope *events.Envelope) error {
 	v, err := typeurl.UnmarshalAny(envelope.Event)
 	if err != nil {
 		return fmt.Errorf("event %s: %w", envelope.Topic, err)
@@ -107,35 +132,55 @@ func (n *Node) happened(ctx context.Context, c *client.Client, envelope *events.
 	default:
 		return nil
 	}
-	container, err := c.LoadContainer(ctx, e.Container)
+	container, err := w.c.LoadContainer(ctx, e.Container)
+	if _, seen := w.ended[e.Container]; seen && errdefs.IsNotFound(err) && exec == "" {
+		w.tell(e)
+		return nil
+	}
 	if err != nil {
 		return ignoreNotFound(err)
 	}
-	labels, err := container.Labels(ctx)
-	if err != nil || labels[labelBundle] == "" {
+	info, err := container.Info(ctx, client.WithoutRefreshedMetadata)
+	if err != nil || !isBundle(info) {
 		return ignoreNotFound(err)
 	}
 	switch {
+	case exec != "" && strings.HasPrefix(exec, execPrefix):
+		w.do(func() error { return removeExec(ctx, container, exec) })
 	case exec != "":
-		if !strings.HasPrefix(exec, execPrefix) {
-			return nil
-		}
-		task, err := container.Task(ctx, nil)
-		if err != nil {
-			return ignoreNotFound(err)
-		}
-		p, err := task.LoadProcess(ctx, exec, nil)
-		if err != nil {
-			return ignoreNotFound(err)
-		}
-		_, err = p.Delete(ctx)
-		return ignoreNotFound(err)
 	case e.Type == "exit":
-		// First: who hears of the end may use the name again.
-		err = n.removeEnded(ctx, c, container)
+		for id, at := range w.ended {
+			if time.Since(at) > sweepEvery {
+				delete(w.ended, id)
+			}
+		}
+		w.ended[e.Container] = time.Now()
+		w.do(func() error {
+			// First: who hears of the end may use the name again.
+			err := w.n.removeEnded(ctx, w.c, container)
+			w.tell(e)
+			return ignoreNotFound(err)
+		})
+	default:
+		w.tell(e)
 	}
-	tell(e)
-	return err
+	return nil
+}
+
+// removeExec removes a process that was added to a container, and has ended.
+func removeExec(ctx context.Context, container client.Container, exec string) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), deleteTime)
+	defer cancel()
+	task, err := container.Task(ctx, nil)
+	if err != nil {
+		return ignoreNotFound(err)
+	}
+	p, err := task.LoadProcess(ctx, exec, nil)
+	if err != nil {
+		return ignoreNotFound(err)
+	}
+	_, err = p.Delete(ctx)
+	return ignoreNotFound(err)
 }
 
 func ignoreNotFound(err error) error {

@@ -80,8 +80,8 @@ type Node struct {
 	mu     sync.Mutex
 	client *client.Client // nil: not connected yet
 
-	bundles  sync.Mutex      // held while a bundle container that has ended is removed
-	starting map[string]bool // NAMESPACE/ID of those that Start is at work on
+	bundles  sync.Mutex
+	reserved map[string]*reservation // of bundle containers, by NAMESPACE/ID
 }
 
 // New returns a Node that uses a client of containerd, which the caller closes.

@@ -11,9 +11,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/identifiers"
-	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
@@ -70,7 +68,8 @@ func (s *Saved) images() string { return filepath.Join(s.dir, layout.Images) }
 
 // Save makes a checkpoint of a bundle container under a name. The error matches
 // errdefs.ErrAlreadyExists if it has one of that name. After any other error there is
-// none, and the container runs.
+// none, and the container runs; but if it has ended with the dump, and that could not be
+// completed, the error says in what folder it is.
 func (n *Node) Save(ctx context.Context, r SaveRequest) (_ *Saved, err error) {
 	if err := identifiers.Validate(r.Name); err != nil {
 		return nil, requestError("checkpoint: %v", err)
@@ -102,8 +101,8 @@ func (n *Node) Save(ctx context.Context, r SaveRequest) (_ *Saved, err error) {
 	saved := &Saved{Name: r.Name, Container: container.ID(), Namespace: namespaceOf(ctx), Time: time.Now(), Exit: r.Exit, Options: r.Options, dir: w.dir}
 	defer func() {
 		// Never what is all that is left of a container.
-		if err != nil && isWhole(saved.images()) && r.Exit {
-			err = fmt.Errorf("save %s: %w; it has ended, and its checkpoint %s is in %s until stasisd starts again and finds it there", r.Container, err, r.Name, w.dir)
+		if err != nil && saved.mayBeTheLast() {
+			err = errors.Join(fmt.Errorf("save %s: %w; it has ended, and what there is of its checkpoint %s is in %s", r.Container, err, r.Name, saved.images()), os.Remove(final))
 			w.release()
 			return
 		}
@@ -137,6 +136,12 @@ func (n *Node) Save(ctx context.Context, r SaveRequest) (_ *Saved, err error) {
 	}
 	w.release()
 	return saved, nil
+}
+
+// mayBeTheLast tells whether a folder of savingFolder may hold all that is left of a
+// container: CRIU has written everything, and was to end the container then.
+func (s *Saved) mayBeTheLast() bool {
+	return s.Exit && (isWhole(s.images()) || checkpoint.Uncommitted(s.images()) != "")
 }
 
 // write writes the record of a checkpoint to its folder.
@@ -254,26 +259,32 @@ func (n *Node) RemoveSaved(ctx context.Context, container, name string) error {
 
 // Recover is called before any checkpoint is saved. It gives those that a crash has kept
 // from their place that place, and removes what is left of those that were being made.
+// What may be all that is left of a container stays where it is, with an error.
 func (n *Node) Recover(ctx context.Context) error {
 	err := n.leftovers(savingFolder, func(w *work) error {
 		s, err := readSaved(w.dir)
-		if err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
 			return w.remove() // nothing was saved yet, or it was being removed
 		}
-		// The shim may be at work on it still.
-		waitSettled(ctx, s.images())
-		if !isWhole(s.images()) {
-			if s.Exit && !n.runs(ctx, s) {
-				w.release()
-				return fmt.Errorf("checkpoint %s of %s, which does not run any more, is not whole; what there is of it is in %s", s.Name, s.Container, w.dir)
-			}
+		if err != nil {
+			w.release()
+			return fmt.Errorf("what is left of a checkpoint in %s: %w", w.dir, err)
+		}
+		if checkpoint.IsBeingWritten(s.images()) {
+			waitSettled(ctx, s.images())
+		}
+		switch {
+		case isWhole(s.images()):
+			err = n.placeAgain(ctx, s)
+		case s.mayBeTheLast():
+			err = errors.New("CRIU has written all of it, and it was not completed")
+		default:
 			return w.remove()
 		}
-		if err := n.placeAgain(ctx, s); err != nil {
-			w.release()
-			return fmt.Errorf("checkpoint %s of %s, which is in %s: %w", s.Name, s.Container, w.dir, err)
-		}
 		w.release()
+		if err != nil {
+			return fmt.Errorf("checkpoint %s of %s, in %s: %w", s.Name, s.Container, w.dir, err)
+		}
 		return nil
 	})
 	reserved, gerr := filepath.Glob(filepath.Join(n.o.State, savedFolder, "*", "*", "*"))
@@ -281,17 +292,6 @@ func (n *Node) Recover(ctx context.Context) error {
 		_ = os.Remove(dir) // if it is empty
 	}
 	return errors.Join(err, gerr)
-}
-
-// runs tells whether a container runs that a checkpoint was to be made of.
-func (n *Node) runs(ctx context.Context, s *Saved) bool {
-	ctx = namespaces.WithNamespace(ctx, s.Namespace)
-	_, task, err := n.bundle(ctx, s.Container)
-	if err != nil {
-		return false
-	}
-	status, err := task.Status(ctx)
-	return err == nil && status.Status != client.Stopped
 }
 
 // placeAgain gives a checkpoint its place, when it was read back.

@@ -103,25 +103,69 @@ func TestRecover(t *testing.T) {
 	}
 }
 
-// TestRecoverOfTheDead: a dump that ended its container, or was about to, and was not
-// completed, is not removed when nobody knows whether the container runs.
+// TestRecoverOfTheDead: what CRIU has written to the end, and was to end its container,
+// is kept if it was not completed; and nobody waits for it.
 func TestRecoverOfTheDead(t *testing.T) {
 	n, ctx := savedNode(t)
-	dead := saving(t, n, Saved{Name: "x", Container: "c", Namespace: "ns", Exit: true})
-	runs := saving(t, n, Saved{Name: "y", Container: "c", Namespace: "ns"})
-	for _, dir := range []string{dead, runs} { // the shim gave it up
-		if err := os.Remove(filepath.Join(dir, layout.Images)); err != nil {
-			t.Fatal(err)
+	partial := func(name string, exit, written bool) string {
+		dir := saving(t, n, Saved{Name: name, Container: "c", Namespace: "ns", Exit: exit})
+		in := filepath.Join(dir, layout.Images, layout.Partial)
+		must0(t, os.Mkdir(in, 0o700))
+		if written {
+			must0(t, os.WriteFile(filepath.Join(in, layout.Inventory), nil, 0o600))
+		}
+		return dir
+	}
+	dead, early, runs := partial("dead", true, true), partial("early", true, false), partial("runs", false, true)
+	unread := saving(t, n, Saved{Name: "unread", Container: "c", Namespace: "ns"})
+	must0(t, os.WriteFile(filepath.Join(unread, savedRecord), []byte("{"), 0o600))
+	started := time.Now()
+	if err := n.Recover(ctx); err == nil || !strings.Contains(err.Error(), dead) || !strings.Contains(err.Error(), unread) {
+		t.Errorf("recover: %v; want errors about %s and %s", err, dead, unread)
+	}
+	if took := time.Since(started); took > 30*time.Second {
+		t.Errorf("it waited %s for shims that are not there", took)
+	}
+	for dir, kept := range map[string]bool{dead: true, early: false, runs: false, unread: true} {
+		if _, err := os.Lstat(dir); (err == nil) != kept {
+			t.Errorf("%s: %v; want that it is there: %v", dir, err, kept)
 		}
 	}
-	if err := n.Recover(ctx); err == nil || !strings.Contains(err.Error(), dead) {
-		t.Errorf("recover: %v; want an error about %s", err, dead)
+}
+
+// TestReserve: who starts a container waits for its removal, and not for another start.
+func TestReserve(t *testing.T) {
+	n, ctx := savedNode(t)
+	removed, err := n.reserve(ctx, "c", false)
+	must0(t, err)
+	started := make(chan func(), 1)
+	go func() {
+		release, err := n.reserve(ctx, "c", true)
+		if err != nil {
+			t.Error(err)
+		}
+		started <- release
+	}()
+	ended, cancel := context.WithCancel(ctx)
+	cancel()
+	if _, err := n.reserve(ended, "c", true); !errors.Is(err, context.Canceled) && !errdefs.IsAlreadyExists(err) {
+		t.Errorf("with a context that has ended: %v", err)
 	}
-	if _, err := os.Lstat(dead); err != nil {
+	if other, err := n.reserve(ctx, "d", true); err != nil {
 		t.Error(err)
+	} else {
+		other()
 	}
-	if _, err := os.Lstat(runs); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("%s: %v; want that it is removed", runs, err)
+	removed()
+	release := <-started
+	for _, starts := range []bool{true, false} {
+		if _, err := n.reserve(ctx, "c", starts); !errdefs.IsAlreadyExists(err) {
+			t.Errorf("while it is started: %v", err)
+		}
+	}
+	release()
+	if len(n.reserved) > 0 {
+		t.Errorf("left: %v", n.reserved)
 	}
 }
 

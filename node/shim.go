@@ -134,8 +134,8 @@ func (s *shim) abort(r *api.CheckpointRequest) {
 	waitSettled(context.Background(), r.ImagePath)
 }
 
-// waitSettled waits until a folder that a shim makes a checkpoint in is whole, or gone.
-// A shim that has died changes neither, so it waits for a minute at most.
+// waitSettled waits until a folder that a shim makes a checkpoint in is whole, or gone;
+// for a minute at most.
 func waitSettled(ctx context.Context, images string) {
 	for end := time.Now().Add(time.Minute); time.Now().Before(end) && ctx.Err() == nil; {
 		_, err := os.Lstat(images)

@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/coreos/go-systemd/v22/activation"
@@ -157,6 +158,7 @@ func serve(ctx context.Context, c config, logs io.Writer) error {
 	if err != nil {
 		return err
 	}
+	defer handler.Close()
 	listeners, err := c.listen()
 	if err != nil {
 		return err
@@ -187,8 +189,7 @@ func serve(ctx context.Context, c config, logs io.Writer) error {
 	case err = <-failed:
 	}
 	_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
-	cancel() // which ends the streams of events
-	<-watched
+	cancel() // no new jobs; those at work have rest.GraceTime, as requests have
 	grace, stop := context.WithTimeout(context.WithoutCancel(ctx), rest.GraceTime)
 	defer stop()
 	if serr := server.Shutdown(grace); serr != nil {
@@ -198,6 +199,7 @@ func serve(ctx context.Context, c config, logs io.Writer) error {
 		defer stop()
 		err = errors.Join(err, server.Shutdown(last))
 	}
+	<-watched
 	for _, l := range listeners {
 		l.Close() // again, if it was served
 	}
@@ -207,28 +209,26 @@ func serve(ctx context.Context, c config, logs io.Writer) error {
 	return err
 }
 
-// listen opens the listeners; those that systemd has opened for us go before the
-// configured ones.
+// listen opens the listeners. Sockets that systemd has opened for us take the place of the
+// configured ones that are Unix sockets.
 func (c *config) listen() (listeners []net.Listener, err error) {
 	if listeners, err = activation.Listeners(); err != nil {
 		return nil, fmt.Errorf("take the sockets from systemd: %w", err)
 	}
-	tlsConfig, err := c.serverTLS()
-	if err != nil {
-		return nil, err
-	}
+	activated := len(listeners) > 0
 	for _, l := range listeners {
 		if l.Addr().Network() != "unix" {
 			return nil, fmt.Errorf("systemd has opened %s for us: only Unix sockets are taken so; configure listen for TCP", l.Addr())
 		}
 	}
-	if len(listeners) > 0 {
-		return listeners, nil
-	}
-	if len(c.Listen) == 0 {
-		return nil, errors.New("listen is empty")
+	tlsConfig, err := c.serverTLS()
+	if err != nil {
+		return nil, err
 	}
 	for _, address := range c.Listen {
+		if activated && strings.HasPrefix(address, "unix:") {
+			continue
+		}
 		l, err := rest.Listen(address, rest.ListenOptions{TLS: tlsConfig, InsecureLoopback: c.InsecureLoopback})
 		if err != nil {
 			for _, open := range listeners {
@@ -237,6 +237,9 @@ func (c *config) listen() (listeners []net.Listener, err error) {
 			return nil, err
 		}
 		listeners = append(listeners, l)
+	}
+	if len(listeners) == 0 {
+		return nil, errors.New("listen is empty")
 	}
 	return listeners, nil
 }

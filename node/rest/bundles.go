@@ -53,7 +53,7 @@ func (s *server) startBundle(w http.ResponseWriter, r *http.Request) error {
 		Stdout     string `json:"stdout"`
 		Stderr     string `json:"stderr"`
 	}
-	if err := s.decode(w, r, &body, false); err != nil {
+	if err := decode(r, &body, false); err != nil {
 		return err
 	}
 	if body.BundlePath == "" {
@@ -65,20 +65,22 @@ func (s *server) startBundle(w http.ResponseWriter, r *http.Request) error {
 		}
 	}
 	start := node.StartRequest{Container: r.PathValue("name"), Checkpoint: body.Checkpoint}
-	for _, p := range []struct {
-		field, path string
-		to          *string
-	}{{"bundlePath", body.BundlePath, &start.Bundle}, {"stdout", body.Stdout, &start.Stdout}, {"stderr", body.Stderr, &start.Stderr}} {
-		if p.path == "" {
-			continue
+	var err error
+	if start.Bundle, err = s.paths.bundle("bundlePath", body.BundlePath); err != nil {
+		return err
+	}
+	if body.Stdout != "" {
+		if start.Stdout, err = s.paths.output("stdout", body.Stdout); err != nil {
+			return err
 		}
-		var err error
-		if *p.to, err = s.paths.resolve(p.field, p.path); err != nil {
+	}
+	if body.Stderr != "" {
+		if start.Stderr, err = s.paths.output("stderr", body.Stderr); err != nil {
 			return err
 		}
 	}
 	started := time.Now()
-	_, err := s.o.Node.Start(r.Context(), start)
+	_, err = s.o.Node.Start(r.Context(), start)
 	if body.Checkpoint != "" {
 		s.metrics.observe("restore", started, err)
 	}
@@ -94,7 +96,7 @@ func (s *server) patchBundle(w http.ResponseWriter, r *http.Request) error {
 		Status string `json:"status"`
 		Signal int    `json:"signal"`
 	}
-	if err := s.decode(w, r, &body, false); err != nil {
+	if err := decode(r, &body, false); err != nil {
 		return err
 	}
 	if body.Status == "" && body.Signal == 0 {
@@ -151,7 +153,7 @@ type bundleUser struct {
 
 func (s *server) addProcess(w http.ResponseWriter, r *http.Request) error {
 	var p bundleProcess
-	if err := s.decode(w, r, &p, false); err != nil {
+	if err := decode(r, &p, false); err != nil {
 		return err
 	}
 	if len(p.Args) == 0 {
@@ -176,7 +178,7 @@ func (s *server) signalProcess(w http.ResponseWriter, r *http.Request) error {
 	var body struct {
 		Signal int `json:"signal"`
 	}
-	if err := s.decode(w, r, &body, false); err != nil {
+	if err := decode(r, &body, false); err != nil {
 		return err
 	}
 	if err := checkSignal(body.Signal, false); err != nil {
@@ -247,7 +249,7 @@ func (s *server) saveBundle(w http.ResponseWriter, r *http.Request) error {
 		UnixSockets bool `json:"unixSockets"`
 		Shell       bool `json:"shell"`
 	}
-	if err := s.decode(w, r, &body, true); err != nil {
+	if err := decode(r, &body, true); err != nil {
 		return err
 	}
 	started := time.Now()
@@ -287,9 +289,6 @@ type bundleEvent struct {
 	Status uint32 `json:"status"`
 }
 
-// eventTime bounds how long a client may take to read an event.
-const eventTime = 30 * time.Second
-
 func (s *server) bundleEvents(w http.ResponseWriter, r *http.Request) error {
 	happened, stop := s.events.listen()
 	defer stop()
@@ -308,7 +307,6 @@ func (s *server) bundleEvents(w http.ResponseWriter, r *http.Request) error {
 			if !ok {
 				return nil
 			}
-			_ = rc.SetWriteDeadline(time.Now().Add(eventTime))
 			if out.Encode(bundleEvent{e.Type, e.Container, e.Status}) != nil || rc.Flush() != nil {
 				return nil
 			}

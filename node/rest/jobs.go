@@ -50,7 +50,7 @@ type Job struct {
 	Ended     time.Time `json:"ended,omitzero"`
 	// Progress is there while it runs.
 	Progress *Progress `json:"progress,omitempty"`
-	// Result is what it has come to, also beside an error.
+	// Result is there when it has ended, also beside an error.
 	Result json.RawMessage `json:"result,omitempty" doc:"by kind; also of what succeeded before an error"`
 	Error  *Problem        `json:"error,omitempty"`
 }
@@ -132,7 +132,7 @@ func newJobs(dir string, log *slog.Logger, observe func(string, time.Time, error
 			err = fmt.Errorf("it is of job %q", one.ID)
 		}
 		if err != nil {
-			log.Warn(fmt.Sprintf("the record of a job, %s, is of no use: %v", path, err))
+			log.Warn(fmt.Sprintf("the record of a job, %s, is of no use, and is removed: %v", path, errors.Join(err, os.Remove(path))))
 			continue
 		}
 		if !one.State.ended() {

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"net/http"
@@ -15,6 +16,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/net/netutil"
 	"golang.org/x/sys/unix"
 )
 
@@ -107,14 +109,48 @@ func listenTCP(address string, u *url.URL, o ListenOptions) (net.Listener, error
 	if plain {
 		return l, nil
 	}
-	return tls.NewListener(l, o.TLS), nil
+	return tls.NewListener(netutil.LimitListener(l, maxConnections), o.TLS), nil
+}
+
+// maxConnections bounds how many connections a TCP listener has.
+const maxConnections = 4096
+
+// bodyTime bounds how long a body may take to arrive, unless it is a stream.
+const bodyTime = 30 * time.Second
+
+// timed gives bodies their time. Else a body that does not come would hold a connection
+// for ever, as the server reads what is left of it after the answer.
+func timed(h http.Handler, within time.Duration) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.ContentLength != 0 {
+			rc := http.NewResponseController(w)
+			_ = rc.SetReadDeadline(time.Now().Add(within))
+			r.Body = &timedBody{r.Body, rc}
+		}
+		h.ServeHTTP(w, r)
+	})
+}
+
+// timedBody ends the time when the body has come. Else the server would take the end of
+// the time for a client that has gone away, and the request would be aborted.
+type timedBody struct {
+	io.ReadCloser
+	rc *http.ResponseController
+}
+
+func (b *timedBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if errors.Is(err, io.EOF) {
+		_ = b.rc.SetReadDeadline(time.Time{})
+	}
+	return n, err
 }
 
 // Serve sets up a server for h, with bounds on what a client may keep it busy with.
 func Serve(h http.Handler) *http.Server {
 	c := &connections{}
 	return &http.Server{
-		Handler:           h,
+		Handler:           timed(h, bodyTime),
 		ConnContext:       ConnContext,
 		ConnState:         c.changed,
 		ReadHeaderTimeout: 10 * time.Second, // also of the TLS handshake

@@ -3,6 +3,7 @@ package rest
 import (
 	"errors"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"strings"
 
@@ -11,9 +12,42 @@ import (
 	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
-// paths are the folders below which a request may name files. What lies there decides
-// what root does, so only root should be able to write there.
+// paths are the folders below which a request may name bundles and files for output. The
+// config.json of a bundle decides what root does. A container can write to its root
+// filesystem, which lies in its bundle, and to its output; so neither may become a bundle.
 type paths []string
+
+// bundleConfig makes a folder a bundle.
+const bundleConfig = "config.json"
+
+// bundle is resolve for a bundle, which does not lie in another.
+func (p paths) bundle(field, path string) (string, error) { return p.outside(field, path) }
+
+// output is resolve for a file that a container's output goes to, which does not lie in a
+// bundle.
+func (p paths) output(field, path string) (string, error) {
+	resolved, err := p.outside(field, path)
+	if err == nil && filepath.Base(resolved) == bundleConfig {
+		return "", fault.New(errdefs.ErrPermissionDenied, "%s %q has the name that makes a folder a bundle", field, path)
+	}
+	return resolved, err
+}
+
+// outside is resolve for what does not lie in a bundle.
+func (p paths) outside(field, path string) (string, error) {
+	resolved, err := p.resolve(field, path)
+	if err != nil {
+		return "", err
+	}
+	for dir := filepath.Dir(resolved); ; dir = filepath.Dir(dir) {
+		if _, err := os.Lstat(filepath.Join(dir, bundleConfig)); !errors.Is(err, fs.ErrNotExist) {
+			return "", fault.New(errdefs.ErrPermissionDenied, "%s %q lies in a bundle, %s, whose container may write there", field, path, dir)
+		}
+		if dir == filepath.Dir(dir) {
+			return resolved, nil
+		}
+	}
+}
 
 // resolve returns what a path leads to, without links, if that is below an allowed
 // folder. The file itself need not exist, its folder has to.

@@ -12,6 +12,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"os"
 	"path/filepath"
 	"runtime/debug"
 	"time"
@@ -20,6 +21,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/node"
 )
@@ -40,10 +42,34 @@ type Options struct {
 	Log *slog.Logger
 }
 
-// Server answers requests, and watches the containers that it has started.
+// Server answers requests, and watches the containers that it has started. It has the
+// state folder to itself until Close.
 type Server struct {
 	http.Handler
-	s *server
+	s    *server
+	lock *os.File
+}
+
+// Close lets another Server have the state folder.
+func (s *Server) Close() error { return s.lock.Close() }
+
+// lockState locks the state folder for a Server.
+func lockState(state string) (*os.File, error) {
+	if err := os.MkdirAll(state, 0o700); err != nil {
+		return nil, fmt.Errorf("make the state folder: %w", err)
+	}
+	lock, err := os.OpenFile(filepath.Join(state, "stasisd.lock"), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock the state folder: %w", err)
+	}
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		lock.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			err = errors.New("another stasisd uses it")
+		}
+		return nil, fmt.Errorf("lock the state folder %s: %w", state, err)
+	}
+	return lock, nil
 }
 
 type server struct {
@@ -54,8 +80,6 @@ type server struct {
 	jobs    *jobs
 	slots   chan struct{} // one for each request at work
 	streams chan struct{} // the same for streams
-	// bodyTime bounds how long a body may take to arrive.
-	bodyTime time.Duration
 }
 
 // GraceTime is how long what is at work may take when a Server is to end.
@@ -84,9 +108,13 @@ func New(o Options) (*Server, error) {
 		}
 		names[c.Name] = true
 	}
-	s := &server{o: o, paths: o.AllowPaths, events: newEvents(), metrics: newMetrics(o), slots: make(chan struct{}, maxRequests), streams: make(chan struct{}, maxStreams), bodyTime: 30 * time.Second}
-	var err error
+	s := &server{o: o, paths: o.AllowPaths, events: newEvents(), metrics: newMetrics(o), slots: make(chan struct{}, maxRequests), streams: make(chan struct{}, maxStreams)}
+	lock, err := lockState(o.State)
+	if err != nil {
+		return nil, err
+	}
 	if s.jobs, err = newJobs(filepath.Join(o.State, jobsFolder), o.Log, s.metrics.observe); err != nil {
+		lock.Close()
 		return nil, err
 	}
 	mux := http.NewServeMux()
@@ -96,7 +124,7 @@ func New(o Options) (*Server, error) {
 		promhttp.HandlerFor(s.metrics.registry, promhttp.HandlerOpts{}).ServeHTTP(w, r)
 		return nil
 	}))
-	return &Server{Handler: http.NewCrossOriginProtection().Handler(mux), s: s}, nil
+	return &Server{Handler: http.NewCrossOriginProtection().Handler(mux), s: s, lock: lock}, nil
 }
 
 // Run ends what a crash has left half done, and then watches the containers until ctx
@@ -143,6 +171,7 @@ type route struct {
 	namespace func(*http.Request) string
 	// mutates: the call changes something, and is logged.
 	mutates bool
+	before  func(*http.Request) error                          // nil: nothing is looked at before
 	fail    func(w http.ResponseWriter, status int, err error) // nil: failPlain
 	status  func(error) int                                    // nil: statusOf
 	// stream: the answer, or the body, goes on for as long as the client likes.
@@ -210,7 +239,14 @@ func (s *server) route(t route, serve func(http.ResponseWriter, *http.Request) e
 			ctx = namespaces.WithNamespace(ctx, namespace)
 		}
 		r = r.WithContext(ctx)
-		if err := serve(answer, r); err != nil {
+		err = nil
+		if t.before != nil {
+			err = t.before(r)
+		}
+		if err == nil {
+			err = serve(answer, r)
+		}
+		if err != nil {
 			status := t.status(err)
 			if status >= http.StatusInternalServerError {
 				s.o.Log.Warn(r.Method + " " + r.URL.Path + ": " + err.Error())
@@ -227,7 +263,11 @@ func inNamespace(namespace string) string {
 	return " in namespace " + namespace
 }
 
-// recorder notes the status of an answer.
+// streamTime bounds how long a client may take for the next part of an answer, or of a
+// body that is a stream. A part has some kilobytes.
+const streamTime = time.Minute
+
+// recorder notes the status of an answer, and gives the client some time for each part.
 type recorder struct {
 	http.ResponseWriter
 	status int
@@ -237,6 +277,7 @@ func (r *recorder) WriteHeader(status int) {
 	if r.status == 0 {
 		r.status = status
 	}
+	r.hurry()
 	r.ResponseWriter.WriteHeader(status)
 }
 
@@ -244,7 +285,12 @@ func (r *recorder) Write(p []byte) (int, error) {
 	if r.status == 0 {
 		r.status = http.StatusOK
 	}
+	r.hurry()
 	return r.ResponseWriter.Write(p)
+}
+
+func (r *recorder) hurry() {
+	_ = http.NewResponseController(r.ResponseWriter).SetWriteDeadline(time.Now().Add(streamTime)) // not a test's
 }
 
 // Unwrap is for http.ResponseController.
@@ -289,18 +335,10 @@ func (b badRequest) Unwrap() error { return b.error }
 
 // decode reads the body of a request, which is one JSON value; with optional, it may be
 // empty.
-func (s *server) decode(w http.ResponseWriter, r *http.Request, v any, optional bool) error {
-	rc := http.NewResponseController(w)
-	if err := rc.SetReadDeadline(time.Now().Add(s.bodyTime)); err != nil && !errors.Is(err, http.ErrNotSupported) {
-		return err
-	}
+func decode(r *http.Request, v any, optional bool) error {
 	data, err := io.ReadAll(r.Body)
 	if err != nil {
 		return badRequest{fmt.Errorf("read the body: %w", err)}
-	}
-	// Else the server takes the end of that time for a client that has gone away.
-	if err := rc.SetReadDeadline(time.Time{}); err != nil && !errors.Is(err, http.ErrNotSupported) {
-		return err
 	}
 	if len(data) == 0 && optional {
 		return nil
@@ -318,6 +356,6 @@ func answerJSON(w http.ResponseWriter, v any) error {
 		return err
 	}
 	w.Header().Set("Content-Type", "application/json")
-	_, _ = w.Write(append(data, '\n')) // who has gone away needs no answer
+	_, _ = w.Write(append(data, '\n')) // a client that has gone away needs no answer
 	return nil
 }

@@ -55,7 +55,10 @@ func newTestServer(t *testing.T, clients ...Client) (*Server, *syncBuffer) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { s.s.jobs.end(0) })
+	t.Cleanup(func() {
+		s.s.jobs.end(0)
+		s.Close()
+	})
 	return s, log
 }
 
@@ -345,27 +348,85 @@ func TestIdleConnections(t *testing.T) {
 	}
 }
 
-// TestSlowBody: a client that does not send what it promised is given up.
+// TestSlowBody: a client that does not send what it promised is given up, whoever it is
+// and whatever it asks for.
 func TestSlowBody(t *testing.T) {
 	s, _ := newTestServer(t)
-	s.s.bodyTime = 10 * time.Millisecond
 	socket := filepath.Join(t.TempDir(), "s.sock")
 	l, err := Listen("unix://"+socket, ListenOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	serveOn(t, s, l)
-	conn, err := net.Dial("unix", socket)
+	server := Serve(s)
+	server.Handler = timed(s, 10*time.Millisecond)
+	go func() { _ = server.Serve(l) }()
+	defer server.Close()
+	for request, status := range map[string]string{
+		"POST /containers/c": "400",
+		"POST /nosuch":       "404",
+		"GET /metrics":       "200",
+		"GET /state":         "503",
+	} {
+		conn, err := net.Dial("unix", socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.WriteString(conn, request+" HTTP/1.1\r\nHost: node\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"); err != nil {
+			t.Fatal(err)
+		}
+		_ = conn.SetReadDeadline(time.Now().Add(20 * time.Second))
+		answer, err := io.ReadAll(conn)
+		if err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 "+status) {
+			t.Errorf("%s: answer %.200q, %v; want %s and the end of the connection", request, answer, err, status)
+		}
+		conn.Close()
+	}
+}
+
+// TestStateIsLocked: two servers do not share a state folder.
+func TestStateIsLocked(t *testing.T) {
+	o := Options{Namespace: "test", State: t.TempDir(), Log: slog.New(slog.DiscardHandler)}
+	first, err := New(o)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close()
-	if _, err := io.WriteString(conn, "POST /containers/c HTTP/1.1\r\nHost: node\r\nContent-Length: 100\r\n\r\n{"); err != nil {
+	if _, err := New(o); err == nil || !strings.Contains(err.Error(), "another stasisd") {
+		t.Errorf("a second: %v", err)
+	}
+	first.Close()
+	second, err := New(o)
+	if err != nil {
 		t.Fatal(err)
 	}
-	answer, err := io.ReadAll(conn)
-	if err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 400 ") {
-		t.Errorf("answer %q, %v; want 400 and the end of the connection", answer, err)
+	second.Close()
+}
+
+// TestBundlesInBundles: what a container can write is no bundle, and no output goes there.
+func TestBundlesInBundles(t *testing.T) {
+	dir := t.TempDir()
+	in := filepath.Join(dir, "redis", "rootfs", "tmp", "b")
+	if err := os.MkdirAll(in, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range []string{in, filepath.Join(dir, "redis")} {
+		if err := os.WriteFile(filepath.Join(d, bundleConfig), nil, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p := paths{dir}
+	if got, err := p.bundle("bundlePath", filepath.Join(dir, "redis")); err != nil || got != filepath.Join(dir, "redis") {
+		t.Errorf("%s, %v", got, err)
+	}
+	if _, err := p.output("stdout", filepath.Join(dir, "out.log")); err != nil {
+		t.Error(err)
+	}
+	if _, err := p.bundle("bundlePath", in); !errdefs.IsPermissionDenied(err) {
+		t.Errorf("a bundle in a bundle: %v", err)
+	}
+	for _, out := range []string{filepath.Join(dir, bundleConfig), filepath.Join(dir, "redis", "out"), filepath.Join(dir, "redis", "rootfs", "etc-passwd"), filepath.Join(in, "x")} {
+		if _, err := p.output("stdout", out); !errdefs.IsPermissionDenied(err) {
+			t.Errorf("output to %s: %v", out, err)
+		}
 	}
 }
 

@@ -5,8 +5,11 @@ import (
 	"net/http"
 
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
 	"github.com/danielgtaylor/huma/v2"
 	"github.com/danielgtaylor/huma/v2/adapters/humago"
+
+	"github.com/stasis-run/stasis/checkpoint/fault"
 )
 
 // The interface of our own, /v1. huma makes its OpenAPI document of the Go types, and
@@ -66,6 +69,9 @@ func (s *server) v1(mux *http.ServeMux) huma.API {
 	s.v1Checkpoints(api, m)
 	s.v1Streams(api, m)
 	s.v1Jobs(api, m)
+	mux.Handle("/v1/", s.route(route{scope: ScopeRead, fail: failProblem}, func(_ http.ResponseWriter, r *http.Request) error {
+		return fault.New(errdefs.ErrNotFound, "there is no %s %s", r.Method, r.URL.Path)
+	}))
 	return api
 }
 
@@ -81,6 +87,7 @@ func typeOfProblem(_ huma.Context, _ string, v any) (any, error) {
 // changes something.
 func add[I, O any](api huma.API, m *v1Mux, scope Scope, op huma.Operation, serve func(context.Context, *I) (*O, error)) {
 	m.next = route{scope: scope, namespace: namespaceIn, mutates: op.Method != http.MethodGet, fail: failProblem}
+	op.BodyReadTimeout = bodyTime // huma sets its own, in place of Serve's
 	op.Errors = []int{400, 401, 403, 404, 409, 422, 503}
 	op.Extensions = map[string]any{"x-scope": scope}
 	huma.Register(api, op, func(ctx context.Context, in *I) (*O, error) {

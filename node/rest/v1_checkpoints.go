@@ -38,15 +38,15 @@ func checkpointOf(l node.Listed) Checkpoint {
 
 // CheckpointBody says what to checkpoint, and how.
 type CheckpointBody struct {
-	Containers  []string `json:"containers,omitempty" maxItems:"100" doc:"IDs in containerd"`
-	Pod         string   `json:"pod,omitempty" doc:"instead: a Kubernetes pod, NAME or NAMESPACE/NAME"`
-	Ref         string   `json:"ref,omitempty" doc:"the image's name; without it, localhost/CONTAINER:TIME"`
+	Containers  []string `json:"containers,omitempty" maxItems:"100" maxLength:"76" doc:"IDs in containerd"`
+	Pod         string   `json:"pod,omitempty" maxLength:"512" doc:"instead: a Kubernetes pod, NAME or NAMESPACE/NAME"`
+	Ref         string   `json:"ref,omitempty" maxLength:"512" doc:"the image's name; without it, localhost/CONTAINER:TIME"`
 	Format      string   `json:"format,omitempty" enum:"runnable,index,podman" doc:"runnable if there is none"`
 	Compression string   `json:"compression,omitempty" enum:"zstd,gzip,none" doc:"zstd if there is none"`
 	Exit        bool     `json:"exit,omitempty" doc:"end the container with the checkpoint"`
 	PreDumps    int      `json:"pre_dumps,omitempty" minimum:"0" maximum:"127" doc:"how often the memory is written before, while the container runs"`
 	Push        bool     `json:"push,omitempty" doc:"send the image to the registry that ref names"`
-	PlainHTTP   bool     `json:"plain_http,omitempty" doc:"push without TLS"`
+	PlainHTTP   bool     `json:"plain_http,omitempty" doc:"push without TLS, with the credentials of root if the registry asks; needs scope admin"`
 	TCP         string   `json:"tcp,omitempty" enum:"keep,close" doc:"what becomes of TCP connections; without it, one is an error"`
 	FileLocks   bool     `json:"file_locks,omitempty"`
 	UnixSockets bool     `json:"external_unix_sockets,omitempty" doc:"save Unix sockets that are connected to outside the container"`
@@ -57,14 +57,14 @@ type CheckpointBody struct {
 
 // PushBody says where to push a checkpoint.
 type PushBody struct {
-	Target    string `json:"target,omitempty" doc:"its name in the registry; without it, its own"`
-	PlainHTTP bool   `json:"plain_http,omitempty" doc:"without TLS"`
+	Target    string `json:"target,omitempty" maxLength:"512" doc:"its name in the registry; without it, its own"`
+	PlainHTTP bool   `json:"plain_http,omitempty" doc:"without TLS, with the credentials of root if the registry asks; needs scope admin"`
 }
 
 // PullBody says what to pull.
 type PullBody struct {
-	Ref       string `json:"ref" minLength:"1"`
-	PlainHTTP bool   `json:"plain_http,omitempty" doc:"without TLS"`
+	Ref       string `json:"ref" minLength:"1" maxLength:"512"`
+	PlainHTTP bool   `json:"plain_http,omitempty" doc:"without TLS, with the credentials of root if the registry asks; needs scope admin"`
 }
 
 // CheckpointList is a page of checkpoints.
@@ -77,7 +77,7 @@ type CheckpointList struct {
 // %2F for each slash. (huma does not look into embedded types that are not exported.)
 type InCheckpoint struct {
 	InNamespace
-	Ref string `path:"ref" doc:"the image, with %2F for each slash" example:"registry.example.com%2Fdb:monday"`
+	Ref string `path:"ref" maxLength:"512" doc:"the image, with %2F for each slash" example:"registry.example.com%2Fdb:monday"`
 }
 
 func (s *server) v1Checkpoints(api huma.API, m *v1Mux) {
@@ -96,6 +96,9 @@ func (s *server) v1Checkpoints(api huma.API, m *v1Mux) {
 			if err := r.Check(); err != nil {
 				return nil, err
 			}
+			if err := s.mayPlain(ctx, b.PlainHTTP); err != nil {
+				return nil, err
+			}
 			return s.accept(ctx, "checkpoint", cmp.Or(b.Pod, strings.Join(b.Containers, " ")), func(ctx context.Context, tell node.Progress) (any, error) {
 				r.Progress = tell
 				results, err := s.o.Node.Checkpoint(ctx, r)
@@ -109,6 +112,9 @@ func (s *server) v1Checkpoints(api huma.API, m *v1Mux) {
 	}
 	add(api, m, ScopeCheckpoint, huma.Operation{OperationID: "push", Method: "POST", Path: "/v1/checkpoints/{ref}/push", Summary: "Send a checkpoint to a registry", DefaultStatus: 202},
 		func(ctx context.Context, in *push) (*accepted, error) {
+			if err := s.mayPlain(ctx, in.Body.PlainHTTP); err != nil {
+				return nil, err
+			}
 			return s.accept(ctx, "push", in.Ref, func(ctx context.Context, tell node.Progress) (any, error) {
 				img, err := s.o.Node.Push(ctx, node.PushRequest{Ref: in.Ref, Target: in.Body.Target, PlainHTTP: in.Body.PlainHTTP, Progress: tell})
 				return orNothing(img), err
@@ -120,6 +126,9 @@ func (s *server) v1Checkpoints(api huma.API, m *v1Mux) {
 	}
 	add(api, m, ScopeRestore, huma.Operation{OperationID: "pull", Method: "POST", Path: "/v1/pulls", Summary: "Fetch a checkpoint from a registry", DefaultStatus: 202},
 		func(ctx context.Context, in *pull) (*accepted, error) {
+			if err := s.mayPlain(ctx, in.Body.PlainHTTP); err != nil {
+				return nil, err
+			}
 			return s.accept(ctx, "pull", in.Body.Ref, func(ctx context.Context, tell node.Progress) (any, error) {
 				img, err := s.o.Node.Pull(ctx, node.PullRequest{Ref: in.Body.Ref, PlainHTTP: in.Body.PlainHTTP, Progress: tell})
 				return orNothing(img), err
@@ -131,6 +140,15 @@ func (s *server) v1Checkpoints(api huma.API, m *v1Mux) {
 			_, err := s.o.Node.Remove(ctx, in.Ref)
 			return nil, err
 		})
+}
+
+// mayPlain refuses registries without TLS to a caller without scope admin: root's
+// credentials would go to whom that likes, for all to read.
+func (s *server) mayPlain(ctx context.Context, plain bool) error {
+	if !plain {
+		return nil
+	}
+	return s.needs(ctx, ScopeAdmin, "plain_http")
 }
 
 // orNothing is nil for a nil image, which is none as a value of an interface.

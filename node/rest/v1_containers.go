@@ -56,11 +56,11 @@ type FindingList struct {
 
 // RestoreBody says what to restore.
 type RestoreBody struct {
-	Checkpoint string `json:"checkpoint" minLength:"1" doc:"an image, which is pulled if it is not here"`
-	Name       string `json:"name,omitempty" doc:"the container's ID; without it, the one that it had"`
+	Checkpoint string `json:"checkpoint" minLength:"1" maxLength:"512" doc:"an image, which is pulled if it is not here"`
+	Name       string `json:"name,omitempty" maxLength:"76" doc:"the container's ID; without it, the one that it had"`
 	TCPClose   bool   `json:"tcp_close,omitempty" doc:"close all TCP connections"`
 	Network    string `json:"network,omitempty" enum:"none,host" doc:"none: its own, with a loopback only; host needs scope admin"`
-	PlainHTTP  bool   `json:"plain_http,omitempty" doc:"pull without TLS"`
+	PlainHTTP  bool   `json:"plain_http,omitempty" doc:"pull without TLS, with the credentials of root if the registry asks; needs scope admin"`
 	Privileged bool   `json:"privileged,omitempty" doc:"grant all that the checkpoint's spec asks for; needs scope admin"`
 }
 
@@ -93,8 +93,8 @@ func (s *server) v1Containers(api huma.API, m *v1Mux) {
 	add(api, m, ScopeRestore, huma.Operation{OperationID: "restore", Method: "POST", Path: "/v1/restores", Summary: "Start a container from a checkpoint", DefaultStatus: 202},
 		func(ctx context.Context, in *restore) (*accepted, error) {
 			b := in.Body
-			if b.Privileged || b.Network == "host" {
-				if err := s.needsAdmin(ctx, "privileged, and network host"); err != nil {
+			if b.Privileged || b.Network == "host" || b.PlainHTTP {
+				if err := s.needs(ctx, ScopeAdmin, "privileged, network host and plain_http"); err != nil {
 					return nil, err
 				}
 			}

@@ -33,13 +33,24 @@ func (s *server) accept(ctx context.Context, kind, of string, do func(context.Co
 	return &accepted{"/v1/jobs/" + job.ID + "?namespace=" + job.Namespace, job}, nil
 }
 
-// needsAdmin refuses a caller without scope admin.
-func (s *server) needsAdmin(ctx context.Context, what string) error {
+// needs refuses a caller without a scope.
+func (s *server) needs(ctx context.Context, scope Scope, what string) error {
 	namespace := namespaceOf(ctx)
-	if who := callerIn(ctx); !who.may(ScopeAdmin, namespace) {
-		return fault.New(errdefs.ErrPermissionDenied, "%s may not: %s needs scope %s in namespace %s", who.name, what, ScopeAdmin, namespace)
+	if who := callerIn(ctx); !who.may(scope, namespace) {
+		return fault.New(errdefs.ErrPermissionDenied, "%s may not: %s needs scope %s in namespace %s", who.name, what, scope, namespace)
 	}
 	return nil
+}
+
+// scopeOf is the scope that beginning a job of a kind needs, and so canceling it.
+func scopeOf(kind string) Scope {
+	switch kind {
+	case "restore", "pull":
+		return ScopeRestore
+	case "verify":
+		return ScopeRead
+	}
+	return ScopeCheckpoint
 }
 
 // eventsEvery is how often a client hears of a job's progress, at most.
@@ -61,20 +72,39 @@ func (s *server) v1Jobs(api huma.API, m *v1Mux) {
 			job, err := s.jobs.get(namespaceOf(ctx), in.ID)
 			return &output[Job]{job}, err
 		})
-	add(api, m, ScopeCheckpoint, huma.Operation{OperationID: "cancelJob", Method: "POST", Path: "/v1/jobs/{id}/cancel", Summary: "Have a job end; it undoes what it began", DefaultStatus: 202},
+	add(api, m, ScopeRead, huma.Operation{OperationID: "cancelJob", Method: "POST", Path: "/v1/jobs/{id}/cancel", Summary: "Have a job end; it undoes what it began. It needs the scope that beginning it needed", DefaultStatus: 202},
 		func(ctx context.Context, in *id) (*output[Job], error) {
-			job, err := s.jobs.cancel(namespaceOf(ctx), in.ID)
+			job, err := s.jobs.get(namespaceOf(ctx), in.ID)
+			if err == nil {
+				err = s.needs(ctx, scopeOf(job.Kind), "to cancel a "+job.Kind)
+			}
+			if err != nil {
+				return nil, err
+			}
+			job, err = s.jobs.cancel(namespaceOf(ctx), in.ID)
 			return &output[Job]{job}, err
 		})
-	m.next = route{scope: ScopeRead, namespace: namespaceIn, fail: failProblem, stream: true}
+	s.followJob(api, m)
+}
+
+// followJob adds the events of a job. sse.Register would begin to answer before it is known
+// whether there is such a job, so sse is told only when that is.
+func (s *server) followJob(api huma.API, m *v1Mux) {
+	type id struct {
+		InNamespace
+		ID string `path:"id"`
+	}
+	m.next = route{scope: ScopeRead, namespace: namespaceIn, fail: failProblem, stream: true, before: func(r *http.Request) error {
+		_, err := s.jobs.get(namespaceOf(r.Context()), r.PathValue("id"))
+		return err
+	}}
 	sse.Register(api, huma.Operation{OperationID: "followJob", Method: http.MethodGet, Path: "/v1/jobs/{id}/events",
 		Summary: "Follow a job as server-sent events, until it has ended", Extensions: map[string]any{"x-scope": ScopeRead}},
-		map[string]any{"job": Job{}, "problem": Problem{}},
+		map[string]any{"job": Job{}},
 		func(ctx context.Context, in *id, send sse.Sender) {
 			changed, stop, err := s.jobs.listen(namespaceOf(ctx), in.ID)
 			if err != nil {
-				_ = send.Data(problemOf(err))
-				return
+				return // it was forgotten just now
 			}
 			defer stop()
 			for {

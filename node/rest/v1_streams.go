@@ -12,10 +12,6 @@ import (
 	"github.com/stasis-run/stasis/node"
 )
 
-// streamTime bounds how long a client may take for the next part of a stream, which is
-// some kilobytes.
-const streamTime = time.Minute
-
 // v1Streams adds what sends or takes a checkpoint as a file. huma describes them, and does
 // not handle them: it would read all of a body first.
 func (s *server) v1Streams(api huma.API, m *v1Mux) {
@@ -61,32 +57,28 @@ type Image struct {
 
 func (s *server) export(w http.ResponseWriter, r *http.Request) error {
 	q := r.URL.Query()
-	out := &deadlineWriter{w: w, rc: http.NewResponseController(w)}
+	out := &begun{Writer: w}
 	w.Header().Set("Content-Type", "application/octet-stream")
 	err := s.o.Node.Export(r.Context(), node.ExportRequest{
 		Checkpoint: r.PathValue("ref"), Format: q.Get("format"), Compression: q.Get("compression"),
 		Output: node.Output{Path: "the answer", Writer: out},
 	})
-	if err == nil || !out.begun {
+	if err == nil || !out.yes {
 		return err
 	}
 	s.o.Log.Warn(r.Method + " " + r.URL.Path + ": " + err.Error())
 	panic(http.ErrAbortHandler) // else the client takes it for whole
 }
 
-// deadlineWriter gives the client some time for each part.
-type deadlineWriter struct {
-	w     io.Writer
-	rc    *http.ResponseController
-	begun bool
+// begun notes that something was written.
+type begun struct {
+	io.Writer
+	yes bool
 }
 
-func (d *deadlineWriter) Write(p []byte) (int, error) {
-	d.begun = true
-	if err := d.rc.SetWriteDeadline(time.Now().Add(streamTime)); err != nil && !errors.Is(err, http.ErrNotSupported) {
-		return 0, err
-	}
-	return d.w.Write(p)
+func (b *begun) Write(p []byte) (int, error) {
+	b.yes = true
+	return b.Writer.Write(p)
 }
 
 func (s *server) importFile(w http.ResponseWriter, r *http.Request) error {

@@ -157,6 +157,52 @@ func TestScopes(t *testing.T) {
 	}
 }
 
+// TestAdminOnly: what gives more than a scope says needs scope admin, and a job is
+// canceled by those who could begin it.
+func TestAdminOnly(t *testing.T) {
+	s, _ := newTestServer(t)
+	restore := Client{Name: "r", Token: HashToken("r"), Scopes: []Scope{ScopeRead, ScopeRestore}, Namespaces: []string{"*"}}
+	save := Client{Name: "s", Token: HashToken("s"), Scopes: []Scope{ScopeRead, ScopeCheckpoint}, Namespaces: []string{"*"}}
+	s.s.o.Clients = []Client{restore, save}
+	do := func(token, method, path, body string) *answer {
+		t.Helper()
+		r, err := http.NewRequestWithContext(context.WithValue(t.Context(), connKey{}, &caller{}), method, "http://node"+path, strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Header.Set("Authorization", "Bearer "+token)
+		w := newAnswer()
+		s.ServeHTTP(w, r)
+		return w
+	}
+	for _, tt := range []struct{ token, path, body string }{
+		{"r", "/v1/restores", `{"checkpoint":"x","privileged":true}`},
+		{"r", "/v1/restores", `{"checkpoint":"x","network":"host"}`},
+		{"r", "/v1/restores", `{"checkpoint":"x","plain_http":true}`},
+		{"r", "/v1/pulls", `{"ref":"x","plain_http":true}`},
+		{"s", "/v1/checkpoints", `{"containers":["c"],"ref":"x","push":true,"plain_http":true}`},
+		{"s", "/v1/checkpoints/x/push", `{"plain_http":true}`},
+	} {
+		if w := do(tt.token, "POST", tt.path, tt.body); w.status != 403 || !strings.Contains(w.body.String(), "scope admin") {
+			t.Errorf("%s %s: %d %s", tt.path, tt.body, w.status, w.body.String())
+		}
+	}
+	ctx := context.WithValue(namespaces.WithNamespace(t.Context(), "default"), callerKey{}, &caller{name: "me", all: true})
+	job, err := s.s.jobs.start(ctx, "restore", "x", func(ctx context.Context, _ node.Progress) (any, error) {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if w := do("s", "POST", "/v1/jobs/"+job.ID+"/cancel", ""); w.status != 403 {
+		t.Errorf("cancel by who could not begin it: %d %s", w.status, w.body.String())
+	}
+	if w := do("r", "POST", "/v1/jobs/"+job.ID+"/cancel", ""); w.status != 202 {
+		t.Errorf("cancel: %d %s", w.status, w.body.String())
+	}
+}
+
 // answer is an http.ResponseWriter.
 type answer struct {
 	header http.Header
@@ -198,7 +244,8 @@ func TestProblems(t *testing.T) {
 		{"POST", "/v1/checkpoints", `{"containers":["` + strings.Repeat("x", 1<<20) + `"]}`, 413, "", ""},
 		{"POST", "/v1/restores", `{"checkpoint":""}`, 422, "unprocessable-entity", ""},
 		{"GET", "/v1/checkpoints/%2Fetc%2Fpasswd", "", 503, "service-unavailable", "no containerd"}, // an image, of which containerd is asked
-		{"GET", "/v1/none", "", 404, "", ""},
+		{"GET", "/v1/none", "", 404, "not-found", "no GET /v1/none"},
+		{"POST", "/v1/pulls", `{"ref":"` + strings.Repeat("x", 600) + `"}`, 422, "unprocessable-entity", ""},
 	} {
 		answer, body := call(t, c, tt.method, tt.path, tt.body)
 		var p Problem
@@ -391,8 +438,8 @@ func TestFollow(t *testing.T) {
 	if !strings.Contains(body, "event: job") || !strings.Contains(body, `"state":"failed"`) || !strings.Contains(body, "it went wrong") {
 		t.Errorf("%s", body)
 	}
-	if _, body := call(t, c, "GET", "/v1/jobs/none/events", ""); !strings.Contains(body, "event: problem") {
-		t.Errorf("%s", body)
+	if answer, body := call(t, c, "GET", "/v1/jobs/none/events", ""); answer.StatusCode != 404 || !strings.Contains(body, "no job") {
+		t.Errorf("%d %s", answer.StatusCode, body)
 	}
 }
 
