@@ -39,6 +39,9 @@ type Folder struct {
 	// LeaveSum has Commit leave the sum of the largest file, and the signature, to
 	// AddSum.
 	LeaveSum bool
+	// Parent is the checkpoint that the dump builds on, besides pre-dumps; nil: none.
+	// Commit takes from it what the dump lacks. The caller closes it.
+	Parent *img.Lists
 
 	dir       string
 	created   bool     // NewFolder made dir
@@ -46,6 +49,7 @@ type Folder struct {
 	old       []string // files of the checkpoint to be replaced
 	moved     []string // files of the new one that are in dir already
 	lock      *os.File // .partial, locked while it is being written
+	digest    string   // of the manifest that was written last
 }
 
 // NewFolder prepares the folder dir for a checkpoint, and makes it if need be.
@@ -70,6 +74,9 @@ func NewFolder(dir string) (*Folder, error) {
 	}
 	return f, nil
 }
+
+// ManifestDigest is Checkpoint.ManifestDigest of what Commit has written.
+func (f *Folder) ManifestDigest() string { return f.digest }
 
 // Path is where CRIU has to write.
 func (f *Folder) Path() string { return filepath.Join(f.dir, layout.Partial) }
@@ -245,8 +252,11 @@ func (f *Folder) commit(m Manifest, durable bool) error {
 	if err := img.ThawGroups(f.Path()); err != nil {
 		log.L.WithError(err).Warn("a checkpoint says that its container is frozen, and can be restored with other cgroups_modes than full")
 	}
-	if chain := f.preDumps(); len(chain) > 0 {
-		if err := img.Flatten(f.Path(), chain); err != nil {
+	if chain := f.preDumps(); len(chain) > 0 || f.Parent != nil {
+		if err := img.Flatten(f.Path(), f.Parent, chain); err != nil {
+			return err
+		}
+		if err := os.Remove(filepath.Join(f.Path(), layout.ParentLink)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 		for _, dir := range chain {
@@ -263,7 +273,7 @@ func (f *Folder) commit(m Manifest, durable bool) error {
 	m.Host, _ = os.Hostname()
 	m.Created = time.Now().UTC().Truncate(time.Millisecond)
 	m.Kernel, m.Architecture, m.CPUFeatures = KernelRelease(), runtime.GOARCH, HostCPUFeatures()
-	if m.Files, err = f.digest(files, durable); err != nil {
+	if m.Files, err = f.sums(files, durable); err != nil {
 		return err
 	}
 	if err := m.check(); err != nil {
@@ -342,9 +352,9 @@ func (f *Folder) written() ([]entry, error) {
 	return files, nil
 }
 
-// digest closes the files, which are sorted by size, to others and returns their
+// sums closes the files, which are sorted by size, to others and returns their
 // sums, sorted by name. It leaves out files that no restore reads.
-func (f *Folder) digest(files []entry, durable bool) ([]File, error) {
+func (f *Folder) sums(files []entry, durable bool) ([]File, error) {
 	var listed []File
 	for _, file := range files {
 		if err := f.close(file.name); err != nil {
@@ -415,6 +425,7 @@ func (f *Folder) writeManifest(m *Manifest, durable bool) error {
 			}
 		}
 	}
+	f.digest = manifestDigest(data)
 	return nil
 }
 

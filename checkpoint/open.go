@@ -3,6 +3,8 @@ package checkpoint
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -33,6 +35,7 @@ import (
 type Checkpoint struct {
 	dir      string
 	manifest *Manifest // nil: made by other software
+	digest   string    // of stasis.json
 	verdict  sign.Verdict
 	options  Options
 	files    map[string]entry
@@ -44,6 +47,16 @@ func (c *Checkpoint) Dir() string { return c.dir }
 
 // Manifest returns stasis.json, or nil for a checkpoint made by other software.
 func (c *Checkpoint) Manifest() *Manifest { return c.manifest }
+
+// ManifestDigest is the digest of stasis.json, and so, as that has the sums of all files,
+// of the whole checkpoint. It is empty for a checkpoint made by other software.
+func (c *Checkpoint) ManifestDigest() string { return c.digest }
+
+// manifestDigest is that of the bytes of stasis.json.
+func manifestDigest(data []byte) string {
+	sum := sha256.Sum256(data)
+	return "sha256:" + hex.EncodeToString(sum[:])
+}
 
 // Signer is who has signed the checkpoint, of those whom OpenOptions.Trust trusts:
 // this node itself if it has, else another. ok is false if none of them has.
@@ -183,6 +196,9 @@ func open(ctx context.Context, dir string, o OpenOptions) (*Checkpoint, error) {
 		return nil, err
 	}
 	ckpt := &Checkpoint{dir: dir, manifest: manifest, files: files}
+	if manifest != nil {
+		ckpt.digest = manifestDigest(data)
+	}
 	if ckpt.verdict, err = verifySignature(dir, manifest, data, o.Trust); err != nil {
 		return nil, err
 	}

@@ -23,9 +23,11 @@ type dump struct {
 	options     checkpoint.Options
 	dumpOptions criu.DumpOptions
 	preDumps    int
-	exit        bool // the container ends with it
-	durable     bool // the checkpoint has to survive a power cut
-	leaveSum    bool // as in criu.DumpRequest
+	exit        bool   // the container ends with it
+	durable     bool   // the checkpoint has to survive a power cut
+	leaveSum    bool   // as in criu.DumpRequest
+	parent      string // the checkpoint to build on, or ""
+	track       bool   // another may build on this one
 	baseConfig  string
 	while       func(context.Context) error
 	memoryFile  func(criu.MemoryFile) // as in criu.DumpRequest
@@ -34,6 +36,10 @@ type dump struct {
 // dumpOf is what containerd's options ask for.
 func dumpOf(dir string, opts *options.CheckpointOptions) (dump, error) {
 	o, err := checkpointOptions(opts)
+	parent := opts.ParentPath
+	if parent != "" && !filepath.IsAbs(parent) {
+		parent = filepath.Join(dir, parent) // as runc does; it refuses absolute ones
+	}
 	return dump{
 		dir:     dir,
 		workDir: opts.WorkPath,
@@ -42,6 +48,10 @@ func dumpOf(dir string, opts *options.CheckpointOptions) (dump, error) {
 		// The only copy of a container that is gone, in a folder that is
 		// not containerd's temporary one.
 		durable: opts.Exit && opts.ImagePath != "",
+		parent:  parent,
+		// To track costs the container a page fault at the next write to each page. A
+		// temporary folder cannot be named later.
+		track: !opts.Exit && (opts.ImagePath != "" || parent != ""),
 	}, err
 }
 
@@ -52,7 +62,7 @@ func (c *container) checkpoint(ctx context.Context, d dump) (*criu.DumpResult, e
 	p := c.init
 	c.mu.Lock()
 	err := p.check(opCheckpoint)
-	paused, pid, cg := p.state == Paused, p.pid(), c.cgroup
+	paused, pid, child, cg := p.state == Paused, p.pid(), p.child, c.cgroup
 	c.mu.Unlock()
 	if err != nil {
 		return nil, err
@@ -77,6 +87,17 @@ func (c *container) checkpoint(ctx context.Context, d dump) (*criu.DumpResult, e
 	if unsigned != nil {
 		log.G(ctx).WithError(unsigned).WithField("container", c.id).Warn("a checkpoint is not signed: no pod restores it before `stasis sign`")
 	}
+	parent, err := c.openParent(ctx, d, child)
+	if err != nil {
+		return nil, err
+	}
+	if parent != nil {
+		defer parent.Close()
+	}
+	track := d.track && c.service.softDirty()
+	// Also with a dump that fails or does not track: it may have reset the kernel's
+	// notes of some processes, or CRIU's configuration on this host may say that it does.
+	c.tracked = tracked{}
 	result, err := criu.Dump(ctx, criu.DumpRequest{
 		Key:         key,
 		Runtime:     c.runtime,
@@ -91,6 +112,8 @@ func (c *container) checkpoint(ctx context.Context, d dump) (*criu.DumpResult, e
 		Paused:      paused,
 		Durable:     d.durable,
 		LeaveSum:    d.leaveSum,
+		Parent:      parent,
+		Track:       track,
 		While:       d.while,
 		MemoryFile:  d.memoryFile,
 		Container: checkpoint.Container{
@@ -105,6 +128,9 @@ func (c *container) checkpoint(ctx context.Context, d dump) (*criu.DumpResult, e
 	})
 	if err != nil {
 		return nil, err
+	}
+	if track {
+		c.tracked = tracked{child, result.ManifestDigest}
 	}
 	if unsigned != nil && !d.leaveSum {
 		result.Unsigned = unsigned.Error()

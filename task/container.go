@@ -44,6 +44,8 @@ type container struct {
 	// must not keep another from starting, nor the container from being
 	// killed; but nothing starts in the middle of a dump.
 	ops *semaphore.Weighted
+	// tracked is what a checkpoint can build on. It belongs to whoever holds all of ops.
+	tracked tracked
 
 	// running counts the execs that are started or about to be.
 	running sync.WaitGroup

@@ -34,6 +34,8 @@ type fixture struct {
 	bundle string
 	spec   *specs.Spec // written by create
 	keys   string      // the node's folder for keys and configuration
+	// softDirty: the kernel tracks which pages are written to.
+	softDirty bool
 }
 
 func newFixture(t *testing.T) *fixture {
@@ -66,6 +68,7 @@ func (f *fixture) newService() {
 	f.s = newService(Config{Namespace: "test", Publish: f.log.publish, Shutdown: func() { f.log.add("shutdown") }}, testReaper())
 	f.s.newRuntime = f.rt.For
 	f.s.policy = f.policy
+	f.s.softDirty = func() bool { return f.softDirty }
 	s := f.s
 	f.Cleanup(func() {
 		f.rt.EndAll()

@@ -1,13 +1,11 @@
 package task
 
 import (
-	"fmt"
 	"os"
 	"path/filepath"
 
 	"github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/containerd/api/types/runtimeoptions/v1"
-	"github.com/containerd/errdefs"
 	"github.com/containerd/typeurl/v2"
 	"google.golang.org/protobuf/types/known/anypb"
 
@@ -134,9 +132,6 @@ func decodeCheckpointOptions(any *anypb.Any) (*options.CheckpointOptions, error)
 	opts, ok := v.(*options.CheckpointOptions)
 	if !ok {
 		return nil, invalid("options of type %q: want containerd.runc.v1.CheckpointOptions", any.GetTypeUrl())
-	}
-	if opts.ParentPath != "" {
-		return nil, fmt.Errorf("options: parent_path: checkpoints on top of another are not supported yet: %w", errdefs.ErrNotImplemented)
 	}
 	return opts, nil
 }

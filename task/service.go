@@ -26,6 +26,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/api"
+	"github.com/stasis-run/stasis/checkpoint/criu"
 	"github.com/stasis-run/stasis/process"
 )
 
@@ -48,6 +49,8 @@ type Service struct {
 	// newRuntime is process.NewRuntime and policy trustPolicy, but in tests.
 	newRuntime func(cfg process.RuntimeConfig, namespace, bundle, id string) process.Runtime
 	policy     checks
+	// softDirty tells whether the kernel tracks which pages are written to.
+	softDirty func() bool
 	// background is what goes on after an answer, and ends before the shim.
 	background sync.WaitGroup
 
@@ -72,6 +75,10 @@ func newService(cfg Config, reaper *process.Reaper) *Service {
 		reaper:     reaper,
 		newRuntime: process.NewRuntime,
 		policy:     policyChecks{},
+		softDirty: sync.OnceValue(func() bool {
+			works, err := criu.SoftDirty()
+			return works && err == nil
+		}),
 		containers: map[string]*container{},
 	}
 }

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/checkpoint"
+	"github.com/stasis-run/stasis/checkpoint/criu/img"
 	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/checkpoint/sign"
 	"github.com/stasis-run/stasis/process"
@@ -36,6 +37,22 @@ type DumpRequest struct {
 	Exit        bool // the container ends with the dump
 	Paused      bool // the container is frozen, and stays so
 	Durable     bool // the checkpoint has to survive a power cut
+	// Parent, if not nil, is a checkpoint of the container that the dump builds on: CRIU
+	// writes only the pages that the kernel says have been written to, and the rest is
+	// taken from Parent when the container runs again. The caller closes it.
+	//
+	// The caller has to know that nothing has reset the kernel's notes since Parent was
+	// made: pages that were written to before the reset would be taken from Parent. CRIU
+	// resets them in every pre-dump, and in a dump with Parent or Track, even in one
+	// that fails.
+	//
+	// It is for a kernel with SoftDirty, and of no use with PreDumps.
+	Parent *img.Lists
+	// Track has the kernel note from this dump on which pages are written to, so that
+	// the checkpoint can be a Parent. CRIU refuses a parent that was dumped without:
+	// its inventory lacks the time by which CRIU tells that a process ID is used again.
+	// It is for a kernel with SoftDirty.
+	Track bool
 	// LeaveSum leaves the sum of the largest file to checkpoint.AddSum. Until then no restore
 	// takes the checkpoint, and an older one in Dir is gone; so not with Exit.
 	LeaveSum bool
@@ -69,6 +86,8 @@ type DumpResult struct {
 	Runtime  checkpoint.Runtime
 	// Unsigned is for the caller, to say why there was no Key.
 	Unsigned string
+	// ManifestDigest is Checkpoint.ManifestDigest.
+	ManifestDigest string
 }
 
 // Dump has CRIU write the container to a folder. The container is frozen before,
@@ -83,7 +102,7 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 	if err != nil {
 		return nil, err
 	}
-	folder.LeaveSum = r.LeaveSum
+	folder.LeaveSum, folder.Parent = r.LeaveSum, r.Parent
 	if !r.LeaveSum {
 		folder.Key = r.Key
 	}
@@ -128,19 +147,22 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 		// Sums of the memory's chunks, in the manifest and in the envelope.
 		resident := r.resident()
 		more := resident / sumsPerByte
-		if len(preDumps) > 0 {
+		if len(preDumps) > 0 || r.Parent != nil {
 			more += resident
 		}
 		if rerr := folder.Reserve(more); rerr != nil {
 			err = &ownError{rerr}
 		}
 	}
+	if n := len(preDumps); n > 0 {
+		opts.ParentPath = layout.PreDump(n)
+	} else if r.Parent != nil && err == nil {
+		opts.ParentPath = layout.ParentLink
+		err = linkParent(folder.Path(), r.Parent.Dir())
+	}
 	_ = os.Remove(filepath.Join(r.WorkDir, layout.DumpStats))
 	started := time.Now()
 	if err == nil {
-		if n := len(preDumps); n > 0 {
-			opts.ParentPath = layout.PreDump(n)
-		}
 		watch := r.watchMemory(ctx, folder.Path())
 		// Only after the thaw: it may be reading the mappings.
 		defer watch.wait()
@@ -186,7 +208,7 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 	if r.Exit && !r.Options.OpenTCP {
 		r.unlock(ctx, netns)
 	}
-	return result, folder.Commit(checkpoint.Manifest{
+	err = folder.Commit(checkpoint.Manifest{
 		Container:  r.Container,
 		Options:    r.Options,
 		Exit:       r.Exit,
@@ -195,6 +217,24 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 		CRIU:       result.CRIU,
 		Runtime:    result.Runtime,
 	}, r.Durable)
+	result.ManifestDigest = folder.ManifestDigest()
+	return result, err
+}
+
+// linkParent makes a link to the parent in the folder of the images. The runtimes want a
+// path from that folder; with links in either path, what they and CRIU take it for differs.
+func linkParent(images, parent string) error {
+	images, err := filepath.EvalSymlinks(images)
+	if err == nil {
+		parent, err = filepath.Rel(images, parent)
+	}
+	if err == nil {
+		err = os.Symlink(parent, filepath.Join(images, layout.ParentLink))
+	}
+	if err != nil {
+		return &ownError{fmt.Errorf("link the checkpoint that it builds on: %w", err)}
+	}
+	return nil
 }
 
 // sumsPerByte: a chunk of 4 MiB has a sum of 43 bytes in the manifest, and of 58 in the
@@ -218,13 +258,18 @@ func (r *DumpRequest) subGroups(ctx context.Context) []process.SubGroup {
 // criuConfig is what CRIU is told that no runtime has a flag for, as lines of a
 // CRIU configuration file.
 func (r *DumpRequest) criuConfig() string {
+	config := r.DumpOptions.criuConfig()
+	if r.Track {
+		// runc and crun ask CRIU for it only with a parent.
+		config += "track-mem\n"
+	}
 	if r.Options.OpenTCP {
-		return r.DumpOptions.criuConfig()
+		return config
 	}
 	// The lock keeps packets from connections that the checkpoint holds. Without
 	// any, putting it up and taking it down, by iptables, is all that it does: up
 	// to 70 ms while the container stands still, and the same in each restore.
-	return r.DumpOptions.criuConfig() + "network-lock skip\n"
+	return config + "network-lock skip\n"
 }
 
 // ownError is a failure that is not CRIU's, and on which it has nothing to say.

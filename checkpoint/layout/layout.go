@@ -27,6 +27,8 @@ const (
 	// Reserve is a file in Partial that holds space on the disk which is needed after
 	// the dump.
 	Reserve = ".reserve"
+	// ParentLink is a link in Partial to the checkpoint that the dump builds on.
+	ParentLink = ".parent"
 )
 
 // PreDumps is a pattern of filepath.Match for the names that PreDump returns.
@@ -60,8 +62,8 @@ const (
 	// Cgroups holds the control groups and their properties.
 	Cgroups = "cgroup.img"
 
-	// Parent is a link to the folder of the dump that this one builds on. CRIU makes it
-	// after a pre-dump; a complete checkpoint of ours has none.
+	// Parent is a link to the folder of the dump that this one builds on. CRIU makes it;
+	// a complete checkpoint of ours has none.
 	Parent = "parent"
 
 	// Descriptors says what stdin, stdout and stderr were connected to: a JSON list of

@@ -6,7 +6,7 @@ import "testing"
 // of other software have the same.
 func TestNames(t *testing.T) {
 	for got, want := range map[string]string{
-		Manifest: "stasis.json", Signature: "stasis.sig.json", Partial: ".partial", PreDump(2): ".pre-2",
+		Manifest: "stasis.json", Signature: "stasis.sig.json", Partial: ".partial", ParentLink: ".parent", PreDump(2): ".pre-2",
 		Inventory: "inventory.img", Descriptors: "descriptors.json", DumpLog: "dump.log", DumpStats: "stats-dump",
 		Core.Name(17): "core-17.img", Pages.Name(1): "pages-1.img", PagemapShared.Name(4): "pagemap-shmem-4.img",
 		GhostFile.Hex(26): "ghost-file-1a.img", UTSNamespace.Glob(): "utsns-*.img",

@@ -1,6 +1,7 @@
 package processtest
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -50,6 +51,7 @@ type Runtime struct {
 	mu            sync.Mutex
 	bundle, id    string
 	calls         []string
+	dumps         []runc.CheckpointOpts
 	before, after map[Op]func(context.Context) error
 	init          *child
 	execs         map[string]*child
@@ -137,6 +139,13 @@ type output struct {
 }
 
 func (o output) Set(cmd *exec.Cmd) { cmd.Stdout = o.w }
+
+// Dumps are the options of the calls of Checkpoint so far that were no pre-dumps.
+func (r *Runtime) Dumps() []runc.CheckpointOpts {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.dumps)
+}
 
 // End has a process of the container, init for "", end by itself with status 0.
 func (r *Runtime) End(execID string) {
@@ -359,7 +368,8 @@ func (r *Runtime) EndAll() {
 	r.init, r.started = nil, false
 }
 
-// Checkpoint writes what no CRIU would restore. The log says that it is complete.
+// Checkpoint writes what no CRIU would restore. The log says that it is complete, and the
+// inventory whether changes of memory are tracked from now on.
 func (r *Runtime) Checkpoint(ctx context.Context, opts *runc.CheckpointOpts, actions ...runc.CheckpointAction) error {
 	// An action changes the arguments of runc's command.
 	args := []string{}
@@ -369,13 +379,28 @@ func (r *Runtime) Checkpoint(ctx context.Context, opts *runc.CheckpointOpts, act
 	op := Checkpoint
 	if slices.Contains(args, "--pre-dump") {
 		op = PreDump
+	} else {
+		r.mu.Lock()
+		r.dumps = append(r.dumps, *opts)
+		r.mu.Unlock()
 	}
 	return r.call(ctx, op, "", r.known(func(init *child) error {
 		if !init.alive() {
 			return errors.New("cannot checkpoint a stopped container")
 		}
+		inventory := Inventory
+		config, _ := os.ReadFile(filepath.Join(opts.WorkDir, "criu.conf"))
+		if bytes.Contains(config, []byte("track-mem\n")) {
+			inventory = trackedInventory
+		}
+		if opts.ParentPath != "" {
+			if _, err := os.Stat(filepath.Join(opts.ImagePath, opts.ParentPath, "inventory.img")); err != nil {
+				return err
+			}
+			inventory = trackedInventory
+		}
 		if err := errors.Join(
-			os.WriteFile(filepath.Join(opts.ImagePath, "inventory.img"), Inventory, 0o600),
+			os.WriteFile(filepath.Join(opts.ImagePath, "inventory.img"), inventory, 0o600),
 			os.WriteFile(filepath.Join(opts.WorkDir, "dump.log"), []byte("(00.000001) Dumping finished successfully\n"), 0o600),
 		); err != nil {
 			return err
@@ -396,6 +421,9 @@ func (r *Runtime) Checkpoint(ctx context.Context, opts *runc.CheckpointOpts, act
 // Inventory is the smallest inventory.img: the magic number, a length, and
 // img_version 2.
 var Inventory = []byte{0x16, 0x31, 0x31, 0x58, 2, 0, 0, 0, 0x08, 0x02}
+
+// trackedInventory also has dump_uptime, which CRIU sets if it tracks changes of memory.
+var trackedInventory = []byte{0x16, 0x31, 0x31, 0x58, 4, 0, 0, 0, 0x08, 0x02, 0x40, 0x01}
 
 // Restore runs the commands runc and criu of InstallCRIU.
 func (r *Runtime) Restore(ctx context.Context, opts *runc.RestoreOpts) (pid int, err error) {

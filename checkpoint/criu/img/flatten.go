@@ -20,16 +20,17 @@ import (
 	"github.com/stasis-run/stasis/checkpoint/layout"
 )
 
-// A dump after a pre-dump has the pages that were written to since, and says of the
-// others that its parent has them. Flatten puts all of them into the one folder:
-// whatever reads, checks, stores or ships a checkpoint has to know one kind only,
-// and none depends on another that somebody may remove.
+// A dump that builds on a pre-dump or on another checkpoint has the pages that were
+// written to since, and says of the others that its parent has them. Flatten puts all
+// of them into the one folder: whatever reads, checks, stores or ships a checkpoint has
+// to know one kind only, and none depends on another that somebody may remove.
 
 // Flatten makes the checkpoint in dir one that needs no parent. chain are the
 // folders of the pre-dumps that it builds on, the oldest first, each of which
-// builds on the one before. After an error dir is a whole checkpoint still, with
-// the chain, of which it may need less.
-func Flatten(dir string, chain []string) error {
+// builds on the one before. base is the checkpoint that the first of them builds on, or
+// dir itself without pre-dumps; nil: there is none. After an error dir is a whole
+// checkpoint still, with the chain and base, of which it may need less.
+func Flatten(dir string, base *Lists, chain []string) error {
 	ids, err := PageLists(dir)
 	if err != nil {
 		return err
@@ -38,11 +39,11 @@ func Flatten(dir string, chain []string) error {
 	for name, id := range ids {
 		l, err := openPageList(dir, name)
 		if err == nil {
-			err = l.flatten(dir, name, highest+id, chain)
+			err = l.flatten(dir, name, highest+id, base, chain)
 			l.close()
 		}
 		if err != nil {
-			return fmt.Errorf("put memory of the pre-dumps into %s: %w", name, err)
+			return fmt.Errorf("put memory of the dumps before into %s: %w", name, err)
 		}
 	}
 	if err := os.Remove(filepath.Join(dir, layout.Parent)); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -51,45 +52,96 @@ func Flatten(dir string, chain []string) error {
 	return nil
 }
 
+// Lists are the lists of pages in a folder with the files that have the pages, read and
+// held open: who removes or replaces them afterwards takes nothing away from a container
+// whose memory is in part there only.
+type Lists struct {
+	dir    string
+	byName map[string]*pageList
+}
+
+// OpenLists opens the lists in a folder, of which the path has no links. None of the pages
+// may be in a parent. Close the lists.
+func OpenLists(dir string) (*Lists, error) {
+	lists := &Lists{dir: dir, byName: map[string]*pageList{}}
+	err := eachPageList(dir, func(name string, l *pageList) error {
+		lists.byName[name] = l
+		if l.inParent() {
+			return fault.Invalid("%s: some of the pages are in a parent", name)
+		}
+		return nil
+	})
+	if err != nil {
+		lists.Close()
+		return nil, err
+	}
+	return lists, nil
+}
+
+// Dir is the folder.
+func (l *Lists) Dir() string { return l.dir }
+
+// Close closes the files.
+func (l *Lists) Close() {
+	for _, list := range l.byName {
+		list.close()
+	}
+}
+
 // PageLists returns the lists of pages in a folder, and the number of the image that
 // each refers to.
 func PageLists(dir string) (map[string]uint32, error) {
+	ids := map[string]uint32{}
+	err := eachPageList(dir, func(name string, l *pageList) error {
+		ids[name] = l.id
+		l.close()
+		return nil
+	})
+	return ids, err
+}
+
+// eachPageList calls fn, which owns the list, with each list in a folder.
+func eachPageList(dir string, fn func(name string, l *pageList) error) error {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	ids := map[string]uint32{}
 	for _, e := range entries {
 		if !layout.Pagemap.Has(e.Name()) {
 			continue
 		}
 		l, err := openPageList(dir, e.Name())
 		if err != nil {
-			return nil, err
+			return err
 		}
-		ids[e.Name()] = l.id
-		l.close()
+		if err := fn(e.Name(), l); err != nil {
+			return err
+		}
 	}
-	return ids, nil
+	return nil
 }
 
 // flatten makes an image with the number id of all the pages in a list, and then a
 // list that refers to it: at any moment there are a list and its pages.
-func (l *pageList) flatten(dir, name string, id uint32, chain []string) (err error) {
-	if !slices.ContainsFunc(l.runs, func(r placedRun) bool { return r.InParent() }) {
+func (l *pageList) flatten(dir, name string, id uint32, base *Lists, chain []string) (err error) {
+	if !l.inParent() {
 		return nil
 	}
 	var parents []*pageList
 	for _, parent := range slices.Backward(chain) {
 		list, err := openPageList(parent, name)
 		if errors.Is(err, fs.ErrNotExist) {
-			break // the process is younger
+			base = nil // the process is younger
+			break
 		}
 		if err != nil {
 			return fmt.Errorf("%s: %w", filepath.Base(parent), err)
 		}
 		defer list.close()
 		parents = append(parents, list)
+	}
+	if base != nil && base.byName[name] != nil {
+		parents = append(parents, base.byName[name])
 	}
 	out, err := os.OpenFile(filepath.Join(dir, layout.Pages.Name(id)), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
@@ -192,6 +244,11 @@ func openPageList(dir, name string) (*pageList, error) {
 		err = nil // CRIU makes none for no pages
 	}
 	return l, err
+}
+
+// inParent tells whether some of the pages are in a parent.
+func (l *pageList) inParent() bool {
+	return slices.ContainsFunc(l.runs, func(r placedRun) bool { return r.InParent() })
 }
 
 func (l *pageList) close() {

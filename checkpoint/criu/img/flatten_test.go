@@ -7,9 +7,11 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/pagemap"
+	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/stasis-run/stasis/checkpoint/criu/img/imgtest"
@@ -92,7 +94,7 @@ func readPages(t *testing.T, dir, name string) memory {
 }
 
 // TestFlatten makes chains of random dumps: pages are written to, unmapped, mapped
-// anew between them; processes begin between them too.
+// anew between them; processes begin between them too. With odd seeds the first is a base.
 func TestFlatten(t *testing.T) {
 	for seed := range uint64(60) {
 		r := rand.New(rand.NewPCG(seed, 7))
@@ -139,7 +141,18 @@ func TestFlatten(t *testing.T) {
 		}
 		final := filepath.Join(dir, "final")
 		must(t, os.Symlink("../"+filepath.Base(chain[len(chain)-1]), filepath.Join(final, layout.Parent)))
-		must(t, Flatten(final, chain))
+		var base *Lists
+		if seed%2 == 1 {
+			var err error
+			base, err = OpenLists(chain[0])
+			must(t, err)
+			must(t, os.RemoveAll(chain[0])) // it is held open
+			chain = chain[1:]
+		}
+		must(t, Flatten(final, base, chain))
+		if base != nil {
+			base.Close()
+		}
 		for _, name := range names {
 			if now[name] == nil {
 				continue
@@ -161,6 +174,23 @@ func TestFlatten(t *testing.T) {
 				t.Errorf("seed %d: %s is left", seed, e.Name())
 			}
 		}
+	}
+}
+
+// TestOpenLists refuses a base that needs a parent itself.
+func TestOpenLists(t *testing.T) {
+	dir := t.TempDir()
+	page := make([]byte, os.Getpagesize())
+	writePages(t, dir, "pagemap-1.img", 1, memory{1: page}, func(uint64) bool { return true })
+	lists, err := OpenLists(dir)
+	must(t, err)
+	if lists.Dir() != dir {
+		t.Errorf("of %s", lists.Dir())
+	}
+	lists.Close()
+	writePages(t, dir, "pagemap-2.img", 2, memory{1: page, 2: page}, func(n uint64) bool { return n == 1 })
+	if _, err := OpenLists(dir); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "pagemap-2.img") {
+		t.Errorf("%v", err)
 	}
 }
 
@@ -190,7 +220,7 @@ func TestFlattenFails(t *testing.T) {
 			spoil(t, pre)
 			list, err := os.ReadFile(filepath.Join(final, "pagemap-1.img"))
 			must(t, err)
-			if err := Flatten(final, []string{pre}); err == nil {
+			if err := Flatten(final, nil, []string{pre}); err == nil {
 				t.Fatal("no error")
 			}
 			after, err := os.ReadFile(filepath.Join(final, "pagemap-1.img"))
