@@ -74,7 +74,7 @@ test-unit: ## run the unit tests under the race detector
 .PHONY: test-integration
 test-integration: setup build ## run the tests on real containerd, runc, crun and CRIU (root)
 	@packages=$$(go list ./integration/... | grep -v /integration/kubernetes); \
-	$(with_env) go test -count=1 -timeout 60m -parallel $(PARALLEL) $(run_flag) $$packages
+	$(with_env) go test -count=1 -timeout 2h -parallel $(PARALLEL) $(run_flag) $$packages
 
 .PHONY: test-kubernetes
 test-kubernetes: build ## run the tests on a real Kubernetes, which it builds (root)
