@@ -49,7 +49,7 @@ var core = []string{
 	"TestTerminal", "TestStats", "TestOOM", "TestOOMOfExec", "TestOneShimPerPod",
 	"TestRestoreEverywhere/(stasis|crun|native|2.1)", "TestRoundTrip/(erofs.*|blockfile)", "TestRestoredContainer", "TestRestoreTerminal", "TestRestoreElsewhere",
 	"TestLimitsAfterRestore", "TestNestedCgroups", "TestAppArmor",
-	"TestCheckpointState", "TestStoppedProcess", "TestFreeze", "TestRestoreTCP", "TestPreDump/runc", "TestPreDump/crun/pages", "TestParentPath/runc",
+	"TestCheckpointState", "TestStoppedProcess", "TestFreeze", "TestRestoreTCP", "TestPreDump/runc/state", "TestPreDump/crun/pages", "TestParentPath/runc/memory",
 	"TestSmokeCRI", "TestEmbeddedAgain", "TestRunnableUnderCRI", "TestCLIRestore",
 }
 
