@@ -52,7 +52,7 @@ func (c *Checkpoint) Manifest() *Manifest { return c.manifest }
 // of the whole checkpoint. It is empty for a checkpoint made by other software.
 func (c *Checkpoint) ManifestDigest() string { return c.digest }
 
-// manifestDigest is that of the bytes of stasis.json.
+// manifestDigest is the digest of the bytes of stasis.json.
 func manifestDigest(data []byte) string {
 	sum := sha256.Sum256(data)
 	return "sha256:" + hex.EncodeToString(sum[:])

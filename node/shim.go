@@ -71,7 +71,7 @@ func shimAddress(bundle string) (string, error) {
 }
 
 // checkpoint makes a checkpoint by Stasis's own service. hasFile is called with the
-// memory file if the shim tells of one, and must not wait. The error matches
+// memory file if the shim tells of one, and must not wait; it may be nil. The error matches
 // errdefs.ErrNotImplemented if the shim is not Stasis's.
 func (s *shim) checkpoint(ctx context.Context, r *api.CheckpointRequest, bar *stages, hasFile func(*api.MemoryFile)) (*api.CheckpointResult, error) {
 	stream, err := s.Checkpoint(ctx, r)
@@ -100,7 +100,7 @@ func (s *shim) checkpoint(ctx context.Context, r *api.CheckpointRequest, bar *st
 			bar.begin("dump")
 			bar.set(sum.add(p))
 		}
-		if file := update.GetMemoryFile(); file != nil {
+		if file := update.GetMemoryFile(); file != nil && hasFile != nil {
 			hasFile(file)
 		}
 		if result := update.GetResult(); result != nil {

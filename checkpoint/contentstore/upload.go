@@ -35,7 +35,7 @@ type Upload struct {
 	direct bool     // file is written past the page cache
 }
 
-// NewRef returns a name for an upload. It is random, so that nobody else continues it.
+// NewRef returns a random name for an upload, so that no other upload has it.
 func NewRef() string { return "stasis-" + rand.Text() }
 
 // Begin begins an upload to store, whose folder is f, if that is known. ctx has a

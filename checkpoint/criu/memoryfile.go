@@ -35,7 +35,7 @@ const memoryFileEvery = 10 * time.Millisecond
 // be called on nil, which looks for nothing.
 type memoryWatch struct {
 	cancel context.CancelFunc
-	done   chan struct{} // closed when it calls nobody any more
+	done   chan struct{} // closed after the last call of MemoryFile
 }
 
 // watchMemory calls r.MemoryFile when CRIU has begun with the file, in the folder dir.

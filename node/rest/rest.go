@@ -120,8 +120,9 @@ func New(o Options) (*Server, error) {
 	mux := http.NewServeMux()
 	s.bundleRoutes(mux)
 	s.v1(mux)
+	scrape := promhttp.HandlerFor(s.metrics.registry, promhttp.HandlerOpts{})
 	mux.Handle("GET /metrics", s.route(route{scope: ScopeRead}, func(w http.ResponseWriter, r *http.Request) error {
-		promhttp.HandlerFor(s.metrics.registry, promhttp.HandlerOpts{}).ServeHTTP(w, r)
+		scrape.ServeHTTP(w, r)
 		return nil
 	}))
 	return &Server{Handler: http.NewCrossOriginProtection().Handler(mux), s: s, lock: lock}, nil
