@@ -32,6 +32,9 @@ import (
 // labelBundle is a container's label with the folder of its bundle.
 const labelBundle = "stasis.run/bundle"
 
+// BundleConfig is the file that makes a folder a bundle (runtime-spec, bundle.md).
+const BundleConfig = "config.json"
+
 // maxBundleConfig bounds a config.json, in bytes. The largest that engines write, with a
 // seccomp profile, have less than 100 KiB.
 const maxBundleConfig = 4 << 20
@@ -119,7 +122,7 @@ func (n *Node) Start(ctx context.Context, r StartRequest) (pid uint32, err error
 // readBundle reads a bundle's config.json. root is the folder of its root filesystem.
 // In the spec that is "rootfs": where the shim mounts it.
 func readBundle(dir string) (_ *specs.Spec, root string, err error) {
-	data, err := capture.ReadSmall(filepath.Join(dir, "config.json"), maxBundleConfig)
+	data, err := capture.ReadSmall(filepath.Join(dir, BundleConfig), maxBundleConfig)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, "", fmt.Errorf("bundle %s has no config.json: %w", dir, errdefs.ErrNotFound)
 	}

@@ -298,7 +298,7 @@ func TestPlaced(t *testing.T) {
 }
 
 // TestCollected has containerd collect its garbage when the file has the name of a blob,
-// and nobody has told it yet.
+// and no client has told containerd of it yet.
 func TestCollected(t *testing.T) {
 	ctx, s := newStore(t)
 	upload(t, ctx, collecting{s}, s.folder(), []byte("data"))

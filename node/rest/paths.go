@@ -10,15 +10,13 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/node"
 )
 
 // paths are the folders below which a request may name bundles and files for output. The
 // config.json of a bundle decides what root does. A container can write to its root
 // filesystem, which lies in its bundle, and to its output; so neither may become a bundle.
 type paths []string
-
-// bundleConfig makes a folder a bundle.
-const bundleConfig = "config.json"
 
 // bundle is resolve for a bundle, which does not lie in another.
 func (p paths) bundle(field, path string) (string, error) { return p.outside(field, path) }
@@ -27,7 +25,7 @@ func (p paths) bundle(field, path string) (string, error) { return p.outside(fie
 // bundle.
 func (p paths) output(field, path string) (string, error) {
 	resolved, err := p.outside(field, path)
-	if err == nil && filepath.Base(resolved) == bundleConfig {
+	if err == nil && filepath.Base(resolved) == node.BundleConfig {
 		return "", fault.New(errdefs.ErrPermissionDenied, "%s %q has the name that makes a folder a bundle", field, path)
 	}
 	return resolved, err
@@ -40,7 +38,7 @@ func (p paths) outside(field, path string) (string, error) {
 		return "", err
 	}
 	for dir := filepath.Dir(resolved); ; dir = filepath.Dir(dir) {
-		if _, err := os.Lstat(filepath.Join(dir, bundleConfig)); !errors.Is(err, fs.ErrNotExist) {
+		if _, err := os.Lstat(filepath.Join(dir, node.BundleConfig)); !errors.Is(err, fs.ErrNotExist) {
 			return "", fault.New(errdefs.ErrPermissionDenied, "%s %q lies in a bundle, %s, whose container may write there", field, path, dir)
 		}
 		if dir == filepath.Dir(dir) {

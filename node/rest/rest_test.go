@@ -409,7 +409,7 @@ func TestBundlesInBundles(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, d := range []string{in, filepath.Join(dir, "redis")} {
-		if err := os.WriteFile(filepath.Join(d, bundleConfig), nil, 0o644); err != nil {
+		if err := os.WriteFile(filepath.Join(d, node.BundleConfig), nil, 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -423,7 +423,7 @@ func TestBundlesInBundles(t *testing.T) {
 	if _, err := p.bundle("bundlePath", in); !errdefs.IsPermissionDenied(err) {
 		t.Errorf("a bundle in a bundle: %v", err)
 	}
-	for _, out := range []string{filepath.Join(dir, bundleConfig), filepath.Join(dir, "redis", "out"), filepath.Join(dir, "redis", "rootfs", "etc-passwd"), filepath.Join(in, "x")} {
+	for _, out := range []string{filepath.Join(dir, node.BundleConfig), filepath.Join(dir, "redis", "out"), filepath.Join(dir, "redis", "rootfs", "etc-passwd"), filepath.Join(in, "x")} {
 		if _, err := p.output("stdout", out); !errdefs.IsPermissionDenied(err) {
 			t.Errorf("output to %s: %v", out, err)
 		}
