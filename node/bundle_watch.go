@@ -2,37 +2,24 @@ package node
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"strings"
 	"sync"
 	"time"
 
-	apievents "github.com/containerd/containerd/api/events"
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/events"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/typeurl/v2"
 )
 
 // sweepEvery is how often WatchBundles looks for what has ended without an event: what a
 // process that died was about to start may come to be after we have looked.
 const sweepEvery = time.Minute
 
-// Event is what happened to a bundle container.
-type Event struct {
-	// Type is "exit" of its main process, "oom": the kernel has killed one of its
-	// processes for want of memory, or "checkpoint".
-	Type      string
-	Container string
-	Status    uint32 // of an exit: the exit code, or 128 and the signal
-	Time      time.Time
-}
-
 // WatchBundles removes bundle containers, and processes added to them, when they have
-// ended, and tells what happens to those that are there, until ctx ends. It returns before
-// if the connection to containerd fails. started, if not nil, is called when it watches;
-// tell is called from several goroutines.
+// ended, and tells of their ends, checkpoints, and processes that the kernel has killed for
+// want of memory, until ctx ends. It returns before if the connection to containerd fails.
+// started, if not nil, is called when it watches; tell is called from several goroutines.
 func (n *Node) WatchBundles(ctx context.Context, started func(), tell func(Event)) error {
 	c, err := n.Client(ctx)
 	if err != nil {
@@ -40,8 +27,10 @@ func (n *Node) WatchBundles(ctx context.Context, started func(), tell func(Event
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	happened, failed := c.EventService().Subscribe(ctx,
-		`topic=="/tasks/exit"`, `topic=="/tasks/oom"`, `topic=="/tasks/checkpointed"`)
+	happened, failed, err := subscribe(ctx, c)
+	if err != nil {
+		return err
+	}
 	// What ended before we watched; after, so that nothing ends between.
 	if err := n.removeAllEnded(ctx, c); err != nil {
 		return err
@@ -60,14 +49,8 @@ func (n *Node) WatchBundles(ctx context.Context, started func(), tell func(Event
 		case <-sweep.C:
 			w.do(func() error { return n.removeAllEnded(ctx, c) })
 		case err := <-failed:
-			if ctx.Err() != nil {
-				return ctx.Err()
-			}
-			return unavailable{fmt.Errorf("watch containerd's events: %w", errors.Join(err, errdefs.ErrUnavailable))}
+			return watchFailed(ctx, err)
 		case e := <-happened:
-			if e.Namespace != namespaceOf(ctx) {
-				continue
-			}
 			if err := w.happened(ctx, e); err != nil {
 				n.log.Warn(err.Error())
 			}
@@ -113,28 +96,18 @@ func (n *Node) removeAllEnded(ctx context.Context, c *client.Client) error {
 
 // happened looks at one event.
 func (w *bundleWatch) happened(ctx context.Context, envelope *events.Envelope) error {
-	v, err := typeurl.UnmarshalAny(envelope.Event)
-	if err != nil {
-		return fmt.Errorf("event %s: %w", envelope.Topic, err)
+	e, err := eventOf(envelope)
+	if err != nil || e == nil {
+		return err
 	}
-	e := Event{Time: envelope.Timestamp}
-	exec := ""
-	switch v := v.(type) {
-	case *apievents.TaskExit:
-		e.Type, e.Container, e.Status = "exit", v.ContainerID, v.ExitStatus
-		if v.ID != v.ContainerID {
-			exec = v.ID
-		}
-	case *apievents.TaskOOM:
-		e.Type, e.Container = "oom", v.ContainerID
-	case *apievents.TaskCheckpointed:
-		e.Type, e.Container = "checkpoint", v.ContainerID
+	switch e.Type {
+	case EventExit, EventOOM, EventCheckpoint:
 	default:
 		return nil
 	}
 	container, err := w.c.LoadContainer(ctx, e.Container)
-	if _, seen := w.ended[e.Container]; seen && errdefs.IsNotFound(err) && exec == "" {
-		w.tell(e)
+	if _, seen := w.ended[e.Container]; seen && errdefs.IsNotFound(err) && e.Process == "" {
+		w.tell(*e)
 		return nil
 	}
 	if err != nil {
@@ -145,10 +118,10 @@ func (w *bundleWatch) happened(ctx context.Context, envelope *events.Envelope) e
 		return ignoreNotFound(err)
 	}
 	switch {
-	case exec != "" && strings.HasPrefix(exec, execPrefix):
-		w.do(func() error { return removeExec(ctx, container, exec) })
-	case exec != "":
-	case e.Type == "exit":
+	case strings.HasPrefix(e.Process, execPrefix):
+		w.do(func() error { return removeExec(ctx, container, e.Process) })
+	case e.Process != "":
+	case e.Type == EventExit:
 		for id, at := range w.ended {
 			if time.Since(at) > sweepEvery {
 				delete(w.ended, id)
@@ -158,11 +131,11 @@ func (w *bundleWatch) happened(ctx context.Context, envelope *events.Envelope) e
 		w.do(func() error {
 			// First: who hears of the end may use the name again.
 			err := w.n.removeEnded(ctx, w.c, container)
-			w.tell(e)
+			w.tell(*e)
 			return ignoreNotFound(err)
 		})
 	default:
-		w.tell(e)
+		w.tell(*e)
 	}
 	return nil
 }
