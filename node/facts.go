@@ -79,8 +79,8 @@ func NeedsFacts(n inspect.Needs) (list []Fact) {
 
 // signature says who has signed a checkpoint.
 func (in *Inspection) signature() string {
-	if in.Invalid != nil {
-		return "not valid: " + in.Invalid.Error()
+	if in.Invalid != "" {
+		return "not valid: " + in.Invalid
 	}
 	var list []string
 	for _, s := range in.Signers {

@@ -30,9 +30,9 @@ type Inspection struct {
 	// compared with what they have signed, which Verify does.
 	Signers []sign.Signer `json:"signers"`
 	// Unknown are keys that are not trusted, by which it says it is signed. Invalid
-	// says why its signatures are of no use; nil if they may be.
-	Unknown []string `json:"-"`
-	Invalid error    `json:"-"`
+	// says why its signatures are of no use; empty if they may be.
+	Unknown []string `json:"unknown_keys,omitempty"`
+	Invalid string   `json:"invalid_signature,omitempty"`
 	*inspect.Report
 	// AsksFor is what its spec asks for beyond an ordinary container, and what
 	// becomes of it in a restore without grants; nil if there is no spec.
@@ -59,7 +59,9 @@ func (n *Node) Inspect(ctx context.Context, r InspectRequest) (*Inspection, erro
 	}
 	// By its manifest alone; the files are not read.
 	verdict, err := checkpoint.SignedBy(c.Images, trust)
-	if in.Invalid = err; err == nil {
+	if err != nil {
+		in.Invalid = err.Error()
+	} else {
 		in.Signers, in.Unknown = append(in.Signers, verdict.Signers...), verdict.Unknown
 	}
 	if c.Spec != nil {

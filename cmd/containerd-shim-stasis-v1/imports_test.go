@@ -12,7 +12,7 @@ const module = "github.com/stasis-run/stasis/"
 // layers are our packages from the top down. A package may import those below
 // it, and no other.
 var layers = []string{
-	"cmd/containerd-shim-stasis-v1", "cmd/stasis", "cmd/stasisd", "node/rest", "node", "shim", "task",
+	"cmd/containerd-shim-stasis-v1", "cmd/stasis", "cmd/stasisd", "node/rest", "node/rest/v1", "node", "shim", "task",
 	"checkpoint/oci", "checkpoint/contentstore", "checkpoint/archive", "checkpoint/inspect", "checkpoint/policy", "checkpoint/policy/allow", "checkpoint/policy/seccomp", "checkpoint/criu", "checkpoint", "checkpoint/criu/img",
 	"checkpoint/rootfs", "checkpoint/sign", "checkpoint/sum", "checkpoint/tarcheck", "checkpoint/capture", "checkpoint/fault", "checkpoint/layout", "checkpoint/api", "process",
 }
@@ -87,6 +87,18 @@ func TestNodeIsALibrary(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestTheClientIsLight: whoever speaks to a stasisd needs neither containerd's client nor
+// what serves.
+func TestTheClientIsLight(t *testing.T) {
+	refuse(t, module+"node/rest/v1", map[string]string{
+		"github.com/containerd/containerd/v2": "a client needs no containerd",
+		"github.com/danielgtaylor/huma":       "it serves",
+		module + "checkpoint":                 "a client needs no checkpoints",
+		"github.com/prometheus/client_golang": "it serves",
+		"google.golang.org/grpc":              "a client speaks HTTP",
+	})
 }
 
 // refuse checks that a package does not depend on what has one of these prefixes, for the

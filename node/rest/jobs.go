@@ -21,47 +21,8 @@ import (
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/fault"
 	"github.com/stasis-run/stasis/node"
+	"github.com/stasis-run/stasis/node/rest/v1"
 )
-
-// State is how far a job is.
-type State string
-
-// States. A job ends in one of the last four.
-const (
-	StateQueued      State = "queued" // as many as can are at work
-	StateRunning     State = "running"
-	StateDone        State = "done"
-	StateFailed      State = "failed"
-	StateCanceled    State = "canceled"
-	StateInterrupted State = "interrupted" // stasisd ended before it did
-)
-
-func (s State) ended() bool { return s != StateQueued && s != StateRunning }
-
-// Job is an operation that goes on after the answer to its request.
-type Job struct {
-	ID        string    `json:"id"`
-	Kind      string    `json:"kind" doc:"checkpoint, restore, push, pull or verify"`
-	Of        string    `json:"of" doc:"the container or the image that it is about"`
-	Namespace string    `json:"namespace" doc:"containerd's"`
-	Who       string    `json:"who" doc:"who asked for it"`
-	State     State     `json:"state" enum:"queued,running,done,failed,canceled,interrupted"`
-	Created   time.Time `json:"created"`
-	Ended     time.Time `json:"ended,omitzero"`
-	// Progress is there while it runs.
-	Progress *Progress `json:"progress,omitempty"`
-	// Result is there when it has ended, also beside an error.
-	Result json.RawMessage `json:"result,omitempty" doc:"by kind; also of what succeeded before an error"`
-	Error  *Problem        `json:"error,omitempty"`
-}
-
-// Progress is how far a job is.
-type Progress struct {
-	Of    string `json:"of" doc:"the container or the image at work"`
-	Stage string `json:"stage" doc:"dump, store, push, pull, unpack, restore"`
-	Done  int64  `json:"done" doc:"bytes"`
-	Total int64  `json:"total" doc:"bytes, 0 if unknown"`
-}
 
 const (
 	jobsFolder = "jobs"
@@ -93,7 +54,7 @@ type jobs struct {
 }
 
 type job struct {
-	Job
+	v1.Job
 	cancel    context.CancelCauseFunc
 	listeners map[chan struct{}]struct{}
 }
@@ -135,9 +96,9 @@ func newJobs(dir string, log *slog.Logger, observe func(string, time.Time, error
 			log.Warn(fmt.Sprintf("the record of a job, %s, is of no use, and is removed: %v", path, errors.Join(err, os.Remove(path))))
 			continue
 		}
-		if !one.State.ended() {
-			one.State, one.Ended = StateInterrupted, time.Now().UTC()
-			one.Error = &Problem{Type: problemType("interrupted"), Title: "Interrupted", Status: 500,
+		if !one.State.Ended() {
+			one.State, one.Ended = v1.StateInterrupted, time.Now().UTC()
+			one.Error = &v1.Problem{Type: v1.ProblemType("interrupted"), Title: "Interrupted", Status: 500,
 				Detail: "stasisd ended while it was at work; what it had begun is undone, or complete: look at the containers and the checkpoints"}
 			if err := j.write(&one.Job); err != nil {
 				return nil, err
@@ -151,17 +112,17 @@ func newJobs(dir string, log *slog.Logger, observe func(string, time.Time, error
 
 // start begins a job in the namespace of ctx, which do does. It reports the progress by
 // tell.
-func (j *jobs) start(ctx context.Context, kind, of string, do func(ctx context.Context, tell node.Progress) (any, error)) (Job, error) {
+func (j *jobs) start(ctx context.Context, kind, of string, do func(ctx context.Context, tell node.Progress) (any, error)) (v1.Job, error) {
 	// What the request's context holds, but not its end.
 	work, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(j.base, func() { cancel(context.Cause(j.base)) })
-	one := &job{cancel: cancel, listeners: map[chan struct{}]struct{}{}, Job: Job{
-		ID: rand.Text(), Kind: kind, Of: of, Namespace: namespaceOf(ctx), Who: callerIn(ctx).name, State: StateQueued, Created: time.Now().UTC(),
+	one := &job{cancel: cancel, listeners: map[chan struct{}]struct{}{}, Job: v1.Job{
+		ID: rand.Text(), Kind: kind, Of: of, Namespace: namespaceOf(ctx), Who: callerIn(ctx).name, State: v1.StateQueued, Created: time.Now().UTC(),
 	}}
 	j.mu.Lock()
 	queued := 0
 	for _, other := range j.all {
-		if other.State == StateQueued {
+		if other.State == v1.StateQueued {
 			queued++
 		}
 	}
@@ -169,11 +130,11 @@ func (j *jobs) start(ctx context.Context, kind, of string, do func(ctx context.C
 	case j.ending:
 		j.mu.Unlock()
 		stop()
-		return Job{}, fault.New(errdefs.ErrUnavailable, "stasisd is ending")
+		return v1.Job{}, fault.New(errdefs.ErrUnavailable, "stasisd is ending")
 	case queued >= maxQueued:
 		j.mu.Unlock()
 		stop()
-		return Job{}, fault.New(errdefs.ErrUnavailable, "%d jobs are waiting already", queued)
+		return v1.Job{}, fault.New(errdefs.ErrUnavailable, "%d jobs are waiting already", queued)
 	}
 	j.all[one.ID] = one
 	j.work.Add(1)
@@ -185,7 +146,7 @@ func (j *jobs) start(ctx context.Context, kind, of string, do func(ctx context.C
 		j.mu.Unlock()
 		j.work.Done()
 		stop()
-		return Job{}, err
+		return v1.Job{}, err
 	}
 	go func() {
 		defer j.work.Done()
@@ -203,7 +164,7 @@ func (j *jobs) run(ctx context.Context, one *job, do func(context.Context, node.
 	select {
 	case j.slots <- struct{}{}:
 		defer func() { <-j.slots }()
-		j.change(one, func(r *Job) { r.State = StateRunning })
+		j.change(one, func(r *v1.Job) { r.State = v1.StateRunning })
 		started := time.Now()
 		result, err = j.guarded(ctx, one, do)
 		j.observe(one.Kind, started, err)
@@ -216,18 +177,18 @@ func (j *jobs) run(ctx context.Context, one *job, do func(context.Context, node.
 		data, merr = json.Marshal(result)
 		err = errors.Join(err, merr)
 	}
-	var ended Job
-	j.change(one, func(r *Job) {
+	var ended v1.Job
+	j.change(one, func(r *v1.Job) {
 		r.Progress, r.Ended, r.Result = nil, time.Now().UTC(), data
 		switch cause := context.Cause(ctx); {
 		case err == nil:
-			r.State = StateDone // also if it was canceled too late
+			r.State = v1.StateDone // also if it was canceled too late
 		case errors.Is(cause, errCanceled):
-			r.State = StateCanceled
+			r.State = v1.StateCanceled
 		case errors.Is(cause, errEnding):
-			r.State = StateInterrupted
+			r.State = v1.StateInterrupted
 		default:
-			r.State = StateFailed
+			r.State = v1.StateFailed
 		}
 		if err != nil {
 			r.Error = problemOf(err)
@@ -253,8 +214,8 @@ func (j *jobs) guarded(ctx context.Context, one *job, do func(context.Context, n
 		}
 	}()
 	return do(ctx, func(u node.Update) {
-		j.change(one, func(r *Job) {
-			r.Progress = &Progress{Of: u.Of, Stage: u.Stage, Done: u.Done, Total: u.Total}
+		j.change(one, func(r *v1.Job) {
+			r.Progress = &v1.Progress{Of: u.Of, Stage: u.Stage, Done: u.Done, Total: u.Total}
 			if u.Stage == "" {
 				r.Progress = nil
 			}
@@ -263,7 +224,7 @@ func (j *jobs) guarded(ctx context.Context, one *job, do func(context.Context, n
 }
 
 // change changes a job and tells its listeners.
-func (j *jobs) change(one *job, fn func(*Job)) {
+func (j *jobs) change(one *job, fn func(*v1.Job)) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	fn(&one.Job)
@@ -276,7 +237,7 @@ func (j *jobs) change(one *job, fn func(*Job)) {
 }
 
 // write writes the record of a job.
-func (j *jobs) write(r *Job) error {
+func (j *jobs) write(r *v1.Job) error {
 	data, err := json.Marshal(r)
 	if err != nil {
 		return err
@@ -297,7 +258,7 @@ func (j *jobs) write(r *Job) error {
 func (j *jobs) forget() {
 	var ended []*job
 	for _, one := range j.all {
-		if one.State.ended() {
+		if one.State.Ended() {
 			ended = append(ended, one)
 		}
 	}
@@ -311,16 +272,16 @@ func (j *jobs) forget() {
 }
 
 // list lists the jobs in a namespace, the newest first.
-func (j *jobs) list(namespace string) []Job {
+func (j *jobs) list(namespace string) []v1.Job {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	all := []Job{}
+	all := []v1.Job{}
 	for _, one := range j.all {
 		if one.Namespace == namespace {
 			all = append(all, one.Job)
 		}
 	}
-	slices.SortFunc(all, func(a, b Job) int {
+	slices.SortFunc(all, func(a, b v1.Job) int {
 		if n := b.Created.Compare(a.Created); n != 0 {
 			return n
 		}
@@ -330,12 +291,12 @@ func (j *jobs) list(namespace string) []Job {
 }
 
 // get returns a job in a namespace.
-func (j *jobs) get(namespace, id string) (Job, error) {
+func (j *jobs) get(namespace, id string) (v1.Job, error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	one, err := j.find(namespace, id)
 	if err != nil {
-		return Job{}, err
+		return v1.Job{}, err
 	}
 	return one.Job, nil
 }
@@ -348,15 +309,15 @@ func (j *jobs) find(namespace, id string) (*job, error) {
 }
 
 // cancel has a job end, which it does when it has undone what it began.
-func (j *jobs) cancel(namespace, id string) (Job, error) {
+func (j *jobs) cancel(namespace, id string) (v1.Job, error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	one, err := j.find(namespace, id)
 	if err != nil {
-		return Job{}, err
+		return v1.Job{}, err
 	}
-	if one.State.ended() {
-		return Job{}, fault.New(errdefs.ErrFailedPrecondition, "job %s has ended: %s", id, one.State)
+	if one.State.Ended() {
+		return v1.Job{}, fault.New(errdefs.ErrFailedPrecondition, "job %s has ended: %s", id, one.State)
 	}
 	one.cancel(errCanceled)
 	return one.Job, nil

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stasis-run/stasis/node"
+	"github.com/stasis-run/stasis/node/rest/v1"
 )
 
 // metrics are what GET /metrics tells.
@@ -49,7 +50,7 @@ func (m *metrics) observe(operation string, started time.Time, err error) {
 		m.operations.WithLabelValues(operation).Observe(time.Since(started).Seconds())
 		return
 	}
-	m.errors.WithLabelValues(operation, strings.TrimPrefix(problemOf(err).Type, problemType(""))).Inc()
+	m.errors.WithLabelValues(operation, strings.TrimPrefix(problemOf(err).Type, v1.ProblemType(""))).Inc()
 }
 
 // checkpointed notes what checkpoints consist of.

@@ -2,56 +2,41 @@ package rest
 
 import (
 	"encoding/json"
+	"errors"
 	"net/http"
 	"strings"
 
 	"github.com/containerd/errdefs"
+
+	"github.com/stasis-run/stasis/node"
+	"github.com/stasis-run/stasis/node/rest/v1"
 )
-
-// Problem is an error as RFC 9457 has it.
-type Problem struct {
-	Type   string `json:"type" doc:"what kind of problem it is; stable" example:"urn:stasis:problem:not-found"`
-	Title  string `json:"title" doc:"the same for people"`
-	Status int    `json:"status" doc:"the HTTP status"`
-	Detail string `json:"detail" doc:"what went wrong, with what, and what to do"`
-}
-
-// Error implements error, and GetStatus is for huma.
-func (p *Problem) Error() string  { return p.Detail }
-func (p *Problem) GetStatus() int { return p.Status }
-
-// ContentType is for huma.
-func (p *Problem) ContentType(string) string { return "application/problem+json" }
 
 // slug is a title as a part of a problem's type.
 func slug(title string) string { return strings.ToLower(strings.ReplaceAll(title, " ", "-")) }
 
-func problemType(name string) string { return "urn:stasis:problem:" + name }
-
 // problemOf is an error of package node as a problem.
-func problemOf(err error) *Problem {
-	p := &Problem{Status: statusOf(err), Detail: err.Error()}
-	p.name(err)
-	return p
-}
+func problemOf(err error) *v1.Problem { return problem(statusOf(err), err) }
 
-// name names a problem by its status, and what the status does not tell by the error.
-func (p *Problem) name(err error) {
-	p.Title = http.StatusText(p.Status)
-	name := slug(p.Title)
+// problem is an error as a problem. Its status names it, and what the status does not tell
+// the error.
+func problem(status int, err error) *v1.Problem {
+	p := &v1.Problem{Title: http.StatusText(status), Status: status, Detail: err.Error()}
+	p.Type = v1.ProblemType(slug(p.Title))
 	switch {
+	case errors.Is(err, node.ErrRequest):
+		p.Type, p.Title = v1.ProblemWrongRequest, "Wrong Request"
 	case errdefs.IsAlreadyExists(err):
-		name, p.Title = "already-exists", "Already Exists"
+		p.Type, p.Title = v1.ProblemType("already-exists"), "Already Exists"
 	case errdefs.IsFailedPrecondition(err):
-		name, p.Title = "failed-precondition", "Failed Precondition"
+		p.Type, p.Title = v1.ProblemType("failed-precondition"), "Failed Precondition"
 	}
-	p.Type = problemType(name)
+	return p
 }
 
 // failProblem answers with an error as a problem.
 func failProblem(w http.ResponseWriter, status int, err error) {
-	p := &Problem{Status: status, Detail: err.Error()}
-	p.name(err)
+	p := problem(status, err)
 	data, merr := json.Marshal(p)
 	if merr != nil {
 		failPlain(w, status, err)

@@ -10,6 +10,7 @@ import (
 	"github.com/danielgtaylor/huma/v2/adapters/humago"
 
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/node/rest/v1"
 )
 
 // The interface of our own, /v1. huma makes its OpenAPI document of the Go types, and
@@ -69,6 +70,7 @@ func (s *server) v1(mux *http.ServeMux) huma.API {
 	s.v1Checkpoints(api, m)
 	s.v1Streams(api, m)
 	s.v1Jobs(api, m)
+	s.v1Events(api, m)
 	mux.Handle("/v1/", s.route(route{scope: ScopeRead, fail: failProblem}, func(_ http.ResponseWriter, r *http.Request) error {
 		return fault.New(errdefs.ErrNotFound, "there is no %s %s", r.Method, r.URL.Path)
 	}))
@@ -78,7 +80,7 @@ func (s *server) v1(mux *http.ServeMux) huma.API {
 // typeOfProblem gives what huma finds wrong with a request its type.
 func typeOfProblem(_ huma.Context, _ string, v any) (any, error) {
 	if e, ok := v.(*huma.ErrorModel); ok && e.Type == "" {
-		e.Type = problemType(slug(http.StatusText(e.Status)))
+		e.Type = v1.ProblemType(slug(http.StatusText(e.Status)))
 	}
 	return v, nil
 }

@@ -6,71 +6,19 @@ import (
 	"net/http"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/danielgtaylor/huma/v2"
 
 	"github.com/stasis-run/stasis/checkpoint/fault"
 	"github.com/stasis-run/stasis/node"
+	"github.com/stasis-run/stasis/node/rest/v1"
 )
 
-// Checkpoint is a checkpoint in containerd's image store.
-type Checkpoint struct {
-	Ref        string    `json:"ref"`
-	Digest     string    `json:"digest"`
-	Created    time.Time `json:"created"`
-	Format     string    `json:"format"`
-	Container  string    `json:"container" doc:"its name"`
-	Pod        *Pod      `json:"pod,omitempty"`
-	Bytes      int64     `json:"bytes" doc:"what it takes besides its base image"`
-	SignedBy   []string  `json:"signed_by" doc:"key IDs that it names, not verified"`
-	KeyTrusted bool      `json:"key_trusted" doc:"one of them is trusted here"`
-	Broken     string    `json:"broken,omitempty" doc:"why it cannot be read"`
-}
-
-func checkpointOf(l node.Listed) Checkpoint {
-	c := Checkpoint{Ref: l.Ref, Digest: l.Digest, Created: l.Created, Format: string(l.Format), Container: l.Info.ContainerName,
+func checkpointOf(l node.Listed) v1.Checkpoint {
+	return v1.Checkpoint{Ref: l.Ref, Digest: l.Digest, Created: l.Created, Format: string(l.Format),
+		Container: l.Info.ContainerName, ContainerID: l.Info.ContainerID, Pod: podOf(l.Info.Pod), Base: l.Info.Base.Name,
 		Bytes: l.Bytes(), SignedBy: append([]string{}, l.SignedBy...), KeyTrusted: l.KeyTrusted, Broken: l.Broken}
-	c.Pod = podOf(l.Info.Pod)
-	return c
-}
-
-// CheckpointBody says what to checkpoint, and how.
-type CheckpointBody struct {
-	Containers  []string `json:"containers,omitempty" maxItems:"100" maxLength:"76" doc:"IDs in containerd"`
-	Pod         string   `json:"pod,omitempty" maxLength:"512" doc:"instead: a Kubernetes pod, NAME or NAMESPACE/NAME"`
-	Ref         string   `json:"ref,omitempty" maxLength:"512" doc:"the image's name; without it, localhost/CONTAINER:TIME"`
-	Format      string   `json:"format,omitempty" enum:"runnable,index,podman" doc:"runnable if there is none"`
-	Compression string   `json:"compression,omitempty" enum:"zstd,gzip,none" doc:"zstd if there is none"`
-	Exit        bool     `json:"exit,omitempty" doc:"end the container with the checkpoint"`
-	PreDumps    int      `json:"pre_dumps,omitempty" minimum:"0" maximum:"127" doc:"how often the memory is written before, while the container runs"`
-	Push        bool     `json:"push,omitempty" doc:"send the image to the registry that ref names"`
-	PlainHTTP   bool     `json:"plain_http,omitempty" doc:"push without TLS, with the credentials of root if the registry asks; needs scope admin"`
-	TCP         string   `json:"tcp,omitempty" enum:"keep,close" doc:"what becomes of TCP connections; without it, one is an error"`
-	FileLocks   bool     `json:"file_locks,omitempty"`
-	UnixSockets bool     `json:"external_unix_sockets,omitempty" doc:"save Unix sockets that are connected to outside the container"`
-	Terminal    bool     `json:"terminal,omitempty" doc:"save a terminal whose session leader is outside the container"`
-	LinkRemap   bool     `json:"link_remap,omitempty" doc:"save open files that were deleted and have other names; only with exit"`
-	GhostLimit  uint64   `json:"ghost_limit,omitempty" doc:"the size in bytes of the largest deleted file that is saved; 0: CRIU's default"`
-}
-
-// PushBody says where to push a checkpoint.
-type PushBody struct {
-	Target    string `json:"target,omitempty" maxLength:"512" doc:"its name in the registry; without it, its own"`
-	PlainHTTP bool   `json:"plain_http,omitempty" doc:"without TLS, with the credentials of root if the registry asks; needs scope admin"`
-}
-
-// PullBody says what to pull.
-type PullBody struct {
-	Ref       string `json:"ref" minLength:"1" maxLength:"512"`
-	PlainHTTP bool   `json:"plain_http,omitempty" doc:"without TLS, with the credentials of root if the registry asks; needs scope admin"`
-}
-
-// CheckpointList is a page of checkpoints.
-type CheckpointList struct {
-	Items []Checkpoint `json:"items" doc:"the newest first"`
-	Next  string       `json:"next,omitempty" doc:"after for the next page; there is none without it"`
 }
 
 // InCheckpoint is in the input of each request about one image, which its path has with
@@ -84,7 +32,7 @@ func (s *server) v1Checkpoints(api huma.API, m *v1Mux) {
 	s.v1Read(api, m)
 	type checkpoint struct {
 		InNamespace
-		Body CheckpointBody
+		Body v1.CheckpointBody
 	}
 	add(api, m, ScopeCheckpoint, huma.Operation{OperationID: "checkpoint", Method: "POST", Path: "/v1/checkpoints", Summary: "Checkpoint containers", DefaultStatus: 202},
 		func(ctx context.Context, in *checkpoint) (*accepted, error) {
@@ -108,7 +56,7 @@ func (s *server) v1Checkpoints(api huma.API, m *v1Mux) {
 		})
 	type push struct {
 		InCheckpoint
-		Body PushBody `required:"false"`
+		Body v1.PushBody `required:"false"`
 	}
 	add(api, m, ScopeCheckpoint, huma.Operation{OperationID: "push", Method: "POST", Path: "/v1/checkpoints/{ref}/push", Summary: "Send a checkpoint to a registry", DefaultStatus: 202},
 		func(ctx context.Context, in *push) (*accepted, error) {
@@ -122,7 +70,7 @@ func (s *server) v1Checkpoints(api huma.API, m *v1Mux) {
 		})
 	type pull struct {
 		InNamespace
-		Body PullBody
+		Body v1.PullBody
 	}
 	add(api, m, ScopeRestore, huma.Operation{OperationID: "pull", Method: "POST", Path: "/v1/pulls", Summary: "Fetch a checkpoint from a registry", DefaultStatus: 202},
 		func(ctx context.Context, in *pull) (*accepted, error) {
@@ -169,13 +117,13 @@ func (s *server) v1Read(api huma.API, m *v1Mux) {
 		After     string `query:"after" doc:"next of the page before"`
 	}
 	add(api, m, ScopeRead, huma.Operation{OperationID: "listCheckpoints", Method: "GET", Path: "/v1/checkpoints", Summary: "List checkpoints"},
-		func(ctx context.Context, in *query) (*output[CheckpointList], error) {
+		func(ctx context.Context, in *query) (*output[v1.CheckpointList], error) {
 			all, err := s.o.Node.List(ctx, node.ListRequest{Container: in.Container, Format: in.Format})
 			if err != nil {
 				return nil, err
 			}
-			out := &output[CheckpointList]{}
-			out.Body.Items = []Checkpoint{}
+			out := &output[v1.CheckpointList]{}
+			out.Body.Items = []v1.Checkpoint{}
 			if in.After != "" {
 				i := slices.IndexFunc(all, func(l node.Listed) bool { return l.Ref == in.After })
 				if i < 0 {
@@ -192,9 +140,19 @@ func (s *server) v1Read(api huma.API, m *v1Mux) {
 			}
 			return out, nil
 		})
+	type inspect struct {
+		InCheckpoint
+		Secrets bool `query:"secrets" doc:"tell the environment of the processes, too; needs scope checkpoint"`
+	}
 	add(api, m, ScopeRead, huma.Operation{OperationID: "inspectCheckpoint", Method: "GET", Path: "/v1/checkpoints/{ref}", Summary: "Tell what is in a checkpoint: what `stasis inspect --output json` prints"},
-		func(ctx context.Context, in *InCheckpoint) (*output[any], error) {
-			report, err := s.o.Node.Inspect(ctx, node.InspectRequest{Checkpoint: in.Ref})
+		func(ctx context.Context, in *inspect) (*output[any], error) {
+			if in.Secrets {
+				// Who has it may have all of the checkpoint, by export.
+				if err := s.needs(ctx, ScopeCheckpoint, "secrets"); err != nil {
+					return nil, err
+				}
+			}
+			report, err := s.o.Node.Inspect(ctx, node.InspectRequest{Checkpoint: in.Ref, Secrets: in.Secrets})
 			if err != nil {
 				return nil, err
 			}

@@ -11,17 +11,13 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint/fault"
 	"github.com/stasis-run/stasis/node"
+	"github.com/stasis-run/stasis/node/rest/v1"
 )
 
 // accepted is the answer to a request whose work goes on as a job.
 type accepted struct {
 	Location string `header:"Location" doc:"the job"`
-	Body     Job
-}
-
-// JobList is the answer with jobs.
-type JobList struct {
-	Items []Job `json:"items" doc:"the newest first"`
+	Body     v1.Job
 }
 
 // accept begins a job.
@@ -58,8 +54,8 @@ const eventsEvery = 200 * time.Millisecond
 
 func (s *server) v1Jobs(api huma.API, m *v1Mux) {
 	add(api, m, ScopeRead, huma.Operation{OperationID: "listJobs", Method: "GET", Path: "/v1/jobs", Summary: "List jobs"},
-		func(ctx context.Context, _ *InNamespace) (*output[JobList], error) {
-			out := &output[JobList]{}
+		func(ctx context.Context, _ *InNamespace) (*output[v1.JobList], error) {
+			out := &output[v1.JobList]{}
 			out.Body.Items = s.jobs.list(namespaceOf(ctx))
 			return out, nil
 		})
@@ -68,12 +64,12 @@ func (s *server) v1Jobs(api huma.API, m *v1Mux) {
 		ID string `path:"id"`
 	}
 	add(api, m, ScopeRead, huma.Operation{OperationID: "getJob", Method: "GET", Path: "/v1/jobs/{id}", Summary: "Tell how far a job is"},
-		func(ctx context.Context, in *id) (*output[Job], error) {
+		func(ctx context.Context, in *id) (*output[v1.Job], error) {
 			job, err := s.jobs.get(namespaceOf(ctx), in.ID)
-			return &output[Job]{job}, err
+			return &output[v1.Job]{job}, err
 		})
 	add(api, m, ScopeRead, huma.Operation{OperationID: "cancelJob", Method: "POST", Path: "/v1/jobs/{id}/cancel", Summary: "Have a job end; it undoes what it began. It needs the scope that beginning it needed", DefaultStatus: 202},
-		func(ctx context.Context, in *id) (*output[Job], error) {
+		func(ctx context.Context, in *id) (*output[v1.Job], error) {
 			job, err := s.jobs.get(namespaceOf(ctx), in.ID)
 			if err == nil {
 				err = s.needs(ctx, scopeOf(job.Kind), "to cancel a "+job.Kind)
@@ -82,7 +78,7 @@ func (s *server) v1Jobs(api huma.API, m *v1Mux) {
 				return nil, err
 			}
 			job, err = s.jobs.cancel(namespaceOf(ctx), in.ID)
-			return &output[Job]{job}, err
+			return &output[v1.Job]{job}, err
 		})
 	s.followJob(api, m)
 }
@@ -100,7 +96,7 @@ func (s *server) followJob(api huma.API, m *v1Mux) {
 	}}
 	sse.Register(api, huma.Operation{OperationID: "followJob", Method: http.MethodGet, Path: "/v1/jobs/{id}/events",
 		Summary: "Follow a job as server-sent events, until it has ended", Extensions: map[string]any{"x-scope": ScopeRead}},
-		map[string]any{"job": Job{}},
+		map[string]any{"job": v1.Job{}},
 		func(ctx context.Context, in *id, send sse.Sender) {
 			changed, stop, err := s.jobs.listen(namespaceOf(ctx), in.ID)
 			if err != nil {
@@ -114,7 +110,7 @@ func (s *server) followJob(api huma.API, m *v1Mux) {
 				case <-changed:
 				}
 				job, err := s.jobs.get(namespaceOf(ctx), in.ID)
-				if err != nil || send.Data(job) != nil || job.State.ended() {
+				if err != nil || send.Data(job) != nil || job.State.Ended() {
 					return
 				}
 				select {

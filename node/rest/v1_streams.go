@@ -10,6 +10,7 @@ import (
 	"github.com/danielgtaylor/huma/v2"
 
 	"github.com/stasis-run/stasis/node"
+	"github.com/stasis-run/stasis/node/rest/v1"
 )
 
 // v1Streams adds what sends or takes a checkpoint as a file. huma describes them, and does
@@ -40,19 +41,8 @@ func (s *server) v1Streams(api huma.API, m *v1Mux) {
 		Parameters:  []*huma.Param{query("ref", "the image's name, which replaces a checkpoint of that name; without it, the name in the file, or one of its own")},
 		RequestBody: &huma.RequestBody{Required: true, Content: file},
 		Responses: map[string]*huma.Response{"201": {Description: "The images", Content: map[string]*huma.MediaType{
-			"application/json": {Schema: huma.SchemaFromType(api.OpenAPI().Components.Schemas, reflect.TypeFor[ImageList]())}}}},
+			"application/json": {Schema: huma.SchemaFromType(api.OpenAPI().Components.Schemas, reflect.TypeFor[v1.ImageList]())}}}},
 	}, ScopeRestore, true, s.importFile)
-}
-
-// ImageList is the answer with images.
-type ImageList struct {
-	Items []Image `json:"items"`
-}
-
-// Image is an image in containerd.
-type Image struct {
-	Ref    string `json:"ref"`
-	Digest string `json:"digest"`
 }
 
 func (s *server) export(w http.ResponseWriter, r *http.Request) error {
@@ -91,9 +81,9 @@ func (s *server) importFile(w http.ResponseWriter, r *http.Request) error {
 		w.Header().Set("Connection", "close")
 		return err
 	}
-	list := ImageList{Items: []Image{}}
+	list := v1.ImageList{Items: []v1.Image{}, OCI: got.OCI}
 	for _, img := range got.Images {
-		list.Items = append(list.Items, Image(img))
+		list.Items = append(list.Items, v1.Image(img))
 	}
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(http.StatusCreated)

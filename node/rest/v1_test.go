@@ -24,6 +24,7 @@ import (
 
 	"github.com/stasis-run/stasis/checkpoint/fault"
 	"github.com/stasis-run/stasis/node"
+	"github.com/stasis-run/stasis/node/rest/v1"
 )
 
 var update = flag.Bool("update", false, "write docs/openapi.json")
@@ -178,6 +179,8 @@ func TestAdminOnly(t *testing.T) {
 	for _, tt := range []struct{ token, path, body string }{
 		{"r", "/v1/restores", `{"checkpoint":"x","privileged":true}`},
 		{"r", "/v1/restores", `{"checkpoint":"x","network":"host"}`},
+		{"r", "/v1/restores", `{"checkpoint":"x","network":"join=other"}`},
+		{"r", "/v1/restores", `{"checkpoint":"x","grants":{"mounts":["/srv"]}}`},
 		{"r", "/v1/restores", `{"checkpoint":"x","plain_http":true}`},
 		{"r", "/v1/pulls", `{"ref":"x","plain_http":true}`},
 		{"s", "/v1/checkpoints", `{"containers":["c"],"ref":"x","push":true,"plain_http":true}`},
@@ -197,6 +200,12 @@ func TestAdminOnly(t *testing.T) {
 	}
 	if w := do("s", "POST", "/v1/jobs/"+job.ID+"/cancel", ""); w.status != 403 {
 		t.Errorf("cancel by who could not begin it: %d %s", w.status, w.body.String())
+	}
+	if w := do("r", "POST", "/v1/restores", `{"checkpoint":"x","wait_healthy":"true"}`); w.status != 403 || !strings.Contains(w.body.String(), "scope exec") {
+		t.Errorf("a command in the container without scope exec: %d %s", w.status, w.body.String())
+	}
+	if w := do("r", "GET", "/v1/checkpoints/x?secrets=true", ""); w.status != 403 || !strings.Contains(w.body.String(), "scope checkpoint") {
+		t.Errorf("secrets without scope checkpoint: %d %s", w.status, w.body.String())
 	}
 	if w := do("r", "POST", "/v1/jobs/"+job.ID+"/cancel", ""); w.status != 202 {
 		t.Errorf("cancel: %d %s", w.status, w.body.String())
@@ -236,21 +245,24 @@ func TestProblems(t *testing.T) {
 		{"GET", "/v1/checkpoints?format=tar", "", 422, "unprocessable-entity", ""},
 		{"GET", "/v1/jobs/none", "", 404, "not-found", "no job"},
 		{"POST", "/v1/jobs/none/cancel", "", 404, "not-found", "no job"},
-		{"POST", "/v1/checkpoints", `{}`, 400, "bad-request", "no container"},
-		{"POST", "/v1/checkpoints", `{"containers":["c"],"link_remap":true}`, 400, "bad-request", "exit"},
+		{"POST", "/v1/checkpoints", `{}`, 400, "wrong-request", "no container"},
+		{"POST", "/v1/checkpoints", `{"containers":["c"],"link_remap":true}`, 400, "wrong-request", "exit"},
 		{"POST", "/v1/checkpoints", `{"containers":["c"],"tcp":"drop"}`, 422, "unprocessable-entity", ""},
 		{"POST", "/v1/checkpoints", `{"containers":["c"],"unknown":1}`, 422, "unprocessable-entity", ""},
 		{"POST", "/v1/checkpoints", `{`, 400, "bad-request", ""},
 		{"POST", "/v1/checkpoints", `{"containers":["` + strings.Repeat("x", 1<<20) + `"]}`, 413, "", ""},
 		{"POST", "/v1/restores", `{"checkpoint":""}`, 422, "unprocessable-entity", ""},
+		{"POST", "/v1/restores", `{"checkpoint":"x","network":"join=/proc/1/ns/net"}`, 422, "unprocessable-entity", ""},
+		{"POST", "/v1/restores", `{"checkpoint":"x","log_path":"/etc/passwd"}`, 403, "forbidden", "log_path"},
+		{"GET", "/v1/events?namespace=../x", "", 422, "unprocessable-entity", ""},
 		{"GET", "/v1/checkpoints/%2Fetc%2Fpasswd", "", 503, "service-unavailable", "no containerd"}, // an image, of which containerd is asked
 		{"GET", "/v1/none", "", 404, "not-found", "no GET /v1/none"},
 		{"POST", "/v1/pulls", `{"ref":"` + strings.Repeat("x", 600) + `"}`, 422, "unprocessable-entity", ""},
 	} {
 		answer, body := call(t, c, tt.method, tt.path, tt.body)
-		var p Problem
+		var p v1.Problem
 		_ = json.Unmarshal([]byte(body), &p)
-		if answer.StatusCode != tt.status || tt.kind != "" && (p.Type != problemType(tt.kind) || p.Status != tt.status || p.Title == "") || !strings.Contains(p.Detail, tt.detail) {
+		if answer.StatusCode != tt.status || tt.kind != "" && (p.Type != v1.ProblemType(tt.kind) || p.Status != tt.status || p.Title == "") || !strings.Contains(p.Detail, tt.detail) {
 			t.Errorf("%s %s %.60s: %d %s; want %d, %s, %q", tt.method, tt.path, tt.body, answer.StatusCode, body, tt.status, tt.kind, tt.detail)
 		}
 		if tt.kind != "" && answer.Header.Get("Content-Type") != "application/problem+json" {
@@ -270,7 +282,7 @@ func newTestJobs(t *testing.T, dir string) (*jobs, context.Context) {
 }
 
 // waitJob waits for a job to end.
-func waitJob(t *testing.T, j *jobs, id string) Job {
+func waitJob(t *testing.T, j *jobs, id string) v1.Job {
 	t.Helper()
 	changed, stop, err := j.listen("ns", id)
 	if err != nil {
@@ -282,11 +294,11 @@ func waitJob(t *testing.T, j *jobs, id string) Job {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if job.State.ended() {
+		if job.State.Ended() {
 			return job
 		}
 	}
-	return Job{}
+	return v1.Job{}
 }
 
 func TestJobs(t *testing.T) {
@@ -302,13 +314,13 @@ func TestJobs(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
 		do    func(context.Context, node.Progress) (any, error)
-		state State
+		state v1.State
 		kind  string
 	}{
-		{"done", func(context.Context, node.Progress) (any, error) { return map[string]int{"n": 1}, nil }, StateDone, ""},
-		{"failed", func(context.Context, node.Progress) (any, error) { return nil, fault.New(errdefs.ErrNotFound, "no c") }, StateFailed, "not-found"},
-		{"panic", func(context.Context, node.Progress) (any, error) { panic("x") }, StateFailed, "internal-server-error"},
-		{"canceled", blocked, StateCanceled, "internal-server-error"},
+		{"done", func(context.Context, node.Progress) (any, error) { return map[string]int{"n": 1}, nil }, v1.StateDone, ""},
+		{"failed", func(context.Context, node.Progress) (any, error) { return nil, fault.New(errdefs.ErrNotFound, "no c") }, v1.StateFailed, "not-found"},
+		{"panic", func(context.Context, node.Progress) (any, error) { panic("x") }, v1.StateFailed, "internal-server-error"},
+		{"canceled", blocked, v1.StateCanceled, "internal-server-error"},
 	} {
 		started, err := j.start(ctx, "checkpoint", "c", tt.do)
 		if err != nil {
@@ -316,7 +328,7 @@ func TestJobs(t *testing.T) {
 		}
 		if tt.name == "canceled" {
 			<-begun
-			if job, err := j.get("ns", started.ID); err != nil || job.State != StateRunning || job.Progress == nil || job.Progress.Stage != "dump" {
+			if job, err := j.get("ns", started.ID); err != nil || job.State != v1.StateRunning || job.Progress == nil || job.Progress.Stage != "dump" {
 				t.Errorf("at work: %+v, %v", job, err)
 			}
 			if _, err := j.cancel("other", started.ID); !errdefs.IsNotFound(err) {
@@ -327,7 +339,7 @@ func TestJobs(t *testing.T) {
 			}
 		}
 		job := waitJob(t, j, started.ID)
-		if job.State != tt.state || job.Who != "me" || job.Ended.IsZero() || job.Progress != nil || (job.Error != nil) != (tt.kind != "") || tt.kind != "" && job.Error.Type != problemType(tt.kind) {
+		if job.State != tt.state || job.Who != "me" || job.Ended.IsZero() || job.Progress != nil || (job.Error != nil) != (tt.kind != "") || tt.kind != "" && job.Error.Type != v1.ProblemType(tt.kind) {
 			t.Errorf("%s: %+v %+v", tt.name, job, job.Error)
 		}
 		if _, err := j.cancel("ns", started.ID); !errdefs.IsFailedPrecondition(err) {
@@ -337,7 +349,7 @@ func TestJobs(t *testing.T) {
 	j.work.Wait()
 	// A later process knows them.
 	again, _ := newTestJobs(t, dir)
-	if a, b := j.list("ns"), again.list("ns"); len(a) != 4 || len(b) != 4 || a[0].ID != b[0].ID || b[0].State != StateCanceled || string(b[0].Result) != `["half"]` {
+	if a, b := j.list("ns"), again.list("ns"); len(a) != 4 || len(b) != 4 || a[0].ID != b[0].ID || b[0].State != v1.StateCanceled || string(b[0].Result) != `["half"]` {
 		t.Errorf("%+v, later %+v", a, b)
 	}
 }
@@ -361,14 +373,14 @@ func TestJobsInterrupted(t *testing.T) {
 		t.Fatal(err)
 	}
 	killed, _ := newTestJobs(t, dir)
-	if job, err := killed.get("ns", started.ID); err != nil || job.State != StateInterrupted || job.Error == nil || job.Error.Type != problemType("interrupted") {
+	if job, err := killed.get("ns", started.ID); err != nil || job.State != v1.StateInterrupted || job.Error == nil || job.Error.Type != v1.ProblemType("interrupted") {
 		t.Errorf("after a kill: %+v, %v", job, err)
 	}
 	if left, _ := filepath.Glob(filepath.Join(dir, ".stasis-*")); len(left) > 0 {
 		t.Errorf("left: %v", left)
 	}
 	j.end(0)
-	if job, err := j.get("ns", started.ID); err != nil || job.State != StateInterrupted || !strings.Contains(job.Error.Detail, "undone") {
+	if job, err := j.get("ns", started.ID); err != nil || job.State != v1.StateInterrupted || !strings.Contains(job.Error.Detail, "undone") {
 		t.Errorf("after an end: %+v, %v", job, err)
 	}
 	if _, err := j.start(ctx, "x", "c", nil); !errdefs.IsUnavailable(err) {
@@ -396,7 +408,7 @@ func TestJobsBounded(t *testing.T) {
 	}
 	waiting := 0
 	for _, job := range j.list("ns") {
-		if job.State == StateQueued {
+		if job.State == v1.StateQueued {
 			waiting++
 		}
 	}
@@ -407,7 +419,7 @@ func TestJobsBounded(t *testing.T) {
 	j.work.Wait()
 	j.mu.Lock()
 	for i := range maxRecords {
-		j.all[fmt.Sprint(i)] = &job{Job: Job{ID: fmt.Sprint(i), Namespace: "ns", State: StateDone, Ended: time.Now().Add(time.Hour)}}
+		j.all[fmt.Sprint(i)] = &job{Job: v1.Job{ID: fmt.Sprint(i), Namespace: "ns", State: v1.StateDone, Ended: time.Now().Add(time.Hour)}}
 	}
 	j.forget()
 	j.mu.Unlock()
