@@ -19,7 +19,7 @@ Exit codes: 0 fit; 1 something is missing.`,
 		Args:              cobra.NoArgs,
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			found := a.node().Check(cmd.Context())
+			found := a.operations().Check(cmd.Context())
 			fit := true
 			for _, f := range found {
 				fit = fit && f.State != "missing"

@@ -82,7 +82,7 @@ func (a *app) checkpoint(ctx context.Context, f *checkpointFlags, args []string)
 	if err := f.complete(a, args); err != nil {
 		return err
 	}
-	results, err := a.node().Checkpoint(ctx, f.request)
+	results, err := a.operations().Checkpoint(ctx, f.request)
 	if results == nil {
 		return err
 	}

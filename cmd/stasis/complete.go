@@ -7,13 +7,16 @@ import (
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/spf13/cobra"
+
+	"github.com/stasis-run/stasis/node/rest/v1"
 )
 
 // completion is a function for cobra that proposes words.
 type completion = func(cmd *cobra.Command, args []string, toComplete string) ([]string, cobra.ShellCompDirective)
 
 // proposing makes a completion of what containerd knows. A shell waits for it,
-// and has nowhere to print an error: it is brief, and fails with no proposals.
+// and has nowhere to print an error: it is brief, and fails with no proposals. words is
+// called with no client if there is --host.
 func (a *app) proposing(words func(ctx context.Context, c *client.Client) ([]string, error)) completion {
 	return func(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
 		parent := cmd.Context()
@@ -22,7 +25,11 @@ func (a *app) proposing(words func(ctx context.Context, c *client.Client) ([]str
 		}
 		ctx, cancel := context.WithTimeout(namespaces.WithNamespace(parent, a.namespace), 2*time.Second)
 		defer cancel()
-		c, err := a.node().Client(ctx)
+		var c *client.Client
+		var err error
+		if a.remote, err = a.host.connect(a.namespace); err == nil && a.remote == nil {
+			c, err = a.node().Client(ctx)
+		}
 		if err != nil {
 			return nil, cobra.ShellCompDirectiveNoFileComp
 		}
@@ -37,6 +44,13 @@ func (a *app) proposing(words func(ctx context.Context, c *client.Client) ([]str
 // completeContainers proposes IDs of containers.
 func (a *app) completeContainers() completion {
 	return a.proposing(func(ctx context.Context, c *client.Client) (ids []string, err error) {
+		if c == nil {
+			all, err := a.remote.c.Containers(ctx)
+			for _, container := range all {
+				ids = append(ids, container.ID)
+			}
+			return ids, err
+		}
 		all, err := c.ContainerService().List(ctx)
 		for _, container := range all {
 			ids = append(ids, container.ID)
@@ -47,6 +61,9 @@ func (a *app) completeContainers() completion {
 
 func (a *app) completeNamespaces(cmd *cobra.Command, args []string, word string) ([]string, cobra.ShellCompDirective) {
 	return a.proposing(func(ctx context.Context, c *client.Client) ([]string, error) {
+		if c == nil {
+			return nil, nil // stasisd does not tell
+		}
 		return c.NamespaceService().List(ctx)
 	})(cmd, args, word)
 }
@@ -65,6 +82,13 @@ func firstArgs(n int, then completion) completion {
 // adds files by itself.
 func (a *app) completeCheckpoints() completion {
 	names := a.proposing(func(ctx context.Context, c *client.Client) (names []string, err error) {
+		if c == nil {
+			all, err := a.remote.c.Checkpoints(ctx, v1.ListQuery{})
+			for _, one := range all {
+				names = append(names, one.Ref)
+			}
+			return names, err
+		}
 		all, err := c.ImageService().List(ctx, checkpointFilters()...)
 		for _, i := range all {
 			names = append(names, i.Name)

@@ -21,7 +21,7 @@ filesystem, and pages of its memory. Both may be in any format.`,
 		Args:              cobra.ExactArgs(2),
 		ValidArgsFunction: firstArgs(2, a.completeCheckpoints()),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			d, err := a.node().Diff(cmd.Context(), node.DiffRequest{First: args[0], Second: args[1], MaxSize: int64(a.maxSize)})
+			d, err := a.operations().Diff(cmd.Context(), node.DiffRequest{First: args[0], Second: args[1], MaxSize: int64(a.maxSize)})
 			if err != nil {
 				return err
 			}

@@ -26,7 +26,7 @@ written.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			r := node.ExportRequest{Checkpoint: args[0], Output: a.outputTo(args[1]), Format: f.format.value, Compression: f.compress.value,
 				MaxSize: int64(a.maxSize), Progress: a.progress()}
-			if err := a.node().Export(cmd.Context(), r); err != nil {
+			if err := a.operations().Export(cmd.Context(), r); err != nil {
 				return err
 			}
 			return a.wroteFile(args[1])

@@ -36,7 +36,7 @@ that is given replaces a checkpoint.`,
 			if len(args) > 1 {
 				r.Ref = args[1]
 			}
-			made, err := a.node().Import(cmd.Context(), r)
+			made, err := a.operations().Import(cmd.Context(), r)
 			if err != nil {
 				return err
 			}

@@ -30,7 +30,7 @@ Arguments and environment are read out of the memory of the processes.`,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: firstArgs(1, a.completeCheckpoints()),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			in, err := a.node().Inspect(cmd.Context(), node.InspectRequest{Checkpoint: args[0], Secrets: secrets, MaxSize: int64(a.maxSize)})
+			in, err := a.operations().Inspect(cmd.Context(), node.InspectRequest{Checkpoint: args[0], Secrets: secrets, MaxSize: int64(a.maxSize)})
 			if err != nil {
 				return err
 			}

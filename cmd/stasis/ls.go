@@ -38,7 +38,7 @@ a checkpoint names as its signer, or one that is trusted here if it names severa
 		Args:              cobra.NoArgs,
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			list, err := a.node().List(cmd.Context(), node.ListRequest{Container: container, Format: format.value})
+			list, err := a.operations().List(cmd.Context(), node.ListRequest{Container: container, Format: format.value})
 			if err != nil {
 				return err
 			}

@@ -58,6 +58,7 @@ func TestExitCodes(t *testing.T) {
 		{"convert " + sleep + " x:1", exitFailed, "no containerd at"},
 		{"diff " + sleep + " " + sleep, 0, ""},
 		{"import /nonexistent", exitFailed, "/nonexistent"},
+		{"--host unix:///none.sock ls", exitUsage, "--address is of this host"},
 	} {
 		code, _, errs := stasis(t, strings.Fields(tc.line)...)
 		if code != tc.code || !strings.Contains(errs, tc.part) {

@@ -28,7 +28,7 @@ registry lacks is sent.` + registryHelp,
 			if len(args) > 1 {
 				r.Target = args[1]
 			}
-			img, err := a.node().Push(cmd.Context(), r)
+			img, err := a.operations().Push(cmd.Context(), r)
 			if err != nil {
 				return err
 			}
@@ -50,7 +50,7 @@ the one that a container was made from.` + registryHelp,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			img, err := a.node().Pull(cmd.Context(), node.PullRequest{Ref: args[0], PlainHTTP: plainHTTP, Progress: a.progress()})
+			img, err := a.operations().Pull(cmd.Context(), node.PullRequest{Ref: args[0], PlainHTTP: plainHTTP, Progress: a.progress()})
 			if err != nil {
 				return err
 			}

@@ -86,7 +86,7 @@ func (a *app) restore(ctx context.Context, f *restoreFlags) error {
 		at = a.attachTo(&r)
 		defer at.reset()
 	}
-	result, err := a.node().Restore(ctx, r)
+	result, err := a.operations().Restore(ctx, r)
 	if err != nil {
 		return err
 	}

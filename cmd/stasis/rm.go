@@ -19,7 +19,7 @@ is no checkpoint is refused.`,
 		Args:              cobra.MinimumNArgs(1),
 		ValidArgsFunction: a.completeCheckpoints(),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			removed, err := a.node().Remove(cmd.Context(), args...)
+			removed, err := a.operations().Remove(cmd.Context(), args...)
 			if removed == nil {
 				return err
 			}

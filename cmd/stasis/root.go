@@ -25,6 +25,7 @@ type app struct {
 	state              string
 	output             choice
 	quiet              bool
+	host               hostFlags
 	maxSize            byteSize
 
 	in  io.Reader
@@ -33,6 +34,9 @@ type app struct {
 
 	// started: the command line was good, and a command is at work.
 	started bool
+
+	// remote is the node of --host; nil: this one.
+	remote *remote
 
 	mu sync.Mutex
 	n  *node.Node // see node
@@ -64,6 +68,13 @@ all else to stderr; what cannot be written to stdout is a failure. A signal
 			if err := identifiers.Validate(a.namespace); err != nil {
 				return fmt.Errorf("--namespace: %w", err)
 			}
+			if err := a.checkHost(cmd); err != nil {
+				return err
+			}
+			var err error
+			if a.remote, err = a.host.connect(a.namespace); err != nil {
+				return err
+			}
 			a.started = true
 			cmd.SetContext(namespaces.WithNamespace(cmd.Context(), a.namespace))
 			return nil
@@ -87,6 +98,7 @@ all else to stderr; what cannot be written to stdout is a failure. A signal
 	f.VarP(&a.output, "output", "o", "what to print: table or json")
 	f.StringVar(&a.state, "state", "/var/lib/stasis", "folder for work under way")
 	f.BoolVarP(&a.quiet, "quiet", "q", false, "no progress bars")
+	a.host.add(root)
 	must(root.RegisterFlagCompletionFunc("output", a.output.complete))
 	must(root.RegisterFlagCompletionFunc("namespace", a.completeNamespaces))
 	must(root.MarkPersistentFlagDirname("state"))
@@ -166,6 +178,9 @@ func (a *app) close() {
 	a.stopBars()
 	if a.n != nil {
 		a.n.Close()
+	}
+	if a.remote != nil {
+		a.remote.c.Close()
 	}
 }
 

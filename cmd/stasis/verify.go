@@ -27,7 +27,7 @@ of its image, are not.`,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: firstArgs(1, a.completeCheckpoints()),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			v, why := a.node().Verify(cmd.Context(), args[0])
+			v, why := a.operations().Verify(cmd.Context(), args[0])
 			if v == nil {
 				return why
 			}

@@ -34,18 +34,22 @@ func (s *Stack) StasisErr(args ...string) (string, error) {
 	return string(out), err
 }
 
-// StasisCommand is a call of `stasis` that was not started yet.
+// StasisCommand is a call of `stasis` that was not started yet. Arguments that begin with
+// --host are for another node than the stack's.
 func (s *Stack) StasisCommand(args ...string) *exec.Cmd {
 	s.tb.Helper()
 	shim, err := Shim()
 	if err != nil {
 		s.tb.Fatalf("%v", err)
 	}
-	if len(args) > 0 && args[0] == "restore" && !s.opts.NoGrants {
+	if slices.Contains(args[:min(len(args), 3)], "restore") && !s.opts.NoGrants {
 		args = append(slices.Clone(args), "--allow-seccomp", "unconfined", "--cgroup-parent", s.cgroupParent())
 	}
-	cmd := s.Command(s.ctx, filepath.Join(filepath.Dir(shim), "stasis"),
-		append([]string{"--address", s.Address(), "--namespace", s.Namespace, "--state", s.path("stasis")}, args...)...)
+	node := []string{"--address", s.Address(), "--state", s.path("stasis"), "--namespace", s.Namespace}
+	if len(args) > 1 && args[0] == "--host" {
+		node = node[4:] // it has its own
+	}
+	cmd := s.Command(s.ctx, filepath.Join(filepath.Dir(shim), "stasis"), append(node, args...)...)
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
 	cmd.WaitDelay = 10 * time.Second
 	return cmd

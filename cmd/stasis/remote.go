@@ -1,0 +1,399 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/url"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/stasis-run/stasis/checkpoint/capture"
+	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/oci"
+	"github.com/stasis-run/stasis/node"
+	"github.com/stasis-run/stasis/node/rest/v1"
+)
+
+// remote has the operations of the node of --host. Its methods take the requests of
+// package node, and refuse what a stasisd does not do for others.
+type remote struct{ c *v1.Client }
+
+// notThere refuses what --host cannot do.
+func notThere(what string) error {
+	return fault.New(node.ErrRequest, "%s does not go with --host", what)
+}
+
+// explained is an error of the node's as commands know it.
+func explained(err error) error {
+	if p := (*v1.Problem)(nil); errors.As(err, &p) && p.WrongRequest() {
+		return fault.New(node.ErrRequest, "%s", p.Error())
+	}
+	return err
+}
+
+// undoTime bounds how long the node is waited for when it undoes what was given up.
+const undoTime = time.Minute
+
+// run has the node do a job, and reads its result into out. What a signal gives up, the
+// node undoes.
+func (r *remote) run(ctx context.Context, tell node.Progress, begin func(context.Context) (*v1.Job, error), out any) error {
+	if err := context.Cause(ctx); err != nil {
+		return err
+	}
+	whole := context.WithoutCancel(ctx)
+	job, err := begin(whole) // else nobody knows whether it has begun
+	if err != nil {
+		return explained(err)
+	}
+	of := job.Of
+	show := func(j v1.Job) {
+		if tell == nil {
+			return
+		}
+		u := node.Update{Of: of}
+		if p := j.Progress; p != nil {
+			u = node.Update{Of: p.Of, Stage: p.Stage, Done: p.Done, Total: p.Total}
+		}
+		tell(u)
+	}
+	id := job.ID
+	job, err = r.c.Wait(ctx, id, show)
+	if ctx.Err() != nil {
+		whole, stop := context.WithTimeout(whole, undoTime)
+		defer stop()
+		// It may have ended just now, which is no error.
+		_, cerr := r.c.Cancel(whole, id)
+		if job, err = r.c.Wait(whole, id, nil); err != nil {
+			err = errors.Join(err, cerr)
+		}
+	}
+	show(v1.Job{})
+	if err != nil {
+		return fmt.Errorf("job %s on the node may go on: %w", id, err)
+	}
+	if job.Result != nil {
+		if err := json.Unmarshal(job.Result, out); err != nil {
+			return fmt.Errorf("the result of job %s: %w", id, err)
+		}
+	}
+	if job.Error != nil {
+		err = explained(job.Error)
+	}
+	if ctx.Err() != nil && job.State != v1.StateDone {
+		err = errors.Join(context.Cause(ctx), err)
+	}
+	return err
+}
+
+// Checkpoint implements operations. An archive is made there of an image, which is then
+// removed.
+func (r *remote) Checkpoint(ctx context.Context, q node.CheckpointRequest) ([]node.CheckpointResult, error) {
+	if q.From != "" {
+		return nil, notThere("--from")
+	}
+	if err := q.Check(); err != nil {
+		return nil, err
+	}
+	o := q.Options
+	b := v1.CheckpointBody{Containers: q.Containers, Pod: q.Pod, Ref: q.Ref, Format: q.Format, Compression: q.Compression,
+		Exit: q.Exit, PreDumps: q.PreDumps, Push: q.Push, PlainHTTP: q.PlainHTTP,
+		FileLocks: o.FileLocks, UnixSockets: o.ExternalUnixSockets, Terminal: o.Terminal, LinkRemap: o.LinkRemap, GhostLimit: o.GhostLimit}
+	switch {
+	case o.OpenTCP:
+		b.TCP = "keep"
+	case o.TCPClose:
+		b.TCP = "close"
+	}
+	archive := q.Archive.Path != ""
+	if archive {
+		b.Format = node.FormatRunnable
+	}
+	results := []node.CheckpointResult{}
+	err := r.run(ctx, q.Progress, func(ctx context.Context) (*v1.Job, error) { return r.c.Checkpoint(ctx, b) }, &results)
+	if !archive || err != nil || len(results) != 1 {
+		return results, err
+	}
+	one := &results[0]
+	err = r.Export(ctx, node.ExportRequest{Checkpoint: one.Ref, Output: q.Archive, Compression: q.Compression, Progress: q.Progress})
+	if err != nil && q.Exit {
+		return nil, fmt.Errorf("%w (the container has ended, and its checkpoint is on the node as %s)", err, one.Ref)
+	}
+	rerr := r.c.Remove(context.WithoutCancel(ctx), one.Ref)
+	if rerr != nil {
+		rerr = fmt.Errorf("remove %s from the node: %w", one.Ref, rerr)
+	}
+	if err = errors.Join(err, rerr); err != nil {
+		return nil, err
+	}
+	one.Ref, one.Digest, one.File = "", "", q.Archive.Path
+	return results, nil
+}
+
+// Restore implements operations. A file is imported first.
+func (r *remote) Restore(ctx context.Context, q node.RestoreRequest) (_ *node.RestoreResult, err error) {
+	switch {
+	case q.IO != nil:
+		return nil, notThere("--attach")
+	case q.Runtime != "" && q.Runtime != node.RuntimeName:
+		return nil, notThere("--runtime")
+	case q.RuncBinary != "":
+		return nil, notThere("--runc-binary")
+	case q.MaxSize != 0:
+		return nil, notThere("--max-size")
+	}
+	g := q.Grants
+	b := v1.RestoreBody{Checkpoint: q.Checkpoint, Name: q.Name, TCPClose: q.TCPClose, Network: g.Network, PlainHTTP: q.PlainHTTP,
+		Privileged: g.Privileged, Snapshotter: q.Snapshotter, WaitHealthy: q.Healthy}
+	if q.Healthy != "" {
+		b.WaitSeconds = max(1, int(q.HealthyTimeout.Round(time.Second)/time.Second))
+	}
+	if q.LogURI != "" {
+		u, err := url.Parse(q.LogURI)
+		if err != nil || u.Scheme != "file" {
+			return nil, notThere("--log-uri other than file:///PATH")
+		}
+		b.LogPath = u.Path
+	}
+	grants := &v1.Grants{Mounts: g.Mounts, Devices: g.Devices, Namespaces: g.Namespaces, Capabilities: g.Capabilities, Seccomp: g.Seccomp,
+		NewPrivileges: g.NewPrivileges, Unmask: g.Unmask, Sysctls: g.Sysctls, Ulimits: g.Ulimits, Labels: g.Labels, Priorities: g.Priorities,
+		CgroupParent: g.CgroupParent}
+	if data, err := json.Marshal(grants); err != nil {
+		return nil, err
+	} else if string(data) != "{}" {
+		b.Grants = grants
+	}
+	if info, err := os.Stat(q.Checkpoint); err == nil && info.Mode().IsRegular() {
+		ref, remove, err := r.importFor(ctx, q)
+		if err != nil {
+			return nil, err
+		}
+		b.Checkpoint = ref
+		defer func() {
+			if err != nil {
+				err = errors.Join(err, remove())
+			}
+		}()
+	}
+	result := &node.RestoreResult{}
+	err = r.run(ctx, q.Progress, func(ctx context.Context) (*v1.Job, error) { return r.c.Restore(ctx, b) }, result)
+	if result.Container == "" {
+		result = nil
+	}
+	return result, err
+}
+
+// importFor imports the file that is to be restored. remove removes again what was not
+// there before.
+func (r *remote) importFor(ctx context.Context, q node.RestoreRequest) (ref string, remove func() error, err error) {
+	before, err := r.c.Checkpoints(ctx, v1.ListQuery{})
+	if err != nil {
+		return "", nil, explained(err)
+	}
+	made, err := r.Import(ctx, node.ImportRequest{File: q.Checkpoint, Progress: q.Progress})
+	if err != nil {
+		return "", nil, err
+	}
+	remove = func() (err error) {
+		ctx, stop := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
+		defer stop()
+		for _, img := range made.Images {
+			if !slices.ContainsFunc(before, func(c v1.Checkpoint) bool { return c.Ref == img.Ref }) {
+				if rerr := r.c.Remove(ctx, img.Ref); rerr != nil {
+					err = errors.Join(err, fmt.Errorf("remove %s from the node: %w", img.Ref, rerr))
+				}
+			}
+		}
+		return err
+	}
+	if len(made.Images) != 1 {
+		return "", nil, errors.Join(fault.New(node.ErrRequest, "%s has %d images: import it, and restore one of them", q.Checkpoint, len(made.Images)), remove())
+	}
+	return made.Images[0].Ref, remove, nil
+}
+
+// List implements operations. What it tells is what a table shows.
+func (r *remote) List(ctx context.Context, q node.ListRequest) ([]node.Listed, error) {
+	all, err := r.c.Checkpoints(ctx, v1.ListQuery{Container: q.Container, Format: q.Format})
+	if err != nil {
+		return nil, explained(err)
+	}
+	list := []node.Listed{}
+	for _, c := range all {
+		l := node.Listed{Ref: c.Ref, Digest: c.Digest, Created: c.Created, KeyTrusted: c.KeyTrusted, Broken: c.Broken,
+			Summary: oci.Summary{Format: oci.Format(c.Format), SignedBy: c.SignedBy, Checkpoint: c.Bytes,
+				Info: capture.Info{ContainerName: c.Container, ContainerID: c.ContainerID, Base: capture.Base{Name: c.Base}}}}
+		if c.Pod != nil {
+			l.Info.Pod = &capture.Pod{Namespace: c.Pod.Namespace, Name: c.Pod.Name, UID: c.Pod.UID}
+		}
+		list = append(list, l)
+	}
+	return list, nil
+}
+
+// Inspect implements operations.
+func (r *remote) Inspect(ctx context.Context, q node.InspectRequest) (*node.Inspection, error) {
+	if q.MaxSize != 0 {
+		return nil, notThere("--max-size")
+	}
+	in := &node.Inspection{}
+	data, err := r.c.Inspect(ctx, q.Checkpoint, q.Secrets)
+	return in, read(data, err, in)
+}
+
+// Diff implements operations.
+func (r *remote) Diff(ctx context.Context, q node.DiffRequest) (*node.Difference, error) {
+	if q.MaxSize != 0 {
+		return nil, notThere("--max-size")
+	}
+	d := &node.Difference{}
+	data, err := r.c.Diff(ctx, q.First, q.Second)
+	return d, read(data, err, d)
+}
+
+// read reads an answer into out.
+func read(data []byte, err error, out any) error {
+	if err != nil {
+		return explained(err)
+	}
+	return json.Unmarshal(data, out)
+}
+
+// Verify implements operations.
+func (r *remote) Verify(ctx context.Context, ref string) (*node.Verification, error) {
+	v := &node.Verification{}
+	err := r.run(ctx, nil, func(ctx context.Context) (*v1.Job, error) { return r.c.Verify(ctx, ref) }, v)
+	if v.Checkpoint == "" {
+		v = nil
+	}
+	return v, err
+}
+
+// Remove implements operations.
+func (r *remote) Remove(ctx context.Context, refs ...string) ([]string, error) {
+	removed := []string{}
+	for _, ref := range refs {
+		if err := r.c.Remove(ctx, ref); err != nil {
+			return removed, explained(err)
+		}
+		removed = append(removed, ref)
+	}
+	return removed, nil
+}
+
+// Push implements operations. Credentials are those of the node.
+func (r *remote) Push(ctx context.Context, q node.PushRequest) (*node.Image, error) {
+	img := &node.Image{}
+	err := r.run(ctx, q.Progress, func(ctx context.Context) (*v1.Job, error) {
+		return r.c.Push(ctx, q.Ref, v1.PushBody{Target: q.Target, PlainHTTP: q.PlainHTTP})
+	}, img)
+	return img, err
+}
+
+// Pull implements operations.
+func (r *remote) Pull(ctx context.Context, q node.PullRequest) (*node.Image, error) {
+	img := &node.Image{}
+	err := r.run(ctx, q.Progress, func(ctx context.Context) (*v1.Job, error) {
+		return r.c.Pull(ctx, v1.PullBody{Ref: q.Ref, PlainHTTP: q.PlainHTTP})
+	}, img)
+	return img, err
+}
+
+// Export implements operations.
+func (r *remote) Export(ctx context.Context, q node.ExportRequest) error {
+	if q.MaxSize != 0 {
+		return notThere("--max-size")
+	}
+	return q.Output.Write(ctx, func(w io.Writer) error {
+		passing := &passing{tell: q.Progress, update: node.Update{Of: q.Checkpoint, Stage: "export"}, w: w}
+		defer passing.end()
+		return explained(r.c.Export(ctx, q.Checkpoint, q.Format, q.Compression, passing))
+	})
+}
+
+// Import implements operations.
+func (r *remote) Import(ctx context.Context, q node.ImportRequest) (*node.ImportResult, error) {
+	switch {
+	case q.MaxSize != 0:
+		return nil, notThere("--max-size")
+	case cmp.Or(q.Format, node.FormatRunnable) != node.FormatRunnable:
+		return nil, notThere("--format " + q.Format)
+	case cmp.Or(q.Compression, "zstd") != "zstd":
+		return nil, notThere("--compress " + q.Compression)
+	}
+	passing := &passing{tell: q.Progress, update: node.Update{Of: q.File, Stage: "import"}, r: q.Reader}
+	defer passing.end()
+	if q.Reader == nil {
+		f, err := os.Open(q.File)
+		if err != nil {
+			return nil, err
+		}
+		defer f.Close()
+		if info, err := f.Stat(); err == nil {
+			passing.update.Total = info.Size()
+		}
+		passing.r = f
+	}
+	list, err := r.c.Import(ctx, q.Ref, passing)
+	if err != nil {
+		return nil, explained(err)
+	}
+	result := &node.ImportResult{OCI: list.OCI}
+	for _, img := range list.Items {
+		result.Images = append(result.Images, node.Image(img))
+	}
+	if len(result.Images) == 0 {
+		return nil, errors.New("the node has made no image")
+	}
+	return result, nil
+}
+
+// Check implements operations.
+func (r *remote) Check(ctx context.Context) []node.Finding {
+	all, err := r.c.Check(ctx)
+	if err != nil {
+		return []node.Finding{{Name: "stasisd", State: "missing", Detail: err.Error(), Fix: "start it on the node, and look at --host and --token-file"}}
+	}
+	found := []node.Finding{}
+	for _, f := range all {
+		found = append(found, node.Finding(f))
+	}
+	return found
+}
+
+// passing tells how much passes through it.
+type passing struct {
+	tell   node.Progress
+	update node.Update
+	w      io.Writer
+	r      io.Reader
+}
+
+func (p *passing) Write(data []byte) (int, error) {
+	n, err := p.w.Write(data)
+	p.add(n)
+	return n, err
+}
+
+func (p *passing) Read(data []byte) (int, error) {
+	n, err := p.r.Read(data)
+	p.add(n)
+	return n, err
+}
+
+func (p *passing) add(n int) {
+	p.update.Done += int64(n)
+	if p.tell != nil {
+		p.tell(p.update)
+	}
+}
+
+func (p *passing) end() {
+	if p.tell != nil {
+		p.tell(node.Update{Of: p.update.Of})
+	}
+}
