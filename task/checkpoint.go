@@ -103,6 +103,8 @@ func (c *container) checkpoint(ctx context.Context, d dump) (*criu.DumpResult, e
 		Runtime:     c.runtime,
 		Cgroup:      cg,
 		InitPid:     pid,
+		Bundle:      string(c.bundle),
+		Self:        self(),
 		Dir:         d.dir,
 		WorkDir:     d.workDir,
 		Options:     d.options,

@@ -40,6 +40,7 @@ type fixture struct {
 
 func newFixture(t *testing.T) *fixture {
 	t.Helper()
+	processtest.InstallCRIU(t)
 	f := &fixture{
 		T:      t,
 		rt:     processtest.NewRuntime(t),

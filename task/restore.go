@@ -35,15 +35,14 @@ func (c *container) restore(ctx context.Context, p *RestorePlan) error {
 	outOfMemory := c.watchRestore()
 	child, err := c.service.reaper.Launch(func() (int, error) {
 		return criu.Restore(ctx, criu.RestoreRequest{
-			Runtime:    c.runtime,
-			ID:         c.id,
-			Checkpoint: p.checkpoint,
-			Bundle:     string(p.bundle),
-			Spec:       p.spec,
-			WorkDir:    p.workDir,
-			NoPivot:    p.noPivot,
-			// The link is right even if the file was replaced.
-			Self:          fmt.Sprintf("/proc/%d/exe", os.Getpid()),
+			Runtime:       c.runtime,
+			ID:            c.id,
+			Checkpoint:    p.checkpoint,
+			Bundle:        string(p.bundle),
+			Spec:          p.spec,
+			WorkDir:       p.workDir,
+			NoPivot:       p.noPivot,
+			Self:          self(),
 			Check:         func(ctx context.Context, pids []int) error { return c.service.policy.CheckProcesses(ctx, p.spec, pids) },
 			IO:            pio.Pipes(),
 			ConsoleSocket: pio.ConsoleSocket(),
@@ -74,6 +73,9 @@ func (c *container) restore(ctx context.Context, p *RestorePlan) error {
 	p.Close()
 	return nil
 }
+
+// self is this program: the link is right even if the file was replaced.
+func self() string { return fmt.Sprintf("/proc/%d/exe", os.Getpid()) }
 
 // setOOMScore gives restored processes the spec's score. Not to be able to lower it is
 // no reason to end them: then they are the first to go when memory is short.

@@ -46,7 +46,6 @@ func wantNoFile(t *testing.T, path string) {
 // TestRestore brings init back in Start, from wherever its checkpoint is. Then it is a
 // container like any other, and the copy of the checkpoint is gone.
 func TestRestore(t *testing.T) {
-	processtest.InstallCRIU(t)
 	for _, src := range restoreSources {
 		t.Run(src.name, func(t *testing.T) {
 			f := newFixture(t)
@@ -104,7 +103,6 @@ func TestRestore(t *testing.T) {
 // TestRestoreFails: a start that fails, at whatever step, leaves no process, and the
 // container as it was created. The next one succeeds, by the same plan.
 func TestRestoreFails(t *testing.T) {
-	processtest.InstallCRIU(t)
 	annotation := restoreSources[3]
 	for name, tc := range map[string]struct {
 		breakIt, mend func(*fixture)
@@ -156,7 +154,6 @@ func TestRestoreFails(t *testing.T) {
 // TestRestoreWithoutStreams: when the streams fail after the processes are back, they are
 // ended, and that they have run stays recorded.
 func TestRestoreWithoutStreams(t *testing.T) {
-	processtest.InstallCRIU(t)
 	f := newFixture(t)
 	r := f.createRequest()
 	restoreSources[3].arrange(f, r, "")
@@ -250,7 +247,6 @@ func TestRestoreSeesRecordWhenMounted(t *testing.T) {
 
 // TestRestoredProcessDies: its exit comes after its start, whenever it dies.
 func TestRestoredProcessDies(t *testing.T) {
-	processtest.InstallCRIU(t)
 	t.Run("at once", func(t *testing.T) {
 		f := newFixture(t)
 		f.createRestore(restoreSources[0])
@@ -274,7 +270,6 @@ func TestRestoredProcessDies(t *testing.T) {
 
 // TestKillDuringRestore ends it, whether there is a process yet or not.
 func TestKillDuringRestore(t *testing.T) {
-	processtest.InstallCRIU(t)
 	for name, hold := range map[string]func(*fixture, *processtest.Point){
 		"before": func(f *fixture, p *processtest.Point) { f.rt.Before(processtest.Restore, p.Stop) },
 		"while the processes are looked at": func(f *fixture, p *processtest.Point) {

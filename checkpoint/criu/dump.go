@@ -28,6 +28,8 @@ type DumpRequest struct {
 	Cgroup  *process.Cgroup // the container's; nil if it could not be loaded
 	InitPid int
 
+	Bundle  string // the container's
+	Self    string // a program that runs Exec when called as Name
 	Dir     string // where the checkpoint goes; may exist
 	WorkDir string // where CRIU leaves dump.log and stats-dump
 	Options checkpoint.Options
@@ -90,13 +92,13 @@ type DumpResult struct {
 	ManifestDigest string
 }
 
-// Dump has CRIU write the container to a folder. The container is frozen before,
-// as CRIU takes a tenth of a second to look again whether it is. Whatever fails,
+// Dump has CRIU write the container to a folder. The container is frozen when CRIU is
+// about to look at it, and runs on when CRIU has left it; see dumpRelay. Whatever fails,
 // it runs on (or stays paused), its network open, and the folder is as it was; the
 // error holds CRIU's own error lines and says where its log is.
 func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
-	if err := r.checkStopped(); err != nil {
-		return nil, err
+	if err := r.stopped(); err != nil {
+		return nil, fmt.Errorf("checkpoint container %s: %w", r.Container.ID, err)
 	}
 	folder, err := checkpoint.NewFolder(r.Dir)
 	if err != nil {
@@ -162,14 +164,14 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 	}
 	_ = os.Remove(filepath.Join(r.WorkDir, layout.DumpStats))
 	started := time.Now()
+	var frozen window
 	if err == nil {
 		watch := r.watchMemory(ctx, folder.Path())
 		// Only after the thaw: it may be reading the mappings.
 		defer watch.wait()
-		err = r.frozen(ctx, func() error {
-			// CRIU's code has left the process by then, so a size would be wrong.
+		frozen, err = r.frozen(ctx, watch.end, func(env []string) error {
 			defer watch.end()
-			return r.Runtime.Checkpoint(criuCtx, opts, actions...)
+			return r.Runtime.Checkpoint(runc.WithExtraEnv(criuCtx, env...), opts, actions...)
 		})
 	}
 	if err != nil && r.Exit && finished(r.logPath()) {
@@ -199,7 +201,13 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 	if r.Exit || !r.Paused {
 		r.thaw(ctx)
 	}
-	result := &DumpResult{Frozen: time.Since(started), PreDumps: preDumps, Stats: ReadDumpStats(filepath.Join(r.WorkDir, layout.DumpStats)),
+	if frozen.begun.IsZero() {
+		frozen.begun = started
+	}
+	if frozen.ended.IsZero() {
+		frozen.ended = time.Now()
+	}
+	result := &DumpResult{Frozen: frozen.ended.Sub(frozen.begun), PreDumps: preDumps, Stats: ReadDumpStats(filepath.Join(r.WorkDir, layout.DumpStats)),
 		CRIU: LogVersion(r.logPath())}
 	result.Runtime.Name, result.Runtime.Version = version()
 	// Where this host's configuration has CRIU lock the network all the same, it
@@ -275,32 +283,42 @@ func (r *DumpRequest) criuConfig() string {
 // ownError is a failure that is not CRIU's, and on which it has nothing to say.
 type ownError struct{ error }
 
-// frozen freezes the container, and then runs dump and with it r.While. A container
-// whose cgroup is not known is left to CRIU to freeze.
-func (r *DumpRequest) frozen(ctx context.Context, dump func() error) error {
+var errNotTold = errors.New("CRIU has not told when it began: the OCI runtime does not call the program criu in its PATH")
+
+func freezeError(err error) error { return fmt.Errorf("freeze it: %w", err) }
+
+// frozen has dump run the runtime with more environment, while the container is frozen,
+// and with it r.While. A container whose cgroup is not known is left to CRIU to freeze.
+// written is called when CRIU has left the processes, before they run on.
+func (r *DumpRequest) frozen(ctx context.Context, written func(), dump func(env []string) error) (window, error) {
 	switch {
 	case r.Cgroup == nil && r.While != nil:
-		return &ownError{fmt.Errorf("its cgroup could not be loaded, so it cannot be frozen: %w", errdefs.ErrFailedPrecondition)}
+		return window{}, &ownError{fmt.Errorf("its cgroup could not be loaded, so it cannot be frozen: %w", errdefs.ErrFailedPrecondition)}
 	case r.Cgroup != nil && !r.Paused:
-		if err := r.freeze(ctx); err != nil {
-			return &ownError{fmt.Errorf("freeze it: %w", err)}
+		d := &dumpRelay{r: r, ctx: ctx, written: written}
+		relay, env, err := newRelay(r.Bundle, r.Self, d)
+		if err != nil {
+			return window{}, &ownError{fmt.Errorf("get between the OCI runtime and CRIU: %w", err)}
 		}
+		err = dump(env)
+		relay.close() // it waits for whoever freezes
+		return d.end(err)
 	}
 	if r.While == nil {
-		return dump()
+		return window{}, dump(nil)
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	done := make(chan error, 1)
 	go func() { done <- r.While(ctx) }()
-	err := dump()
+	err := dump(nil)
 	if err != nil {
 		cancel()
 	}
 	if werr := <-done; werr != nil && err == nil {
-		return &ownError{werr}
+		return window{}, &ownError{werr}
 	}
-	return err
+	return window{}, err
 }
 
 // freezeTimeout is CRIU's own (--timeout).
@@ -309,6 +327,9 @@ const freezeTimeout = 10 * time.Second
 // freeze stops the container and waits until it stands still: what is done beside
 // CRIU must not begin before.
 func (r *DumpRequest) freeze(ctx context.Context) error {
+	if err := r.stopped(); err != nil {
+		return err // it was not when Dump was called
+	}
 	if err := r.Cgroup.Freeze(); err != nil {
 		return err
 	}
@@ -318,10 +339,10 @@ func (r *DumpRequest) freeze(ctx context.Context) error {
 	return r.Cgroup.WaitFrozen(ctx)
 }
 
-// checkStopped refuses a container with a process that a signal has stopped, where
+// stopped refuses a container with a process that a signal has stopped, where
 // CRIU freezes by the freezer of cgroup v1: it would wait for ever for that
 // process, and the container would stay frozen.
-func (r *DumpRequest) checkStopped() error {
+func (r *DumpRequest) stopped() error {
 	if r.Cgroup == nil || !r.Cgroup.IsV1() {
 		return nil
 	}
@@ -331,8 +352,8 @@ func (r *DumpRequest) checkStopped() error {
 	}
 	for _, pid := range pids {
 		if process.IsStopped(int(pid)) {
-			return fmt.Errorf("checkpoint container %s: process %d is stopped by a signal, which CRIU cannot dump on a host with cgroup v1; continue it (SIGCONT) or end it: %w",
-				r.Container.ID, pid, errdefs.ErrFailedPrecondition)
+			return fmt.Errorf("process %d is stopped by a signal, which CRIU cannot dump on a host with cgroup v1; continue it (SIGCONT) or end it: %w",
+				pid, errdefs.ErrFailedPrecondition)
 		}
 	}
 	return nil

@@ -1,7 +1,6 @@
 package criu
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -14,19 +13,13 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/stasis-run/stasis/process"
 )
 
-// The runtime starts CRIU and asks it for a restore over a socket, and CRIU tells
-// the runtime there how far it is (criu/include/action-scripts.h). When all is
-// restored, and each thread stands at the end of its last system call, held by
-// CRIU's ptrace, it says pre-resume and waits for an answer. That is when the
-// processes can be looked at: no instruction of the container has run, and no
-// signal can make one run, as it could with processes that are merely stopped (a
-// timer whose signal is SIGCONT would do). So the shim is between the two: the
-// runtime finds it under the name criu in its PATH (Exec), and a relay hands
-// the messages on.
+// The runtime starts CRIU and asks it for a dump or a restore over a socket, and CRIU
+// tells the runtime there how far it is (criu/include/action-scripts.h), and waits for
+// an answer. Some of these moments are the shim's: see dumpRelay and restoreRelay. So it
+// is between the two: the runtime finds it under the name criu in its PATH (Exec), and a
+// relay hands the messages on.
 
 const (
 	// Name is the program that runtimes call.
@@ -38,13 +31,13 @@ const (
 	relayDir = "criu"
 )
 
-// Exec becomes the real CRIU, and returns only if it cannot. In a restore it
+// Exec becomes the real CRIU, and returns only if it cannot. Before, it
 // gives the socket to the runtime, which the second argument names, to the shim,
 // and CRIU one to the shim instead. args are those of the process.
 func Exec(args []string) error {
 	real, socket := os.Getenv(realEnv), os.Getenv(relayEnv)
 	if real == "" || socket == "" {
-		return errors.New("this is a stand-in for CRIU, and not called by a restore")
+		return errors.New("this is a stand-in for CRIU, and not called by a runtime that the shim has called")
 	}
 	if len(args) == 3 && args[1] == "swrk" {
 		fd, err := strconv.Atoi(args[2])
@@ -97,29 +90,31 @@ func swapSocket(path string, fd int) error {
 	return unix.Dup3(fds[0], fd, 0)
 }
 
-// A relay is between the runtime and CRIU for one restore. What it finds out it
-// keeps; nobody but CRIU waits for it.
+// A relay is between the runtime and CRIU for one call of the runtime.
 type relay struct {
-	check    func(ctx context.Context, pids []int) error
-	cgroup   string             // linux.cgroupsPath
-	ctx      context.Context    // of the restore
-	stop     context.CancelFunc // ends the runtime, and CRIU with it
+	listens  listener
 	listener *net.UnixListener
 	dir      *os.File
 	serving  sync.WaitGroup
 
-	mu        sync.Mutex
-	conns     map[*net.UnixConn]bool // nil once the relay is closed
-	init      int                    // once all processes are made; CRIU's end could let them run from then on
-	criu      int                    // that one's
-	cancelled bool
-	passed    bool  // the check has passed, and the processes may run
-	refused   error // why they may not
+	mu    sync.Mutex
+	conns map[*net.UnixConn]bool // nil once the relay is closed
 }
 
-// newRelay returns a relay, and the environment with which the runtime is to be
-// called, with a context that ends by stop only.
-func (r *RestoreRequest) newRelay(ctx context.Context, stop context.CancelFunc) (_ *relay, env []string, err error) {
+// listener is told what CRIU says.
+type listener interface {
+	// heard is called with each message of the CRIU with that pid, which waits until
+	// heard has returned. With an error the message is not handed on, and CRIU hears
+	// nothing any more.
+	heard(m criuMessage, criu int) error
+	// ended is called when a CRIU says nothing more: it may be dead. It may be called
+	// more than once.
+	ended(criu int)
+}
+
+// newRelay returns a relay, and the environment with which the runtime is to be called.
+// bundle is a folder for its files, self a program that runs Exec.
+func newRelay(bundle, self string, listens listener) (_ *relay, env []string, err error) {
 	real, err := exec.LookPath(Name)
 	if err != nil {
 		return nil, nil, fmt.Errorf("find CRIU: %w", err)
@@ -127,23 +122,20 @@ func (r *RestoreRequest) newRelay(ctx context.Context, stop context.CancelFunc) 
 	if real, err = filepath.Abs(real); err != nil {
 		return nil, nil, err
 	}
-	dir := filepath.Join(r.Bundle, relayDir)
+	dir := filepath.Join(bundle, relayDir)
 	if err := os.RemoveAll(dir); err != nil { // of a try that was cut short
 		return nil, nil, err
 	}
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return nil, nil, err
 	}
-	l := &relay{check: r.Check, ctx: ctx, stop: stop, conns: map[*net.UnixConn]bool{}}
-	if r.Spec.Linux != nil {
-		l.cgroup = r.Spec.Linux.CgroupsPath
-	}
+	l := &relay{listens: listens, conns: map[*net.UnixConn]bool{}}
 	defer func() {
 		if err != nil {
 			l.close()
 		}
 	}()
-	if err := os.Symlink(r.Self, filepath.Join(dir, Name)); err != nil {
+	if err := os.Symlink(self, filepath.Join(dir, Name)); err != nil {
 		return nil, nil, err
 	}
 	if l.dir, err = os.OpenFile(dir, unix.O_PATH|unix.O_DIRECTORY, 0); err != nil {
@@ -208,7 +200,7 @@ func (l *relay) serve(c *net.UnixConn) {
 	}
 	runtime, criu, pid, err := l.swap(c)
 	if err != nil {
-		return // CRIU, and so the restore, fails for want of a socket
+		return // CRIU, and so the runtime, fails for want of a socket
 	}
 	if !l.own(runtime) || !l.own(criu) {
 		criu.Close()
@@ -216,7 +208,7 @@ func (l *relay) serve(c *net.UnixConn) {
 	}
 	// CRIU's children may have its socket, too, which then does not end with it.
 	if alive := onDeath(pid, func() {
-		l.ended(pid)
+		l.listens.ended(pid)
 		_ = criu.CloseRead() // what it has said before is read all the same
 	}); alive != nil {
 		defer alive.Close()
@@ -227,13 +219,19 @@ func (l *relay) serve(c *net.UnixConn) {
 		var folders folders
 		defer folders.close()
 		_ = forward(criu, runtime, func(message []byte) ([]byte, error) { return folders.translate(message, runtime) })
-		// The runtime is gone. CRIU takes that for an answer, and would let the
-		// processes run.
-		l.ended(pid)
+		// The runtime is gone. CRIU takes that for an answer, and in a restore would
+		// let the processes run.
+		l.listens.ended(pid)
 		_ = criu.CloseWrite()
 	}()
-	_ = forward(runtime, criu, func(message []byte) ([]byte, error) { return message, l.heard(message, pid) })
-	l.ended(pid)
+	_ = forward(runtime, criu, func(message []byte) ([]byte, error) {
+		m, err := parseMessage(message)
+		if err == nil {
+			err = l.listens.heard(m, pid)
+		}
+		return message, err
+	})
+	l.listens.ended(pid)
 	// What CRIU has not asked yet, it shall ask for in vain.
 	runtime.Close()
 	criu.Close()
@@ -336,111 +334,4 @@ func unixConn(fd int) (*net.UnixConn, error) {
 		return nil, errors.New("not a unix socket")
 	}
 	return u, nil
-}
-
-// heard is called with each message of CRIU's.
-func (l *relay) heard(message []byte, criu int) error {
-	script, pid, err := notification(message)
-	if err != nil {
-		return err
-	}
-	switch script {
-	case "post-restore":
-		// The last at which CRIU takes a failure for one.
-		return l.made(pid, criu)
-	case "pre-resume":
-		l.restored(criu)
-	}
-	return nil
-}
-
-// made is called when all processes are there, with the pids of the first and of CRIU,
-// which is still at work in them.
-func (l *relay) made(init, criu int) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.cancelled {
-		return context.Cause(l.ctx)
-	}
-	l.init, l.criu = init, criu
-	return nil
-}
-
-// restored is called while CRIU holds the processes and waits.
-func (l *relay) restored(criu int) {
-	l.mu.Lock()
-	init := l.init
-	l.mu.Unlock()
-	pids := process.Tree(init)
-	err := context.Cause(l.ctx)
-	if err == nil {
-		err = process.AllTraced(pids, criu)
-	}
-	// Should CRIU be killed now, or this shim, nothing runs all the same.
-	defer process.FreezeCgroup(init, l.cgroup)()
-	if err == nil {
-		err = l.check(l.ctx, pids)
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if err == nil {
-		err = context.Cause(l.ctx)
-	}
-	if err != nil {
-		l.refused = err
-		kill(pids)
-		// It would wait for init, init for its children, and they for their tracer.
-		kill([]int{criu})
-		return
-	}
-	l.passed = true
-}
-
-// ended is called when a CRIU says nothing more: it may be dead.
-func (l *relay) ended(criu int) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.criu == criu && !l.passed {
-		kill(process.Tree(l.init))
-	}
-}
-
-// cancel ends the restore. CRIU's end would set processes free that it holds, so
-// they have to be killed first.
-func (l *relay) cancel() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.cancelled = true
-	if l.init != 0 && !l.passed {
-		kill(process.Tree(l.init))
-	}
-	l.stop()
-}
-
-// verdict is what the restore has come to, of which the runtime has returned init
-// and err.
-func (l *relay) verdict(init int, err error) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	switch {
-	case l.refused != nil:
-		err = &refusal{l.refused}
-	case err != nil:
-	case l.cancelled:
-		err = context.Cause(l.ctx)
-	case !l.passed || l.init != init:
-		kill(process.Tree(init))
-		err = errors.New("CRIU has not told when the processes were restored")
-	}
-	if err != nil {
-		return 0, err
-	}
-	return init, nil
-}
-
-// kill ends processes that have not run, of which none can make another, or CRIU.
-func kill(pids []int) {
-	for _, pid := range pids {
-		_ = unix.Kill(pid, unix.SIGKILL)
-	}
 }

@@ -57,7 +57,8 @@ func (f *folders) close() {
 	}
 }
 
-// translate has a request of the runtime's (a criu_req) name the shim's descriptors.
+// translate has a request of the runtime's (a criu_req) name the shim's descriptors, and
+// ask for notifications: libcriu, which crun uses, answers those that it has not asked for.
 func (f *folders) translate(message []byte, from *net.UnixConn) ([]byte, error) {
 	var out []byte
 	runtime, err := peerOf(from)
@@ -85,6 +86,8 @@ func (f *folders) translate(message []byte, from *net.UnixConn) ([]byte, error) 
 			opts = protowire.AppendVarint(opts, uint64(d.Fd()))
 			return nil
 		})
+		opts = protowire.AppendTag(opts, 12, protowire.VarintType) // notify_scripts; the last one counts
+		opts = protowire.AppendVarint(opts, 1)
 		out = protowire.AppendTag(out, n, protowire.BytesType)
 		out = protowire.AppendBytes(out, opts)
 		return err
@@ -92,24 +95,38 @@ func (f *folders) translate(message []byte, from *net.UnixConn) ([]byte, error) 
 	return out, err
 }
 
-// notification returns what a message of CRIU's tells, and of which process: a
-// criu_notify (criu/images/rpc.proto), which is the field 5 of a criu_resp.
-func notification(message []byte) (script string, pid int, err error) {
-	err = eachField(message, func(n protowire.Number, _, value []byte, _ uint64) error {
-		if n != 5 {
-			return nil
+// criuMessage is what matters here of a criu_resp.
+type criuMessage struct {
+	kind    int    // what it answers: messageDump, …
+	success bool   // of what it answers
+	script  string // of a notification (criu_notify): its name
+	pid     int    // of a notification: the process that it is about, 0 if of none
+}
+
+// messageDump is the kind of the answer to a request to dump (criu_req_type).
+const messageDump = 1
+
+func parseMessage(message []byte) (m criuMessage, err error) {
+	err = eachField(message, func(n protowire.Number, _, value []byte, number uint64) error {
+		switch n {
+		case 1:
+			m.kind = int(int32(number))
+		case 2:
+			m.success = number != 0
+		case 5:
+			return eachField(value, func(n protowire.Number, _, value []byte, number uint64) error {
+				switch n {
+				case 1:
+					m.script = string(value)
+				case 2:
+					m.pid = int(int32(number))
+				}
+				return nil
+			})
 		}
-		return eachField(value, func(n protowire.Number, _, value []byte, number uint64) error {
-			switch n {
-			case 1:
-				script = string(value)
-			case 2:
-				pid = int(int32(number))
-			}
-			return nil
-		})
+		return nil
 	})
-	return script, pid, err
+	return m, err
 }
 
 // eachField calls fn with each field of a message, raw and, if it is bytes or a

@@ -1,6 +1,7 @@
 package criu
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -82,6 +84,9 @@ func fakeCRIU(args []string, how string) error {
 	if err != nil {
 		return err
 	}
+	if m, err := parseMessage(request); err != nil || m.kind == messageDump {
+		return cmp.Or(err, fakeDump(fd, how))
+	}
 	peer, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
 	if err != nil {
 		return err
@@ -125,17 +130,7 @@ func fakeCRIU(args []string, how string) error {
 			return err
 		}
 	}
-	tell := func(script string) error {
-		notify := message(1, script)
-		if script == "post-restore" {
-			notify = message(1, script, 2, pid)
-		}
-		if _, err := unix.Write(fd, message(1, typeNotify, 2, 1, 5, notify)); err != nil {
-			return err
-		}
-		_, err := receive(fd)
-		return err
-	}
+	tell := func(script string) error { return tell(fd, script, pid) }
 	if err := tell("post-restore"); err != nil {
 		_ = child.Process.Kill()
 		return err
@@ -153,8 +148,43 @@ func fakeCRIU(args []string, how string) error {
 	return err
 }
 
-// callCRIU is a runtime's part. It returns init and the folder that CRIU was given.
-func callCRIU(ctx context.Context, t *testing.T, env []string, dir *os.File, notified func(script string)) (init int, folder string, err error) {
+// tell tells what CRIU does, and waits for an answer.
+func tell(fd int, script string, pid int) error {
+	notify := message(1, script)
+	if script == "post-restore" {
+		notify = message(1, script, 2, pid)
+	}
+	if _, err := unix.Write(fd, message(1, typeNotify, 2, 1, 5, notify)); err != nil {
+		return err
+	}
+	_, err := receive(fd)
+	return err
+}
+
+// fakeDump is a dump that fails if it dies, and does not say that it begins if it is silent.
+func fakeDump(fd int, how string) error {
+	if how != "silent" {
+		if err := tell(fd, "pre-dump", 0); err != nil {
+			return err
+		}
+	}
+	if how == "dies" {
+		return errors.New("dies")
+	}
+	if err := tell(fd, "post-dump", 0); err != nil {
+		return err
+	}
+	success := 1
+	if how == "fails" {
+		success = 0
+	}
+	_, err := unix.Write(fd, message(1, messageDump, 2, success))
+	return err
+}
+
+// callCRIU is a runtime's part: it asks for a dump or a restore. It returns init and the
+// folder that CRIU was given.
+func callCRIU(ctx context.Context, t *testing.T, kind int, env []string, dir *os.File, notified func(script string)) (init int, folder string, err error) {
 	t.Helper()
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -174,7 +204,7 @@ func callCRIU(ctx context.Context, t *testing.T, env []string, dir *os.File, not
 	}
 	theirs.Close()
 	defer cmd.Wait()
-	if _, err := unix.Write(pair[0], message(1, typeRestore, 2, message(1, int(dir.Fd()), 13, "/root"))); err != nil {
+	if _, err := unix.Write(pair[0], message(1, kind, 2, message(1, int(dir.Fd()), 13, "/root"))); err != nil {
 		return 0, "", err
 	}
 	for {
@@ -182,11 +212,18 @@ func callCRIU(ctx context.Context, t *testing.T, env []string, dir *os.File, not
 		if err != nil {
 			return 0, "", err
 		}
-		script, pid, err := notification(answer)
+		m, err := parseMessage(answer)
 		if err != nil {
 			return 0, "", err
 		}
-		if script == "" {
+		if m.script == "" {
+			if m.kind == messageDump {
+				notified("")
+				if !m.success {
+					err = errors.New("criu failed")
+				}
+				return 0, "", err
+			}
 			err := eachField(answer, func(n protowire.Number, _, value []byte, _ uint64) error {
 				if n == 9 {
 					folder = string(value)
@@ -196,10 +233,10 @@ func callCRIU(ctx context.Context, t *testing.T, env []string, dir *os.File, not
 			_ = unix.Shutdown(pair[0], unix.SHUT_WR)
 			return init, folder, err
 		}
-		if pid != 0 {
-			init = pid
+		if m.pid != 0 {
+			init = m.pid
 		}
-		notified(script)
+		notified(m.script)
 		if _, err := unix.Write(pair[0], message(1, typeNotify, 3, 1)); err != nil {
 			return 0, "", err
 		}
@@ -238,9 +275,9 @@ func frozen(t *testing.T, pid int, group string) bool {
 	return frozen
 }
 
-// TestRelay has the messages pass, and the process end unless it was held, looked at
-// and found good.
-func TestRelay(t *testing.T) {
+// installCRIU makes the test binary the criu of PATH, and returns it.
+func installCRIU(t *testing.T) (self string) {
+	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -250,6 +287,128 @@ func TestRelay(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
+	return self
+}
+
+// TestDumpRelay: a container runs until CRIU is about to look at it, stands still from then
+// on, and runs on when CRIU has left it and what was done beside it has ended: before the
+// runtime hears of it.
+func TestDumpRelay(t *testing.T) {
+	self := installCRIU(t)
+	bad := errors.New("no space left")
+	for name, c := range map[string]struct {
+		how   string // of fakeDump
+		while bool
+		werr  error // of what is done beside it
+		exit  bool
+		want  string // of the error
+	}{
+		"good":                      {},
+		"fails":                     {how: "fails", want: "criu failed"},
+		"dies":                      {how: "dies", want: "end of messages"},
+		"silent":                    {how: "silent"},
+		"ends":                      {exit: true},
+		"with a copy":               {while: true},
+		"with a copy that fails":    {while: true, werr: bad, want: bad.Error()},
+		"with a copy, fails":        {how: "fails", while: true, want: "criu failed"},
+		"with a copy, dies":         {how: "dies", while: true, want: "end of messages"},
+		"with a copy, but silent":   {how: "silent", while: true, want: "has not told"},
+		"with a copy, fails, fails": {how: "fails", while: true, werr: bad, want: "criu failed"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Setenv(fakeEnv, c.how)
+			group := makeGroup(t)
+			container := exec.Command("sleep", "1000")
+			if err := container.Start(); err != nil {
+				t.Fatal(err)
+			}
+			pid := container.Process.Pid
+			defer container.Wait() //nolint:errcheck // it is killed
+			defer process.KillCgroup(group)
+			if err := os.WriteFile(filepath.Join(os.Getenv(fakeEnv+"_GROUP"), "cgroup.procs"), []byte(strconv.Itoa(pid)), 0); err != nil {
+				t.Fatal(err)
+			}
+			cg, err := process.LoadCgroup(pid, group)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r := &DumpRequest{Cgroup: cg, InitPid: pid, Bundle: t.TempDir(), Self: self, Exit: c.exit}
+			copied := make(chan struct{}) // the copy may end
+			var copying atomic.Bool
+			if c.while {
+				r.While = func(ctx context.Context) error {
+					if !frozen(t, pid, group) {
+						t.Error("it runs while its files are copied")
+					}
+					copying.Store(true)
+					defer copying.Store(false)
+					select {
+					case <-copied:
+						return c.werr
+					case <-ctx.Done():
+						return context.Cause(ctx)
+					}
+				}
+			}
+			folder, err := os.Open(r.Bundle)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer folder.Close()
+			written, told := false, false
+			w, err := r.frozen(t.Context(), func() {
+				written = true
+				if c.how != "silent" && !frozen(t, pid, group) {
+					t.Error("it runs before its memory is known to be written")
+				}
+			}, func(env []string) error {
+				if frozen(t, pid, group) {
+					t.Error("it stands still before CRIU has begun")
+				}
+				_, _, err := callCRIU(t.Context(), t, messageDump, env, folder, func(script string) {
+					switch is := frozen(t, pid, group); {
+					case script == "pre-dump":
+						told = true
+						if !is {
+							t.Error("it runs when CRIU begins")
+						}
+					case script != "":
+					case c.how == "" && !c.while && !c.exit && is:
+						t.Error("it still stands still when the runtime hears that it is dumped")
+					case c.while && told && !is:
+						t.Error("it runs while its files are copied")
+					}
+				})
+				close(copied)
+				return err
+			})
+			if (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
+				t.Errorf("%v, want %q", err, c.want)
+			}
+			if copying.Load() {
+				t.Error("its files are still copied")
+			}
+			if good := c.how == ""; written != (good || c.how == "silent") {
+				t.Errorf("written: %t", written)
+			}
+			runs := c.how == "silent" || c.how == "" && !c.exit && c.werr == nil
+			if frozen(t, pid, group) == runs {
+				t.Errorf("it runs: %t, want %t", !runs, runs)
+			}
+			if told != (c.how != "silent") || w.begun.IsZero() == told || !w.ended.IsZero() && !w.ended.After(w.begun) || w.ended.IsZero() != (!runs || !told) {
+				t.Errorf("told: %t, from %v to %v", told, w.begun, w.ended)
+			}
+			if _, err := os.Stat(filepath.Join(r.Bundle, relayDir)); !os.IsNotExist(err) {
+				t.Errorf("left in the bundle: %v", err)
+			}
+		})
+	}
+}
+
+// TestRelay has the messages pass, and the process end unless it was held, looked at
+// and found good.
+func TestRelay(t *testing.T) {
+	self := installCRIU(t)
 	bad := errors.New("it has the host's files")
 	for name, c := range map[string]struct {
 		how    string // of fakeCRIU
@@ -306,7 +465,7 @@ func TestRelay(t *testing.T) {
 				defer close(cancelled)
 				l.cancel()
 			})
-			pid, got, err := callCRIU(runCtx, t, env, folder, func(script string) {
+			pid, got, err := callCRIU(runCtx, t, typeRestore, env, folder, func(script string) {
 				if script == c.cancel {
 					cancel()
 				}
@@ -378,7 +537,7 @@ func TestFolders(t *testing.T) {
 		if err != nil || len(f) != 1 {
 			t.Fatalf("%d folders, %v", len(f), err)
 		}
-		if want := message(2, message(1, int(f[0].Fd()), 17, -1)); !slices.Equal(got, want) {
+		if want := message(2, message(1, int(f[0].Fd()), 17, -1, 12, 1)); !slices.Equal(got, want) {
 			t.Errorf("request %x, want %x", got, want)
 		}
 		opened = slices.Clone(f)

@@ -16,18 +16,22 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// The test binary impersonates the two commands of a restore: runc, as far as it starts
-// CRIU, talks to it and notes init's pid, and CRIU, as far as it makes one process and
-// holds it while it tells that it is restored (criu/images/rpc.proto).
+// The test binary impersonates the two commands of a dump and a restore: runc, as far as it
+// starts CRIU, talks to it and notes init's pid, and CRIU, as far as it tells how far it is
+// (criu/images/rpc.proto): in a dump that it begins, in a restore that there is one
+// process, which it makes and holds.
 
 const (
 	inputEnv = "STASIS_TEST_INPUT" // the FIFO that the restored process reads
+	dumpEnv  = "STASIS_TEST_DUMP"  // a folder with the FIFOs of a dump: see Runtime.dump
 	groupEnv = "STASIS_TEST_GROUP" // its control group, or ""
 )
 
 func init() {
-	if command() == "criu" {
-		// CRIU traces by its first thread, whose number is its pid.
+	switch command() {
+	case "criu", "runc":
+		// CRIU traces by its first thread, whose number is its pid; and it ends with the
+		// thread that has started it.
 		runtime.LockOSThread()
 	}
 }
@@ -40,9 +44,9 @@ func Main() {
 	var err error
 	switch command() {
 	case "runc":
-		err = runcRestore(os.Args)
+		err = runRunc(os.Args)
 	case "criu":
-		err = criuRestore(os.Args)
+		err = runCRIU(os.Args)
 	default:
 		// Now, as it waits for a child, which a reaper would take.
 		_, _ = os.FindProcess(os.Getpid())
@@ -77,14 +81,19 @@ func InstallCRIU(t *testing.T) {
 
 // Types of messages.
 const (
+	typeDump    = 1
 	typeRestore = 2
 	typeNotify  = 6
 )
 
-func runcRestore(args []string) error {
-	i := slices.Index(args, "--pid-file")
-	if i < 0 || i+1 == len(args) || !slices.Contains(args, "restore") {
-		return fmt.Errorf("no restore: %q", args)
+func runRunc(args []string) error {
+	request, pidFile := typeDump, ""
+	if !slices.Contains(args, "checkpoint") {
+		i := slices.Index(args, "--pid-file")
+		if i < 0 || i+1 == len(args) || !slices.Contains(args, "restore") {
+			return fmt.Errorf("neither checkpoint nor restore: %q", args)
+		}
+		request, pidFile = typeRestore, args[i+1]
 	}
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -94,12 +103,13 @@ func runcRestore(args []string) error {
 	cmd := exec.Command("criu", "swrk", "3")
 	cmd.ExtraFiles = []*os.File{theirs}
 	cmd.Stderr = os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		return err
 	}
 	theirs.Close()
 	defer cmd.Wait()
-	if err := send(pair[0], number(1, typeRestore)); err != nil {
+	if err := send(pair[0], number(1, uint64(request))); err != nil {
 		return err
 	}
 	pid := 0
@@ -109,11 +119,13 @@ func runcRestore(args []string) error {
 			return err
 		}
 		kind, notify := int(fieldNumber(answer, 1)), field(answer, 5)
-		if kind == typeRestore {
-			if fieldNumber(answer, 2) != 1 || pid == 0 {
-				return errors.New("criu failed: type RESTORE")
-			}
-			return os.WriteFile(args[i+1], []byte(strconv.Itoa(pid)), 0o600)
+		switch {
+		case kind == request && fieldNumber(answer, 2) != 1, kind == typeRestore && pid == 0:
+			return fmt.Errorf("criu failed: type %d", kind)
+		case kind == typeDump:
+			return nil
+		case kind == typeRestore:
+			return os.WriteFile(pidFile, []byte(strconv.Itoa(pid)), 0o600)
 		}
 		if n := fieldNumber(notify, 2); n != 0 {
 			pid = int(n)
@@ -124,17 +136,65 @@ func runcRestore(args []string) error {
 	}
 }
 
-func criuRestore(args []string) error {
+func runCRIU(args []string) error {
 	if len(args) != 3 || args[1] != "swrk" {
-		return fmt.Errorf("no restore: %q", args)
+		return fmt.Errorf("not called by a runtime: %q", args)
 	}
 	fd, err := strconv.Atoi(args[2])
 	if err != nil {
 		return err
 	}
-	if _, err := receive(fd); err != nil {
+	request, err := receive(fd)
+	if err != nil {
 		return err
 	}
+	if fieldNumber(request, 1) == typeDump {
+		return criuDump(fd)
+	}
+	return criuRestore(fd)
+}
+
+// Names and contents of the FIFOs of a dump.
+const (
+	begunFIFO  = "begun"  // one byte, when CRIU has told that it begins
+	answerFIFO = "answer" // dumped, or another byte: it fails
+	dumped     = 'y'
+)
+
+func criuDump(fd int) error {
+	if err := tell(fd, "pre-dump"); err != nil {
+		return err
+	}
+	dir := os.Getenv(dumpEnv)
+	if err := os.WriteFile(filepath.Join(dir, begunFIFO), []byte{0}, 0); err != nil {
+		return err
+	}
+	answer, err := os.Open(filepath.Join(dir, answerFIFO))
+	if err != nil {
+		return err
+	}
+	got := make([]byte, 1)
+	if _, err := answer.Read(got); err != nil {
+		return err
+	}
+	success := uint64(0)
+	if got[0] == dumped {
+		success = 1
+	}
+	return send(fd, append(number(1, typeDump), number(2, success)...))
+}
+
+// tell tells the runtime how far CRIU is, and waits for an answer.
+func tell(fd int, script string, more ...byte) error {
+	message := slices.Concat(number(1, typeNotify), number(2, 1), bytesField(5, append(bytesField(1, []byte(script)), more...)))
+	if err := send(fd, message); err != nil {
+		return err
+	}
+	_, err := receive(fd)
+	return err
+}
+
+func criuRestore(fd int) error {
 	input, err := os.Open(os.Getenv(inputEnv))
 	if err != nil {
 		return err
@@ -152,19 +212,11 @@ func criuRestore(args []string) error {
 	if err := joinGroup(os.Getenv(groupEnv), pid); err != nil {
 		return err
 	}
-	tell := func(script string, more ...byte) error {
-		message := slices.Concat(number(1, typeNotify), number(2, 1), bytesField(5, append(bytesField(1, []byte(script)), more...)))
-		if err := send(fd, message); err != nil {
-			return err
-		}
-		_, err := receive(fd)
-		return err
-	}
-	if err := tell("post-restore", number(2, uint64(pid))...); err != nil {
+	if err := tell(fd, "post-restore", number(2, uint64(pid))...); err != nil {
 		_ = cmd.Process.Kill()
 		return err
 	}
-	_ = tell("pre-resume") // after it CRIU takes no failure for one
+	_ = tell(fd, "pre-resume") // after it CRIU takes no failure for one
 	_ = unix.PtraceDetach(pid)
 	return send(fd, append(number(1, typeRestore), number(2, 1)...))
 }

@@ -2,6 +2,7 @@ package processtest
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -368,7 +369,8 @@ func (r *Runtime) EndAll() {
 	r.init, r.started = nil, false
 }
 
-// Checkpoint writes what no CRIU would restore. The log says that it is complete, and the
+// Checkpoint runs the commands runc and criu of InstallCRIU, unless it is a pre-dump, and
+// writes what no CRIU would restore. The log says that it is complete, and the
 // inventory whether changes of memory are tracked from now on.
 func (r *Runtime) Checkpoint(ctx context.Context, opts *runc.CheckpointOpts, actions ...runc.CheckpointAction) error {
 	// An action changes the arguments of runc's command.
@@ -384,7 +386,7 @@ func (r *Runtime) Checkpoint(ctx context.Context, opts *runc.CheckpointOpts, act
 		r.dumps = append(r.dumps, *opts)
 		r.mu.Unlock()
 	}
-	return r.call(ctx, op, "", r.known(func(init *child) error {
+	write := r.known(func(init *child) error {
 		if !init.alive() {
 			return errors.New("cannot checkpoint a stopped container")
 		}
@@ -415,7 +417,49 @@ func (r *Runtime) Checkpoint(ctx context.Context, opts *runc.CheckpointOpts, act
 		defer r.mu.Unlock()
 		r.init = nil
 		return nil
-	}))
+	})
+	if op == PreDump {
+		return r.call(ctx, op, "", write)
+	}
+	return r.dump(ctx, opts, actions, func() error { return r.call(ctx, op, "", write) })
+}
+
+// dump has the commands runc and criu play a dump, which is made by write: it is called
+// when CRIU has told that it begins, and before it tells the result.
+func (r *Runtime) dump(ctx context.Context, opts *runc.CheckpointOpts, actions []runc.CheckpointAction, write func() error) error {
+	r.mu.Lock()
+	bundle, id := r.bundle, r.id
+	r.mu.Unlock()
+	dir := r.t.TempDir()
+	var fifos []*os.File
+	for _, name := range []string{begunFIFO, answerFIFO} {
+		path := filepath.Join(dir, name)
+		if err := unix.Mkfifo(path, 0o600); err != nil {
+			return err
+		}
+		f, err := os.OpenFile(path, os.O_RDWR, 0)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		fifos = append(fifos, f)
+	}
+	begun, answer := fifos[0], fifos[1]
+	done := make(chan error, 1)
+	go func() {
+		done <- process.NewRuntime(process.RuntimeConfig{Root: dir}, "test", bundle, id).Checkpoint(runc.WithExtraEnv(ctx, dumpEnv+"="+dir), opts, actions...)
+		begun.Close()
+	}()
+	if _, err := begun.Read(make([]byte, 1)); err != nil {
+		return <-done // it has not begun
+	}
+	err := write()
+	result := []byte{dumped}
+	if err != nil {
+		result[0] = 0
+	}
+	_, werr := answer.Write(result)
+	return cmp.Or(err, werr, <-done)
 }
 
 // Inventory is the smallest inventory.img: the magic number, a length, and
