@@ -13,35 +13,8 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/containerd/containerd/v2/core/containers"
-	"github.com/containerd/containerd/v2/pkg/oci"
-
 	"github.com/stasis-run/stasis/integration/stack"
 )
-
-// newBundle makes an OCI bundle of one of the stack's root filesystems.
-func newBundle(t *testing.T, s *stack.Stack, name, rootfs string, opts ...oci.SpecOpts) string {
-	t.Helper()
-	dir := filepath.Join(s.Dir, "bundles", name)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if out, err := exec.Command("cp", "-a", stack.Rootfs(rootfs), filepath.Join(dir, "rootfs")).CombinedOutput(); err != nil {
-		t.Fatalf("cp: %v: %s", err, out)
-	}
-	spec, err := oci.GenerateSpec(s.Ctx(), s.Client(), &containers.Container{ID: name}, append([]oci.SpecOpts{oci.WithCgroup(s.CgroupPath(name)), oci.WithRootFSPath("rootfs"), oci.WithDefaultPathEnv}, opts...)...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	data, err := json.Marshal(spec)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(dir, "config.json"), data, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return dir
-}
 
 // restState is an answer to GET /state.
 type restState struct {
@@ -88,7 +61,7 @@ func TestRESTBundles(t *testing.T) {
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	here := s.NewNetns()
-	bundle := newBundle(t, s, "redis", "redis", here.With(),
+	bundle := s.Bundle("redis", "redis", here.With(),
 		stack.Args("redis-server", "--bind", "0.0.0.0", "--protected-mode", "no", "--save", "", "--dir", "/tmp"))
 	bundles := filepath.Dir(bundle)
 	d := s.StartStasisd("--allow-path", bundles)
@@ -227,7 +200,7 @@ func TestRESTBundles(t *testing.T) {
 func TestRESTBundlesRefused(t *testing.T) {
 	t.Parallel()
 	s := stack.Start(t, stack.Options{})
-	bundle := newBundle(t, s, "c", "busybox", stack.Args("sleep", "1000"))
+	bundle := s.Bundle("c", "busybox", stack.Args("sleep", "1000"))
 	bundles := filepath.Dir(bundle)
 	if err := os.Symlink("/etc", filepath.Join(bundles, "link")); err != nil {
 		t.Fatal(err)

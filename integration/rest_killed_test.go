@@ -26,7 +26,7 @@ func TestRESTKilled(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(s.Dir, "bin", "runc"), []byte(script), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	bundle := newBundle(t, s, "c", "busybox", stack.Args("sleep", "100000"))
+	bundle := s.Bundle("c", "busybox", stack.Args("sleep", "100000"))
 	d := s.StartStasisd("--allow-path", filepath.Dir(bundle))
 
 	start := fmt.Sprintf(`{"bundlePath":%q}`, bundle)

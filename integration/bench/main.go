@@ -4,7 +4,7 @@
 // turn within each round, so that a machine whose speed drifts is as slow for
 // one as for the other. It must run as root; `make bench` sets up what it needs.
 //
-//	bench [-quick] [-only latency,memory,checkpoint,image] [-json FILE]
+//	bench [-quick] [-only latency,memory,checkpoint,image,rest] [-json FILE]
 //
 // See docs/performance.md for what the rows mean.
 package main
@@ -32,6 +32,7 @@ const (
 	raw      = "runc"
 
 	podmanName = "podman"
+	cli        = "command line" // of Stasis, beside stasisd
 )
 
 // shims are the contenders that containerd runs containers with.
@@ -67,7 +68,7 @@ func main() {
 	}))
 }
 
-var parts = []string{"latency", "memory", "checkpoint", "image"}
+var parts = []string{"latency", "memory", "checkpoint", "image", "rest"}
 
 // bench is one run of the program.
 type bench struct {
@@ -109,6 +110,12 @@ func (b *bench) measure(part string) {
 		}
 		b.files(512, 3)
 		b.image(size{1024, 6})
+	case "rest":
+		if b.quick {
+			b.rest(size{64, 3}, 20)
+			return
+		}
+		b.rest(size{512, 6}, 100)
 	case "checkpoint":
 		sizes := []size{{64, 12}, {512, 6}, {2048, 3}}
 		if b.quick {

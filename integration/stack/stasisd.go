@@ -33,6 +33,9 @@ func (s *Stack) StartStasisd(args ...string) *Stasisd {
 	return d
 }
 
+// Pid is its process.
+func (d *Stasisd) Pid() int { return d.daemon.cmd.Process.Pid }
+
 // Start runs it again after End, and waits until it serves.
 func (d *Stasisd) Start() {
 	s := d.s
