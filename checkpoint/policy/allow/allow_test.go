@@ -12,6 +12,7 @@ import (
 
 	"github.com/containerd/containerd/v2/contrib/seccomp"
 	"github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/containerd/v2/pkg/cap"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/pkg/oci"
 	"github.com/containerd/errdefs"
@@ -324,6 +325,23 @@ func TestNever(t *testing.T) {
 				t.Errorf("its own becomes %s, %v", dump(spec), err)
 			}
 		})
+	}
+}
+
+// TestAllCapabilities: a container with all capabilities asks for all of them in one word,
+// each time that it is looked at; the names that the process has for capabilities stay.
+func TestAllCapabilities(t *testing.T) {
+	known := slices.Clone(cap.Known())
+	b := &builder{}
+	for i := range 2 {
+		b.asks = nil
+		b.capabilities(&specs.LinuxCapabilities{Bounding: known})
+		if len(b.asks) != 1 || b.asks[0].What != "all capabilities" {
+			t.Errorf("%d: %+v", i, b.asks)
+		}
+		if !slices.Equal(cap.Known(), known) {
+			t.Fatalf("%d: the names are %q", i, cap.Known())
+		}
 	}
 }
 

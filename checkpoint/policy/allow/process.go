@@ -84,7 +84,8 @@ func (b *builder) capabilities(from *specs.LinuxCapabilities) *specs.LinuxCapabi
 	to.Bounding, to.Permitted, to.Effective = take(from.Bounding), take(from.Permitted), take(from.Effective)
 	to.Inheritable, to.Ambient = take(from.Inheritable), take(from.Ambient)
 	slices.Sort(more)
-	if everything := slices.DeleteFunc(cap.Known(), func(name string) bool { return slices.Contains(ordinaryCaps, name) }); covers(more, everything) {
+	// Known returns the library's own list.
+	if everything := slices.DeleteFunc(slices.Clone(cap.Known()), func(name string) bool { return slices.Contains(ordinaryCaps, name) }); covers(more, everything) {
 		b.ask(has(b.g.Capabilities), "--allow-capability", All, "process.capabilities", "all capabilities")
 		return to
 	}
