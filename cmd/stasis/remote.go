@@ -167,12 +167,11 @@ func (r *remote) Restore(ctx context.Context, q node.RestoreRequest) (_ *node.Re
 	} else if string(data) != "{}" {
 		b.Grants = grants
 	}
-	if info, err := os.Stat(q.Checkpoint); err == nil && info.Mode().IsRegular() {
-		ref, remove, err := r.importFor(ctx, q)
-		if err != nil {
+	if info, serr := os.Stat(q.Checkpoint); serr == nil && info.Mode().IsRegular() {
+		var remove func() error
+		if b.Checkpoint, remove, err = r.importFor(ctx, q); err != nil {
 			return nil, err
 		}
-		b.Checkpoint = ref
 		defer func() {
 			if err != nil {
 				err = errors.Join(err, remove())

@@ -3,6 +3,7 @@ package stack
 import (
 	"context"
 	"net"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
@@ -31,6 +32,15 @@ func (s *Stack) StartStasisd(args ...string) *Stasisd {
 		}
 	})
 	return d
+}
+
+// Log is what it has logged.
+func (d *Stasisd) Log() string {
+	data, err := os.ReadFile(d.s.path("stasisd.log"))
+	if err != nil {
+		d.s.tb.Errorf("%v", err)
+	}
+	return string(data)
 }
 
 // Pid is its process.
