@@ -86,15 +86,20 @@ func onlyHere(cmd *cobra.Command) *cobra.Command {
 
 const annotationOnlyHere = "only here"
 
-// checkHost refuses what is for this host beside --host.
+// checkHost refuses what is for this host beside --host. $STASIS_HOST does not count beside
+// it: the shim calls `stasis stage --address …`, and has the environment of containerd.
 func (a *app) checkHost(cmd *cobra.Command) error {
+	for _, name := range []string{"address", "state"} {
+		switch {
+		case !cmd.Flags().Changed(name):
+		case cmd.Flags().Changed("host"):
+			return usageError("--%s is of this host, and --host of another", name)
+		default:
+			a.host.url = ""
+		}
+	}
 	if a.host.url == "" {
 		return nil
-	}
-	for _, name := range []string{"address", "state"} {
-		if cmd.Flags().Changed(name) {
-			return usageError("--%s is of this host, and --host of another", name)
-		}
 	}
 	for c := cmd; c != nil; c = c.Parent() {
 		if _, only := c.Annotations[annotationOnlyHere]; only {

@@ -47,7 +47,9 @@ func TestHostRefuses(t *testing.T) {
 		{"key show", exitUsage, "stasis key works on this host alone", ""},
 		{"convert a b", exitUsage, "on this host alone", ""},
 		{"sign a", exitUsage, "on this host alone", ""},
-		{"ls --state /x", exitUsage, "--state is of this host", ""},
+		{"ls --host HOST --state /x", exitUsage, "--state is of this host", ""},
+		{"ls --address /nonexistent", exitFailed, "no containerd at /nonexistent", ""},
+		{"stage --address /nonexistent DIR a", exitFailed, "no containerd at /nonexistent", ""},
 		{"restore a --attach", exitUsage, "--attach does not go with --host", ""},
 		{"restore a --runc-binary /x", exitUsage, "--runc-binary does not", ""},
 		{"restore a --runtime io.containerd.x.v1", exitUsage, "--runtime does not", ""},
@@ -74,7 +76,7 @@ func TestHostRefuses(t *testing.T) {
 		{"import -", exitFailed, "me may not", "POST /v1/imports"},
 	} {
 		asked = ""
-		code, _, errs := atHost(t, server.URL, tt.line)
+		code, _, errs := atHost(t, server.URL, strings.Replace(tt.line, "HOST", server.URL, 1))
 		if code != tt.code || !strings.Contains(errs, tt.part) || asked != tt.asked {
 			t.Errorf("stasis %s: exit code %d, want %d; asked %q, want %q; %s", tt.line, code, tt.code, asked, tt.asked, errs)
 		}
