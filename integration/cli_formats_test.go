@@ -15,7 +15,7 @@ import (
 // listedCheckpoint is what the tests look at of `stasis ls -o json`.
 type listedCheckpoint struct {
 	Ref    string
-	Format string `json:"form"`
+	Format string `json:"format"`
 	Info   struct {
 		ContainerName string `json:"container_name"`
 		Base          struct{ Name string }

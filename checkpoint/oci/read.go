@@ -23,7 +23,7 @@ import (
 // Summary is what a list of checkpoints shows. Nothing in it was checked against
 // the checkpoint itself.
 type Summary struct {
-	Format Format `json:"form"`
+	Format Format `json:"format"`
 	// Info has what manifests and small blobs tell; Labels and Stats are only
 	// known of the format Index when Stasis wrote it.
 	Info capture.Info `json:"info"`

@@ -56,7 +56,7 @@ a checkpoint names as its signer, or one that is trusted here if it names severa
 }
 
 func printList(a *app, list []node.Listed, now time.Time) error {
-	t := newTable(a.out, "REF", "CONTAINER", "FORM", "SIZE", "CREATED", "SIGNED BY", "BASE")
+	t := newTable(a.out, "REF", "CONTAINER", "FORMAT", "SIZE", "CREATED", "SIGNED BY", "BASE")
 	for _, l := range list {
 		if l.Broken != "" {
 			t.row(l.Ref, l.Owner(), string(l.Format), "", ago(l.Created, now), "", "("+l.Broken+")")
