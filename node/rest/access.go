@@ -100,6 +100,9 @@ func (c *caller) may(scope Scope, namespace string) bool {
 	return namespace == "" || slices.Contains(c.client.Namespaces, namespace) || slices.Contains(c.client.Namespaces, "*")
 }
 
+// everywhere tells whether what the caller may do, it may do in all namespaces.
+func (c *caller) everywhere() bool { return c.all || slices.Contains(c.client.Namespaces, "*") }
+
 // callerKey is for the caller that a request was let in as, in its context.
 type callerKey struct{}
 

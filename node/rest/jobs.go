@@ -28,8 +28,9 @@ const (
 	jobsFolder = "jobs"
 	// maxJobs bounds how many jobs are at work at a time; others wait.
 	maxJobs = 16
-	// maxQueued bounds how many wait.
-	maxQueued = 1000
+	// maxQueued bounds how many wait, maxQueuedEach how many of one client.
+	maxQueued     = 1000
+	maxQueuedEach = 250
 	// maxRecords bounds how many ended jobs are known; the oldest go first.
 	maxRecords = 1000
 	// maxRecord bounds what is read of one, in bytes.
@@ -120,10 +121,13 @@ func (j *jobs) start(ctx context.Context, kind, of string, do func(ctx context.C
 		ID: rand.Text(), Kind: kind, Of: of, Namespace: namespaceOf(ctx), Who: callerIn(ctx).name, State: v1.StateQueued, Created: time.Now().UTC(),
 	}}
 	j.mu.Lock()
-	queued := 0
+	queued, own := 0, 0
 	for _, other := range j.all {
 		if other.State == v1.StateQueued {
 			queued++
+			if other.Who == one.Who {
+				own++
+			}
 		}
 	}
 	switch {
@@ -135,6 +139,10 @@ func (j *jobs) start(ctx context.Context, kind, of string, do func(ctx context.C
 		j.mu.Unlock()
 		stop()
 		return v1.Job{}, fault.New(errdefs.ErrUnavailable, "%d jobs are waiting already", queued)
+	case own >= maxQueuedEach:
+		j.mu.Unlock()
+		stop()
+		return v1.Job{}, fault.New(errdefs.ErrUnavailable, "%d jobs of %s are waiting already", own, one.Who)
 	}
 	j.all[one.ID] = one
 	j.work.Add(1)

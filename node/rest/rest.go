@@ -121,7 +121,8 @@ func New(o Options) (*Server, error) {
 	s.bundleRoutes(mux)
 	s.v1(mux)
 	scrape := promhttp.HandlerFor(s.metrics.registry, promhttp.HandlerOpts{})
-	mux.Handle("GET /metrics", s.route(route{scope: ScopeRead}, func(w http.ResponseWriter, r *http.Request) error {
+	// They are of all namespaces.
+	mux.Handle("GET /metrics", s.route(route{scope: ScopeRead, everywhere: true}, func(w http.ResponseWriter, r *http.Request) error {
 		scrape.ServeHTTP(w, r)
 		return nil
 	}))
@@ -170,6 +171,8 @@ type route struct {
 	scope Scope
 	// namespace is containerd's, of what the request is about; nil: none.
 	namespace func(*http.Request) string
+	// everywhere: what the request is about is in all of them.
+	everywhere bool
 	// mutates: the call changes something, and is logged.
 	mutates bool
 	before  func(*http.Request) error                          // nil: nothing is looked at before
@@ -218,6 +221,10 @@ func (s *server) route(t route, serve func(http.ResponseWriter, *http.Request) e
 		}()
 		if !who.may(t.scope, namespace) {
 			t.fail(answer, http.StatusForbidden, fmt.Errorf("%s may not: it needs scope %s%s", who.name, t.scope, inNamespace(namespace)))
+			return
+		}
+		if t.everywhere && !who.everywhere() {
+			t.fail(answer, http.StatusForbidden, fmt.Errorf("%s may not: it needs scope %s in all namespaces", who.name, t.scope))
 			return
 		}
 		slots := s.slots

@@ -431,6 +431,39 @@ func TestJobsBounded(t *testing.T) {
 	}
 }
 
+// TestJobsQueue: what one client has waiting leaves room for others, and all of it is bounded.
+func TestJobsQueue(t *testing.T) {
+	j, ctx := newTestJobs(t, t.TempDir())
+	release, begun := make(chan struct{}), make(chan struct{}, maxJobs+maxQueued)
+	begin := func(who string) error {
+		_, err := j.start(context.WithValue(ctx, callerKey{}, &caller{name: who}), "x", "c", func(context.Context, node.Progress) (any, error) {
+			begun <- struct{}{}
+			<-release
+			return nil, nil
+		})
+		return err
+	}
+	defer j.work.Wait()
+	defer close(release)
+	for i := range maxJobs + maxQueued/maxQueuedEach*maxQueuedEach {
+		who := fmt.Sprint(max(0, i-maxJobs) / maxQueuedEach)
+		if err := begin(who); err != nil {
+			t.Fatalf("job %d of %s: %v", i, who, err)
+		}
+		if i < maxJobs {
+			<-begun
+		}
+		if i == maxJobs+maxQueuedEach-1 {
+			if err := begin("0"); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "of 0 are waiting") {
+				t.Errorf("one more of a client: %v", err)
+			}
+		}
+	}
+	if err := begin("another"); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "1000 jobs are waiting") {
+		t.Errorf("one more of another: %v", err)
+	}
+}
+
 // TestFollow: the events of a job end with its end.
 func TestFollow(t *testing.T) {
 	s, _ := newTestServer(t)
