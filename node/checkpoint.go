@@ -172,8 +172,10 @@ func (r *CheckpointRequest) complete() error {
 		return requestError("either containers or --pod")
 	case r.Pod == "" && len(r.Containers) == 0:
 		return requestError("no container is given")
-	case len(r.Containers) > 1 && r.Archive.isSet():
+	case (len(r.Containers) > 1 || r.Pod != "") && r.Archive.isSet():
 		return requestError("--output takes one container")
+	case r.Ref != "" && r.Archive.isSet():
+		return requestError("either a REF, which names an image, or --output FILE")
 	case (len(r.Containers) > 1 || r.Pod != "") && r.Ref != "":
 		return requestError("a REF is for one container; several get names of their own")
 	case r.Options.LinkRemap && !r.Exit:

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/url"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
@@ -48,8 +49,8 @@ func (op *restoring) waitHealthy(ctx context.Context, task client.Task, spec *sp
 	process.Args = []string{"/bin/sh", "-c", op.Healthy}
 	var last error
 	for try := 0; ; try++ {
-		var out strings.Builder
-		code, err := runIn(ctx, task, fmt.Sprintf("stasis-healthy-%d", try), &process, &out)
+		out := &lastBytes{}
+		code, err := runIn(ctx, task, fmt.Sprintf("stasis-healthy-%d", try), &process, out)
 		if err == nil && code == 0 {
 			return nil
 		}
@@ -83,9 +84,48 @@ func runIn(ctx context.Context, task client.Task, id string, process *specs.Proc
 	}
 	select {
 	case status := <-exited:
-		p.IO().Wait()
+		// A process of its own that it has left may have its output, and keep it.
+		drained := make(chan struct{})
+		go func() {
+			defer close(drained)
+			p.IO().Wait()
+		}()
+		select {
+		case <-drained:
+		case <-time.After(drainTime):
+		case <-ctx.Done():
+		}
 		return status.ExitCode(), status.Error()
 	case <-ctx.Done():
 		return 0, ctx.Err()
 	}
+}
+
+// drainTime bounds how long the output of a process that has ended is waited for.
+const drainTime = 2 * time.Second
+
+// lastBytes keeps the end of what is written to it: the program that writes is the
+// container's.
+type lastBytes struct {
+	mu   sync.Mutex
+	data []byte
+}
+
+// maxLastBytes is in bytes.
+const maxLastBytes = 4 << 10
+
+func (l *lastBytes) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.data = append(l.data, p[max(0, len(p)-maxLastBytes):]...)
+	if over := len(l.data) - maxLastBytes; over > 0 {
+		l.data = append(l.data[:0], l.data[over:]...)
+	}
+	return len(p), nil
+}
+
+func (l *lastBytes) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return string(l.data)
 }

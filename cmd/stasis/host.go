@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -47,13 +48,11 @@ type hostFlags struct {
 func (h *hostFlags) add(root *cobra.Command) {
 	f := root.PersistentFlags()
 	f.StringVar(&h.url, "host", env("STASIS_HOST", ""), "work on another node, by its stasisd: https://HOST:PORT or unix:///PATH; $STASIS_HOST")
-	f.StringVar(&h.tokenFile, "token-file", env("STASIS_TOKEN_FILE", ""), "file with the token for --host; $STASIS_TOKEN_FILE, or the token itself in $STASIS_TOKEN")
+	f.StringVar(&h.tokenFile, "token-file", "", "file with the token for --host; $STASIS_TOKEN_FILE, or the token itself in $STASIS_TOKEN")
 	f.StringVar(&h.tls.CA, "tls-ca", "", "PEM file with the authority of the certificate of --host; default: the system's")
 	f.StringVar(&h.tls.Cert, "tls-cert", "", "PEM file with a certificate to show to --host")
 	f.StringVar(&h.tls.Key, "tls-key", "", "PEM file with its key")
-	for _, name := range []string{"host", "token-file"} {
-		f.Lookup(name).DefValue = ""
-	}
+	f.Lookup("host").DefValue = ""
 	must(root.RegisterFlagCompletionFunc("host", cobra.NoFileCompletions))
 }
 
@@ -63,9 +62,14 @@ func (h *hostFlags) connect(namespace string) (*remote, error) {
 		return nil, nil
 	}
 	o := h.tls
-	o.Namespace, o.Token = namespace, os.Getenv("STASIS_TOKEN")
-	if h.tokenFile != "" {
-		data, err := os.ReadFile(h.tokenFile)
+	o.Namespace = namespace
+	file := h.tokenFile
+	// What is in the environment is for the host there.
+	if of := os.Getenv("STASIS_HOST"); of == "" || of == h.url {
+		o.Token, file = os.Getenv("STASIS_TOKEN"), cmp.Or(file, os.Getenv("STASIS_TOKEN_FILE"))
+	}
+	if file != "" {
+		data, err := os.ReadFile(file)
 		if err != nil {
 			return nil, fmt.Errorf("--token-file: %w", err)
 		}
@@ -78,33 +82,55 @@ func (h *hostFlags) connect(namespace string) (*remote, error) {
 	return &remote{c}, nil
 }
 
-// onlyHere marks a command that works on this host, and by no stasisd.
-func onlyHere(cmd *cobra.Command) *cobra.Command {
-	cmd.Annotations = map[string]string{annotationOnlyHere: ""}
+// Where a command works: what has neither annotation is about no node.
+const (
+	annotationAnywhere = "anywhere"
+	annotationOnlyHere = "only here"
+)
+
+// anywhere marks a command that works on the node of --host, too.
+func anywhere(cmd *cobra.Command) *cobra.Command { return annotated(cmd, annotationAnywhere) }
+
+// onlyHere marks a command that works on this node, and by no stasisd.
+func onlyHere(cmd *cobra.Command) *cobra.Command { return annotated(cmd, annotationOnlyHere) }
+
+func annotated(cmd *cobra.Command, annotation string) *cobra.Command {
+	cmd.Annotations = map[string]string{annotation: ""}
 	return cmd
 }
 
-const annotationOnlyHere = "only here"
-
-// checkHost refuses what is for this host beside --host. $STASIS_HOST does not count beside
-// it: the shim calls `stasis stage --address …`, and has the environment of containerd.
-func (a *app) checkHost(cmd *cobra.Command) error {
+// setHost connects to --host if the command is to work there, and refuses what does not go
+// with it. $STASIS_HOST does not count beside flags of this host.
+func (a *app) setHost(cmd *cobra.Command) (err error) {
+	typed := cmd.Flags().Changed("host")
 	for _, name := range []string{"address", "state"} {
 		switch {
 		case !cmd.Flags().Changed(name):
-		case cmd.Flags().Changed("host"):
+		case typed:
 			return usageError("--%s is of this host, and --host of another", name)
 		default:
 			a.host.url = ""
 		}
 	}
 	if a.host.url == "" {
+		for _, name := range []string{"token-file", "tls-ca", "tls-cert", "tls-key"} {
+			if cmd.Flags().Changed(name) {
+				return usageError("--%s is for --host, which is missing", name)
+			}
+		}
 		return nil
 	}
 	for c := cmd; c != nil; c = c.Parent() {
-		if _, only := c.Annotations[annotationOnlyHere]; only {
-			return usageError("stasis %s works on this host alone: run it there, or without --host", c.Name())
+		if _, is := c.Annotations[annotationAnywhere]; is {
+			a.remote, err = a.host.connect(a.namespace)
+			return err
 		}
+		if _, is := c.Annotations[annotationOnlyHere]; is {
+			return usageError("stasis %s works on this host alone: run it there, or here without --host (and $STASIS_HOST)", c.Name())
+		}
+	}
+	if typed {
+		return usageError("stasis %s does not go with --host", cmd.Name())
 	}
 	return nil
 }

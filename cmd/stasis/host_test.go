@@ -50,11 +50,20 @@ func TestHostRefuses(t *testing.T) {
 		{"ls --host HOST --state /x", exitUsage, "--state is of this host", ""},
 		{"ls --address /nonexistent", exitFailed, "no containerd at /nonexistent", ""},
 		{"stage --address /nonexistent DIR a", exitFailed, "no containerd at /nonexistent", ""},
+		{"version", 0, "", ""},
+		{"version --host HOST", exitUsage, "stasis version does not go with --host", ""},
+		{"ls --tls-ca /nonexistent", exitUsage, "--host", ""},
+		{"inspect ./a", exitUsage, "./a is a path", ""},
+		{"verify /a", exitUsage, "/a is a path", ""},
+		{"diff a ./b", exitUsage, "./b is a path", ""},
+		{"restore /nonexistent", exitUsage, "/nonexistent is a path", ""},
+		{"checkpoint c x/y:1 --output db.tar", exitUsage, "either a REF", ""},
+		{"checkpoint --pod p --output db.tar", exitUsage, "one container", ""},
 		{"restore a --attach", exitUsage, "--attach does not go with --host", ""},
 		{"restore a --runc-binary /x", exitUsage, "--runc-binary does not", ""},
 		{"restore a --runtime io.containerd.x.v1", exitUsage, "--runtime does not", ""},
 		{"restore a --max-size 1G", exitUsage, "--max-size does not", ""},
-		{"restore a --log-uri binary:///bin/x", exitUsage, "--log-uri other than", ""},
+		{"restore a --log-uri binary:///bin/x", exitUsage, "--log-uri does not", ""},
 		{"inspect a --max-size 1G", exitUsage, "--max-size does not", ""},
 		{"diff a b --max-size 1G", exitUsage, "--max-size does not", ""},
 		{"export a - --max-size 1G", exitUsage, "--max-size does not", ""},
@@ -81,6 +90,9 @@ func TestHostRefuses(t *testing.T) {
 			t.Errorf("stasis %s: exit code %d, want %d; asked %q, want %q; %s", tt.line, code, tt.code, asked, tt.asked, errs)
 		}
 	}
+	if code, _, errs := atHost(t, "", "ls --token-file x"); code != exitUsage || !strings.Contains(errs, "--token-file is for --host") {
+		t.Errorf("exit code %d, %s", code, errs)
+	}
 	if code, _, errs := atHost(t, "http://node", "ls"); code != exitUsage || !strings.Contains(errs, "--host: http://node: stasisd is spoken to without TLS") {
 		t.Errorf("exit code %d, %s", code, errs)
 	}
@@ -97,6 +109,10 @@ func TestHostToken(t *testing.T) {
 	t.Setenv("STASIS_TOKEN", "of-env")
 	_, _, errs := atHost(t, server.URL, "ls")
 	if got != "Bearer of-env" || strings.Contains(errs, "of-env") {
+		t.Errorf("%q %s", got, errs)
+	}
+	// It is not for another host than that of the environment.
+	if _, _, errs = atHost(t, "https://elsewhere", "--host "+server.URL+" ls"); got != "" {
 		t.Errorf("%q %s", got, errs)
 	}
 	file := filepath.Join(t.TempDir(), "token")

@@ -3,13 +3,16 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"net/url"
+	"net"
 	"os"
 	"slices"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/stasis-run/stasis/checkpoint/capture"
@@ -30,11 +33,21 @@ func notThere(what string) error {
 
 // explained is an error of the node's as commands know it.
 func explained(err error) error {
-	if p := (*v1.Problem)(nil); errors.As(err, &p) && p.WrongRequest() {
-		return fault.New(node.ErrRequest, "%s", p.Error())
+	p := (*v1.Problem)(nil)
+	if !errors.As(err, &p) {
+		return err
 	}
-	return err
+	text := node.Printable(p.Error()) // whatever node that is
+	if p.WrongRequest() {
+		return fault.New(node.ErrRequest, "%s", text)
+	}
+	return fault.New(p, "%s", text)
 }
+
+// mayGoOn is an error of a job that may go on: the node cannot be asked.
+type mayGoOn struct{ error }
+
+func (m mayGoOn) Unwrap() error { return m.error }
 
 // undoTime bounds how long the node is waited for when it undoes what was given up.
 const undoTime = time.Minute
@@ -45,10 +58,22 @@ func (r *remote) run(ctx context.Context, tell node.Progress, begin func(context
 	if err := context.Cause(ctx); err != nil {
 		return err
 	}
-	whole := context.WithoutCancel(ctx)
-	job, err := begin(whole) // else nobody knows whether it has begun
-	if err != nil {
+	// Given up in the middle of the request, nobody would know whether it has begun.
+	whole, giveUp := context.WithCancel(context.WithoutCancel(ctx))
+	defer giveUp()
+	defer context.AfterFunc(ctx, func() {
+		defer time.AfterFunc(undoTime, giveUp).Stop()
+		<-whole.Done()
+	})()
+	job, err := begin(whole)
+	if op := (*net.OpError)(nil); errors.As(err, &op) && op.Op == "dial" {
+		return err
+	}
+	if p := (*v1.Problem)(nil); errors.As(err, &p) {
 		return explained(err)
+	}
+	if err != nil {
+		return mayGoOn{fmt.Errorf("%w (the node may have begun all the same: its GET /v1/jobs tells)", err)}
 	}
 	of := job.Of
 	show := func(j v1.Job) {
@@ -64,17 +89,11 @@ func (r *remote) run(ctx context.Context, tell node.Progress, begin func(context
 	id := job.ID
 	job, err = r.c.Wait(ctx, id, show)
 	if ctx.Err() != nil {
-		whole, stop := context.WithTimeout(whole, undoTime)
-		defer stop()
-		// It may have ended just now, which is no error.
-		_, cerr := r.c.Cancel(whole, id)
-		if job, err = r.c.Wait(whole, id, nil); err != nil {
-			err = errors.Join(err, cerr)
-		}
+		job, err = r.cancel(whole, id)
 	}
 	show(v1.Job{})
 	if err != nil {
-		return fmt.Errorf("job %s on the node may go on: %w", id, err)
+		return mayGoOn{fmt.Errorf("job %s on the node may go on: %w", id, explained(err))}
 	}
 	if job.Result != nil {
 		if err := json.Unmarshal(job.Result, out); err != nil {
@@ -90,8 +109,31 @@ func (r *remote) run(ctx context.Context, tell node.Progress, begin func(context
 	return err
 }
 
-// Checkpoint implements operations. An archive is made there of an image, which is then
-// removed.
+// cancel has a job end, and waits for that. It may have ended just now, which is no error.
+func (r *remote) cancel(ctx context.Context, id string) (*v1.Job, error) {
+	for {
+		_, err := r.c.Cancel(ctx, id)
+		if p := (*v1.Problem)(nil); err == nil || errors.As(err, &p) && p.Status < 500 {
+			return r.c.Wait(ctx, id, nil)
+		}
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-time.After(time.Second):
+		}
+	}
+}
+
+// image refuses a path, which on the node would be the name of an image.
+func image(arg string) error {
+	if strings.HasPrefix(arg, "/") || strings.HasPrefix(arg, ".") {
+		return fault.New(node.ErrRequest, "%s is a path: with --host a checkpoint is an image on the node; `stasis import` makes one of a file", arg)
+	}
+	return nil
+}
+
+// Checkpoint implements operations. An archive is made of an image there, under a name that
+// no other has, which is then removed. It is in the format that needs no base image.
 func (r *remote) Checkpoint(ctx context.Context, q node.CheckpointRequest) ([]node.CheckpointResult, error) {
 	if q.From != "" {
 		return nil, notThere("--from")
@@ -111,12 +153,20 @@ func (r *remote) Checkpoint(ctx context.Context, q node.CheckpointRequest) ([]no
 	}
 	archive := q.Archive.Path != ""
 	if archive {
-		b.Format = node.FormatRunnable
+		b.Format, b.Ref = node.FormatPodman, "localhost/stasis-output/"+strings.ToLower(rand.Text())+":1"
 	}
 	results := []node.CheckpointResult{}
 	err := r.run(ctx, q.Progress, func(ctx context.Context) (*v1.Job, error) { return r.c.Checkpoint(ctx, b) }, &results)
-	if !archive || err != nil || len(results) != 1 {
+	switch {
+	case !archive:
 		return results, err
+	case err != nil:
+		if m := (mayGoOn{}); errors.As(err, &m) {
+			err = fmt.Errorf("%w (the checkpoint will be %s there)", err, b.Ref)
+		}
+		return nil, err
+	case len(results) != 1:
+		return nil, fmt.Errorf("the node has made %d checkpoints, not one, as %s", len(results), b.Ref)
 	}
 	one := &results[0]
 	err = r.Export(ctx, node.ExportRequest{Checkpoint: one.Ref, Output: q.Archive, Compression: q.Compression, Progress: q.Progress})
@@ -135,7 +185,7 @@ func (r *remote) Checkpoint(ctx context.Context, q node.CheckpointRequest) ([]no
 }
 
 // Restore implements operations. A file is imported first.
-func (r *remote) Restore(ctx context.Context, q node.RestoreRequest) (_ *node.RestoreResult, err error) {
+func (r *remote) Restore(ctx context.Context, q node.RestoreRequest) (result *node.RestoreResult, err error) {
 	switch {
 	case q.IO != nil:
 		return nil, notThere("--attach")
@@ -145,19 +195,14 @@ func (r *remote) Restore(ctx context.Context, q node.RestoreRequest) (_ *node.Re
 		return nil, notThere("--runc-binary")
 	case q.MaxSize != 0:
 		return nil, notThere("--max-size")
+	case q.LogURI != "":
+		return nil, notThere("--log-uri")
 	}
 	g := q.Grants
 	b := v1.RestoreBody{Checkpoint: q.Checkpoint, Name: q.Name, TCPClose: q.TCPClose, Network: g.Network, PlainHTTP: q.PlainHTTP,
 		Privileged: g.Privileged, Snapshotter: q.Snapshotter, WaitHealthy: q.Healthy}
 	if q.Healthy != "" {
 		b.WaitSeconds = max(1, int(q.HealthyTimeout.Round(time.Second)/time.Second))
-	}
-	if q.LogURI != "" {
-		u, err := url.Parse(q.LogURI)
-		if err != nil || u.Scheme != "file" {
-			return nil, notThere("--log-uri other than file:///PATH")
-		}
-		b.LogPath = u.Path
 	}
 	grants := &v1.Grants{Mounts: g.Mounts, Devices: g.Devices, Namespaces: g.Namespaces, Capabilities: g.Capabilities, Seccomp: g.Seccomp,
 		NewPrivileges: g.NewPrivileges, Unmask: g.Unmask, Sysctls: g.Sysctls, Ulimits: g.Ulimits, Labels: g.Labels, Priorities: g.Priorities,
@@ -167,18 +212,26 @@ func (r *remote) Restore(ctx context.Context, q node.RestoreRequest) (_ *node.Re
 	} else if string(data) != "{}" {
 		b.Grants = grants
 	}
-	if info, serr := os.Stat(q.Checkpoint); serr == nil && info.Mode().IsRegular() {
+	info, serr := os.Stat(q.Checkpoint)
+	if serr != nil || info.IsDir() {
+		if err := image(q.Checkpoint); err != nil {
+			return nil, err
+		}
+	} else {
 		var remove func() error
 		if b.Checkpoint, remove, err = r.importFor(ctx, q); err != nil {
 			return nil, err
 		}
 		defer func() {
-			if err != nil {
+			switch m := (mayGoOn{}); {
+			case errors.As(err, &m):
+				err = fmt.Errorf("%w (its image is %s there)", err, b.Checkpoint)
+			case err != nil && result == nil:
 				err = errors.Join(err, remove())
 			}
 		}()
 	}
-	result := &node.RestoreResult{}
+	result = &node.RestoreResult{}
 	err = r.run(ctx, q.Progress, func(ctx context.Context) (*v1.Job, error) { return r.c.Restore(ctx, b) }, result)
 	if result.Container == "" {
 		result = nil
@@ -239,15 +292,27 @@ func (r *remote) Inspect(ctx context.Context, q node.InspectRequest) (*node.Insp
 	if q.MaxSize != 0 {
 		return nil, notThere("--max-size")
 	}
+	if err := image(q.Checkpoint); err != nil {
+		return nil, err
+	}
 	in := &node.Inspection{}
 	data, err := r.c.Inspect(ctx, q.Checkpoint, q.Secrets)
-	return in, read(data, err, in)
+	if err := read(data, err, in); err != nil {
+		return nil, err
+	}
+	if in.Report == nil {
+		return nil, errors.New("the node's answer tells nothing of the checkpoint")
+	}
+	return in, nil
 }
 
 // Diff implements operations.
 func (r *remote) Diff(ctx context.Context, q node.DiffRequest) (*node.Difference, error) {
 	if q.MaxSize != 0 {
 		return nil, notThere("--max-size")
+	}
+	if err := cmp.Or(image(q.First), image(q.Second)); err != nil {
+		return nil, err
 	}
 	d := &node.Difference{}
 	data, err := r.c.Diff(ctx, q.First, q.Second)
@@ -264,6 +329,9 @@ func read(data []byte, err error, out any) error {
 
 // Verify implements operations.
 func (r *remote) Verify(ctx context.Context, ref string) (*node.Verification, error) {
+	if err := image(ref); err != nil {
+		return nil, err
+	}
 	v := &node.Verification{}
 	err := r.run(ctx, nil, func(ctx context.Context) (*v1.Job, error) { return r.c.Verify(ctx, ref) }, v)
 	if v.Checkpoint == "" {
@@ -275,13 +343,15 @@ func (r *remote) Verify(ctx context.Context, ref string) (*node.Verification, er
 // Remove implements operations.
 func (r *remote) Remove(ctx context.Context, refs ...string) ([]string, error) {
 	removed := []string{}
+	var failed []error
 	for _, ref := range refs {
 		if err := r.c.Remove(ctx, ref); err != nil {
-			return removed, explained(err)
+			failed = append(failed, fmt.Errorf("remove %s: %w", ref, explained(err)))
+			continue
 		}
 		removed = append(removed, ref)
 	}
-	return removed, nil
+	return removed, errors.Join(failed...)
 }
 
 // Push implements operations. Credentials are those of the node.
@@ -364,12 +434,15 @@ func (r *remote) Check(ctx context.Context) []node.Finding {
 	return found
 }
 
-// passing tells how much passes through it.
+// passing tells how much passes through it, until it ends.
 type passing struct {
-	tell   node.Progress
+	tell node.Progress
+	w    io.Writer
+	r    io.Reader
+
+	mu     sync.Mutex
 	update node.Update
-	w      io.Writer
-	r      io.Reader
+	ended  bool
 }
 
 func (p *passing) Write(data []byte) (int, error) {
@@ -378,20 +451,32 @@ func (p *passing) Write(data []byte) (int, error) {
 	return n, err
 }
 
+// Read is for net/http, which may go on reading when it has returned the answer.
 func (p *passing) Read(data []byte) (int, error) {
+	p.mu.Lock()
+	ended := p.ended
+	p.mu.Unlock()
+	if ended {
+		return 0, io.ErrClosedPipe
+	}
 	n, err := p.r.Read(data)
 	p.add(n)
 	return n, err
 }
 
 func (p *passing) add(n int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	p.update.Done += int64(n)
-	if p.tell != nil {
+	if p.tell != nil && !p.ended {
 		p.tell(p.update)
 	}
 }
 
 func (p *passing) end() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.ended = true
 	if p.tell != nil {
 		p.tell(node.Update{Of: p.update.Of})
 	}

@@ -68,11 +68,7 @@ all else to stderr; what cannot be written to stdout is a failure. A signal
 			if err := identifiers.Validate(a.namespace); err != nil {
 				return fmt.Errorf("--namespace: %w", err)
 			}
-			if err := a.checkHost(cmd); err != nil {
-				return err
-			}
-			var err error
-			if a.remote, err = a.host.connect(a.namespace); err != nil {
+			if err := a.setHost(cmd); err != nil {
 				return err
 			}
 			a.started = true

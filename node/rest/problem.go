@@ -18,10 +18,16 @@ func slug(title string) string { return strings.ToLower(strings.ReplaceAll(title
 // problemOf is an error of package node as a problem.
 func problemOf(err error) *v1.Problem { return problem(statusOf(err), err) }
 
+// maxDetail bounds Problem.Detail, in bytes. A record of a job has to be read again.
+const maxDetail = 16 << 10
+
 // problem is an error as a problem. Its status names it, and what the status does not tell
 // the error.
 func problem(status int, err error) *v1.Problem {
 	p := &v1.Problem{Title: http.StatusText(status), Status: status, Detail: err.Error()}
+	if len(p.Detail) > maxDetail {
+		p.Detail = strings.ToValidUTF8(p.Detail[:maxDetail], "") + "…"
+	}
 	p.Type = v1.ProblemType(slug(p.Title))
 	switch {
 	case errors.Is(err, node.ErrRequest):

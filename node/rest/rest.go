@@ -202,6 +202,12 @@ func (s *server) route(t route, serve func(http.ResponseWriter, *http.Request) e
 		if t.namespace != nil {
 			namespace = t.namespace(r)
 		}
+		if namespace != "" {
+			if err := identifiers.Validate(namespace); err != nil {
+				t.fail(w, http.StatusBadRequest, badRequest{fmt.Errorf("namespace: %w", err)})
+				return
+			}
+		}
 		answer := &recorder{ResponseWriter: w}
 		defer func() {
 			failed := recover()

@@ -16,6 +16,9 @@ import (
 // The interface of our own, /v1. huma makes its OpenAPI document of the Go types, and
 // checks requests by it before a handler sees them.
 
+// encoding/json takes a field in any case, and the last one counts: huma checks another.
+func init() { huma.ValidateStrictCasing = true }
+
 // v1Mux has huma's routes go through server.route, which lets callers in.
 type v1Mux struct {
 	*http.ServeMux

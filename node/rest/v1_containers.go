@@ -3,7 +3,6 @@ package rest
 import (
 	"cmp"
 	"context"
-	"net/url"
 	"time"
 
 	"github.com/danielgtaylor/huma/v2"
@@ -84,13 +83,6 @@ func (s *server) restoreRequest(ctx context.Context, b v1.RestoreBody) (node.Res
 		if err := s.needs(ctx, ScopeExec, "wait_healthy"); err != nil {
 			return r, err
 		}
-	}
-	if b.LogPath != "" {
-		path, err := s.paths.output("log_path", b.LogPath)
-		if err != nil {
-			return r, err
-		}
-		r.LogURI = (&url.URL{Scheme: "file", Path: path}).String()
 	}
 	return r, nil
 }

@@ -22,16 +22,28 @@ func (s *server) v1Events(api huma.API, m *v1Mux) {
 		func(ctx context.Context, _ *InNamespace, send sse.Sender) {
 			ctx, stop := s.events.untilClosed(ctx)
 			defer stop()
+			// containerd would keep for a slow client what that has not read.
+			happened := make(chan v1.Event, maxBehind)
 			tell := func(e v1.Event) {
+				select {
+				case happened <- e:
+				default:
+					stop()
+				}
+			}
+			go func() {
+				defer close(happened)
+				err := s.o.Node.Watch(ctx,
+					func() { tell(v1.Event{Type: v1.EventWatching, Time: time.Now().UTC()}) },
+					func(e node.Event) { tell(v1.Event(e)) })
+				if ctx.Err() == nil {
+					s.o.Log.Warn("GET /v1/events: " + err.Error())
+				}
+			}()
+			for e := range happened {
 				if send.Data(e) != nil {
 					stop() // the client has gone away
 				}
-			}
-			err := s.o.Node.Watch(ctx,
-				func() { tell(v1.Event{Type: v1.EventWatching, Time: time.Now().UTC()}) },
-				func(e node.Event) { tell(v1.Event(e)) })
-			if ctx.Err() == nil {
-				s.o.Log.Warn("GET /v1/events: " + err.Error())
 			}
 		})
 }

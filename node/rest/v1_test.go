@@ -253,8 +253,9 @@ func TestProblems(t *testing.T) {
 		{"POST", "/v1/checkpoints", `{"containers":["` + strings.Repeat("x", 1<<20) + `"]}`, 413, "", ""},
 		{"POST", "/v1/restores", `{"checkpoint":""}`, 422, "unprocessable-entity", ""},
 		{"POST", "/v1/restores", `{"checkpoint":"x","network":"join=/proc/1/ns/net"}`, 422, "unprocessable-entity", ""},
-		{"POST", "/v1/restores", `{"checkpoint":"x","log_path":"/etc/passwd"}`, 403, "forbidden", "log_path"},
-		{"GET", "/v1/events?namespace=../x", "", 422, "unprocessable-entity", ""},
+		{"POST", "/v1/restores", `{"checkpoint":"x","wait_seconds":1,"WAIT_SECONDS":1000000}`, 422, "unprocessable-entity", ""},
+		{"GET", "/v1/events?namespace=../x", "", 400, "bad-request", "namespace"},
+		{"GET", "/v1/checkpoints/x/export?namespace=a%22b", "", 400, "bad-request", "namespace"},
 		{"GET", "/v1/checkpoints/%2Fetc%2Fpasswd", "", 503, "service-unavailable", "no containerd"}, // an image, of which containerd is asked
 		{"GET", "/v1/none", "", 404, "not-found", "no GET /v1/none"},
 		{"POST", "/v1/pulls", `{"ref":"` + strings.Repeat("x", 600) + `"}`, 422, "unprocessable-entity", ""},

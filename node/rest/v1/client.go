@@ -48,13 +48,22 @@ func New(address string, o Options) (*Client, error) {
 	if err != nil {
 		return nil, err
 	}
+	address = u.Redacted() // for errors
+	if u.Scheme != "unix" && strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "" || u.User != nil {
+		return nil, fmt.Errorf("%s: it has more than a host and a port", address)
+	}
+	if u.Scheme != "https" && (o.CA != "" || o.Cert != "" || o.Key != "") {
+		return nil, fmt.Errorf("%s: certificates are for https", address)
+	}
+	dialer := &net.Dialer{Timeout: dialTime}
 	transport := http.DefaultTransport.(*http.Transport).Clone()
+	transport.DialContext = dialer.DialContext
 	switch {
 	case u.Scheme == "unix" && u.Host == "" && u.Path != "":
 		socket := u.Path
 		transport.Proxy = nil
 		transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{Timeout: 10 * time.Second}).DialContext(ctx, "unix", socket)
+			return dialer.DialContext(ctx, "unix", socket)
 		}
 		u = &url.URL{Scheme: "http", Host: "node"}
 	case u.Scheme == "https" && u.Host != "":
@@ -67,9 +76,6 @@ func New(address string, o Options) (*Client, error) {
 		return nil, fmt.Errorf("%s: stasisd is spoken to without TLS on its own host only; say https", address)
 	default:
 		return nil, fmt.Errorf("%s: it is https://HOST:PORT, unix:///PATH or http://localhost:PORT", address)
-	}
-	if strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "" || u.User != nil {
-		return nil, fmt.Errorf("%s: it has more than a host and a port", address)
 	}
 	return &Client{
 		base: url.URL{Scheme: u.Scheme, Host: u.Host}, namespace: cmp.Or(o.Namespace, "default"), token: o.Token,
@@ -113,6 +119,8 @@ func (o Options) tls() (*tls.Config, error) {
 }
 
 const (
+	// dialTime bounds how long a connection takes.
+	dialTime = 10 * time.Second
 	// maxAnswer bounds an answer that is read as a whole, in bytes.
 	maxAnswer = 64 << 20
 	// answerTime bounds how long a request may take that is no stream: diff reads two
@@ -234,7 +242,7 @@ func (c *Client) Checkpoints(ctx context.Context, q ListQuery) ([]Checkpoint, er
 	if q.Format != "" {
 		query.Set("format", q.Format)
 	}
-	all := []Checkpoint{}
+	all, pages := []Checkpoint{}, map[string]bool{}
 	for {
 		var page CheckpointList
 		if err := c.call(ctx, "GET", "/v1/checkpoints", query, nil, &page); err != nil {
@@ -244,9 +252,10 @@ func (c *Client) Checkpoints(ctx context.Context, q ListQuery) ([]Checkpoint, er
 		if page.Next == "" {
 			return all, nil
 		}
-		if len(page.Items) == 0 {
-			return nil, c.failed("GET", "/v1/checkpoints", errors.New("a page is empty, and not the last"))
+		if pages[page.Next] {
+			return nil, c.failed("GET", "/v1/checkpoints", errors.New("a page comes twice"))
 		}
+		pages[page.Next] = true
 		query.Set("after", page.Next)
 	}
 }

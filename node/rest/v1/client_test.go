@@ -60,12 +60,18 @@ func TestNew(t *testing.T) {
 		{"https://node/prefix", Options{}, "more than a host"},
 		{"https://user:pw@node", Options{}, "more than a host"},
 		{"https://node?x=1", Options{}, "more than a host"},
+		{"unix:///s?x=1", Options{}, "more than a host"},
+		{"unix:///s", Options{CA: empty}, "are for https"},
+		{"http://localhost", Options{Cert: empty}, "are for https"},
 		{"https://node", Options{CA: filepath.Join(dir, "none")}, "no such file"},
 		{"https://node", Options{CA: empty}, "no certificate"},
 		{"https://node", Options{Cert: empty}, "needs its key"},
 		{"https://node", Options{Cert: empty, Key: empty}, "certificate"},
 	} {
 		_, err := New(tt.url, tt.o)
+		if strings.Contains(fmt.Sprint(err), "pw@") {
+			t.Errorf("%q: the error has the password: %v", tt.url, err)
+		}
 		if (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%q: %v, want %q", tt.url, err, tt.want)
 		}
@@ -195,7 +201,7 @@ func TestPages(t *testing.T) {
 	if err != nil || len(all) != 3 || all[2].Ref != "c" {
 		t.Errorf("%+v, %v", all, err)
 	}
-	c = serve(t, func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, `{"items":[],"next":"b"}`) })
+	c = serve(t, func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, `{"items":[{"ref":"b"}],"next":"b"}`) })
 	if _, err := c.Checkpoints(t.Context(), ListQuery{}); err == nil {
 		t.Error("pages without end are no error")
 	}

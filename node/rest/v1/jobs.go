@@ -81,8 +81,8 @@ func jobPath(id string) string { return "/v1/jobs/" + url.PathEscape(id) }
 const (
 	// waitAgain is how long Wait waits after a connection that broke, before it asks again.
 	waitAgain = time.Second
-	// waitTries is how often it does so without any answer.
-	waitTries = 30
+	// waitTime is how long it does so without any answer.
+	waitTime = 30 * time.Second
 )
 
 // Wait waits for a job's end, also over connections that break, and tells of each step on
@@ -93,16 +93,16 @@ func (c *Client) Wait(ctx context.Context, id string, tell func(Job)) (*Job, err
 	if tell == nil {
 		tell = func(Job) {}
 	}
-	for failures := 0; ; failures++ {
+	for heard := time.Now(); ; {
 		last, err := c.follow(ctx, id, tell)
 		if last != nil {
 			if last.State.Ended() {
 				return last, nil
 			}
-			failures = 0
+			heard = time.Now() // the connection was good until now
 		}
 		var p *Problem
-		if errors.As(err, &p) && p.Status < 500 || ctx.Err() != nil || failures == waitTries {
+		if errors.As(err, &p) && p.Status < 500 || ctx.Err() != nil || time.Since(heard) > waitTime {
 			return last, errors.Join(err, context.Cause(ctx))
 		}
 		select {

@@ -55,7 +55,6 @@ type RestoreBody struct {
 	Privileged  bool    `json:"privileged,omitempty" doc:"grant all that the checkpoint's spec asks for; needs scope admin"`
 	Grants      *Grants `json:"grants,omitempty" doc:"grant some of what the checkpoint's spec asks for; needs scope admin"`
 	Snapshotter string  `json:"snapshotter,omitempty" maxLength:"76" doc:"containerd's; without it, containerd's own choice"`
-	LogPath     string  `json:"log_path,omitempty" maxLength:"4096" doc:"a file for the container's output, below a folder that stasisd's configuration allows; without it, output goes nowhere"`
 	WaitHealthy string  `json:"wait_healthy,omitempty" maxLength:"4096" doc:"run in the container by sh -c until it succeeds; needs scope exec"`
 	WaitSeconds int     `json:"wait_seconds,omitempty" minimum:"0" maximum:"3600" doc:"how long wait_healthy waits; 60 without it"`
 }
