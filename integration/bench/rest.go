@@ -81,7 +81,7 @@ func (b *bench) rest(size size, containers int) {
 	b.logf("GET /state with %d containers: 50 times", containers)
 	for i := range containers {
 		name := fmt.Sprintf("state-%d", i)
-		call("POST", "/containers/"+name, fmt.Sprintf(`{"bundlePath":%q}`, b.s.Bundle(name, stack.Busybox, stack.Args("sleep", "100000"))))
+		call("POST", "/containers/"+name, fmt.Sprintf(`{"bundlePath":%q}`, b.s.Bundle(name, "busybox", stack.Args("sleep", "100000"))))
 	}
 	b.rounds(50, []*row{{Name: fmt.Sprintf("GET /state, %d containers", containers), Unit: "ms"}}, contender{stasis, func() []float64 {
 		start := time.Now()
