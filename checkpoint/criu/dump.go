@@ -93,7 +93,8 @@ type DumpResult struct {
 }
 
 // Dump has CRIU write the container to a folder. The container is frozen when CRIU is
-// about to look at it, and runs on when CRIU has left it; see dumpRelay. Whatever fails,
+// about to look at it, and runs on when CRIU has left it and While has ended; see
+// dumpRelay. One that is paused is frozen before and after. Whatever fails,
 // it runs on (or stays paused), its network open, and the folder is as it was; the
 // error holds CRIU's own error lines and says where its log is.
 func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
@@ -145,17 +146,6 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 		opts.ExtraArgs = skipInFlight(version())
 	}
 	preDumps, err := r.preDump(ctx, callCtx, folder)
-	if err == nil && r.Exit {
-		// Sums of the memory's chunks, in the manifest and in the envelope.
-		resident := r.resident()
-		more := resident / sumsPerByte
-		if len(preDumps) > 0 || r.Parent != nil {
-			more += resident
-		}
-		if rerr := folder.Reserve(more); rerr != nil {
-			err = &ownError{rerr}
-		}
-	}
 	if n := len(preDumps); n > 0 {
 		opts.ParentPath = layout.PreDump(n)
 	} else if r.Parent != nil && err == nil {
@@ -166,13 +156,19 @@ func Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 	started := time.Now()
 	var frozen window
 	if err == nil {
-		watch := r.watchMemory(ctx, folder.Path())
+		var watch *memoryWatch
 		// Only after the thaw: it may be reading the mappings.
-		defer watch.wait()
-		frozen, err = r.frozen(ctx, watch.end, func(env []string) error {
-			defer watch.end()
+		defer func() { watch.wait() }()
+		frozen, err = r.frozen(ctx, moments{
+			begun: func() error {
+				watch = r.watchMemory(ctx, folder.Path())
+				return r.reserve(folder, len(preDumps) > 0)
+			},
+			written: func() { watch.end() },
+		}, func(env []string) error {
 			return r.Runtime.Checkpoint(runc.WithExtraEnv(criuCtx, env...), opts, actions...)
 		})
+		watch.end()
 	}
 	if err != nil && r.Exit && finished(r.logPath()) {
 		// CRIU was killed while it killed the container, of which this is now
@@ -245,6 +241,21 @@ func linkParent(images, parent string) error {
 	return nil
 }
 
+// reserve makes sure, for a container that ends with the dump, that what comes after that
+// has room.
+func (r *DumpRequest) reserve(folder *checkpoint.Folder, preDumps bool) error {
+	if !r.Exit {
+		return nil
+	}
+	// Sums of the memory's chunks, in the manifest and in the envelope.
+	resident := r.resident()
+	more := resident / sumsPerByte
+	if preDumps || r.Parent != nil {
+		more += resident
+	}
+	return folder.Reserve(more)
+}
+
 // sumsPerByte: a chunk of 4 MiB has a sum of 43 bytes in the manifest, and of 58 in the
 // envelope, and either is written anew when it is in its place.
 const sumsPerByte = 16 << 10
@@ -287,22 +298,31 @@ var errNotTold = errors.New("CRIU has not told when it began: the OCI runtime do
 
 func freezeError(err error) error { return fmt.Errorf("freeze it: %w", err) }
 
-// frozen has dump run the runtime with more environment, while the container is frozen,
-// and with it r.While. A container whose cgroup is not known is left to CRIU to freeze.
-// written is called when CRIU has left the processes, before they run on.
-func (r *DumpRequest) frozen(ctx context.Context, written func(), dump func(env []string) error) (window, error) {
+// moments are what is done in a dump at some moments.
+type moments struct {
+	begun   func() error // the container stands still, and CRIU has not looked at it
+	written func()       // CRIU has left the processes, and they do not run on yet
+}
+
+// frozen has dump call the runtime, with more environment, and r.While beside it; the
+// container is frozen when CRIU begins. One whose cgroup is not known is left to CRIU to
+// freeze, and one that is paused is frozen already.
+func (r *DumpRequest) frozen(ctx context.Context, at moments, dump func(env []string) error) (window, error) {
 	switch {
 	case r.Cgroup == nil && r.While != nil:
 		return window{}, &ownError{fmt.Errorf("its cgroup could not be loaded, so it cannot be frozen: %w", errdefs.ErrFailedPrecondition)}
 	case r.Cgroup != nil && !r.Paused:
-		d := &dumpRelay{r: r, ctx: ctx, written: written}
+		d := newDumpRelay(ctx, r, at)
 		relay, env, err := newRelay(r.Bundle, r.Self, d)
 		if err != nil {
 			return window{}, &ownError{fmt.Errorf("get between the OCI runtime and CRIU: %w", err)}
 		}
 		err = dump(env)
 		relay.close() // it waits for whoever freezes
-		return d.end(err)
+		return d.end(relay.explain(err))
+	}
+	if err := at.begun(); err != nil {
+		return window{}, &ownError{err}
 	}
 	if r.While == nil {
 		return window{}, dump(nil)
@@ -312,6 +332,7 @@ func (r *DumpRequest) frozen(ctx context.Context, written func(), dump func(env 
 	done := make(chan error, 1)
 	go func() { done <- r.While(ctx) }()
 	err := dump(nil)
+	at.written()
 	if err != nil {
 		cancel()
 	}

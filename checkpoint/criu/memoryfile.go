@@ -77,7 +77,7 @@ func (r *DumpRequest) watchMemory(ctx context.Context, dir string) *memoryWatch 
 	return w
 }
 
-// end tells that CRIU has ended. It does not wait.
+// end tells that CRIU has left the processes. It does not wait.
 func (w *memoryWatch) end() {
 	if w != nil {
 		w.cancel()

@@ -97,8 +97,29 @@ type relay struct {
 	dir      *os.File
 	serving  sync.WaitGroup
 
-	mu    sync.Mutex
-	conns map[*net.UnixConn]bool // nil once the relay is closed
+	mu     sync.Mutex
+	conns  map[*net.UnixConn]bool // nil once the relay is closed
+	failed error                  // its own first error, by which the runtime or CRIU has lost the other
+}
+
+// fail notes an error of the relay's own, and returns it.
+func (l *relay) fail(err error) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.failed == nil && l.conns != nil {
+		l.failed = err
+	}
+	return err
+}
+
+// explain adds the relay's own error, if there is one, to the runtime's.
+func (l *relay) explain(err error) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err == nil || l.failed == nil {
+		return err
+	}
+	return fmt.Errorf("%w (between the OCI runtime and CRIU: %w)", err, l.failed)
 }
 
 // listener is told what CRIU says.
@@ -187,6 +208,10 @@ func (l *relay) accept() {
 	for {
 		c, err := l.listener.AcceptUnix()
 		if err != nil {
+			if !errors.Is(err, net.ErrClosed) {
+				_ = l.fail(err)
+			}
+			l.listener.Close() // whoever waits to be accepted shall not for ever
 			return
 		}
 		l.serving.Go(func() { l.serve(c) })
@@ -200,7 +225,9 @@ func (l *relay) serve(c *net.UnixConn) {
 	}
 	runtime, criu, pid, err := l.swap(c)
 	if err != nil {
-		return // CRIU, and so the runtime, fails for want of a socket
+		_ = l.fail(err)
+		c.Close() // CRIU, and so the runtime, fails for want of a socket
+		return
 	}
 	if !l.own(runtime) || !l.own(criu) {
 		criu.Close()
@@ -218,7 +245,13 @@ func (l *relay) serve(c *net.UnixConn) {
 		defer close(down)
 		var folders folders
 		defer folders.close()
-		_ = forward(criu, runtime, func(message []byte) ([]byte, error) { return folders.translate(message, runtime) })
+		_ = forward(criu, runtime, func(message []byte) ([]byte, error) {
+			translated, err := folders.translate(message, runtime)
+			if err != nil {
+				_ = l.fail(err)
+			}
+			return translated, err
+		})
 		// The runtime is gone. CRIU takes that for an answer, and in a restore would
 		// let the processes run.
 		l.listens.ended(pid)
@@ -226,10 +259,10 @@ func (l *relay) serve(c *net.UnixConn) {
 	}()
 	_ = forward(runtime, criu, func(message []byte) ([]byte, error) {
 		m, err := parseMessage(message)
-		if err == nil {
-			err = l.listens.heard(m, pid)
+		if err != nil {
+			return nil, l.fail(err)
 		}
-		return message, err
+		return message, l.listens.heard(m, pid)
 	})
 	l.listens.ended(pid)
 	// What CRIU has not asked yet, it shall ask for in vain.

@@ -3,6 +3,7 @@ package criu
 import (
 	"context"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/log"
@@ -19,12 +20,16 @@ import (
 type dumpRelay struct {
 	r   *DumpRequest
 	ctx context.Context
-	// written is called when CRIU has left the processes, before they run on.
-	written func()
+	at  moments
+	// freezing ends with the CRIU that waits for it.
+	freezing context.Context
+	stop     context.CancelFunc
+	criu     atomic.Int64 // that one's pid
 
 	mu     sync.Mutex
 	window window
-	failed error         // why it could not be frozen
+	failed error         // why it could not be frozen, or what else fails then
+	gaveUp bool          // because nobody waits for that any more, and the runtime's error says why
 	cancel func()        // of While
 	while  chan error    // of While, which has begun; nil: it has not
 	thaw   chan struct{} // closed when the container runs on, or is not to yet; nil: CRIU is at work
@@ -36,9 +41,16 @@ type window struct {
 	ended time.Time // it was told to run on; zero: it does not yet
 }
 
-func (d *dumpRelay) heard(m criuMessage, _ int) error {
+func newDumpRelay(ctx context.Context, r *DumpRequest, at moments) *dumpRelay {
+	d := &dumpRelay{r: r, ctx: ctx, at: at}
+	d.freezing, d.stop = context.WithCancel(ctx)
+	return d
+}
+
+func (d *dumpRelay) heard(m criuMessage, criu int) error {
 	switch {
 	case m.script == "pre-dump":
+		d.criu.Store(int64(criu))
 		return d.freeze()
 	case m.script == "" && m.kind == messageDump && m.success:
 		d.dumped()
@@ -46,7 +58,13 @@ func (d *dumpRelay) heard(m criuMessage, _ int) error {
 	return nil
 }
 
-func (d *dumpRelay) ended(int) {}
+// ended gives up to freeze for a CRIU that does not wait any more. A runtime also starts
+// one to ask for its version.
+func (d *dumpRelay) ended(criu int) {
+	if d.criu.Load() == int64(criu) {
+		d.stop()
+	}
+}
 
 // freeze freezes the container, and begins with what has to see it stand still.
 func (d *dumpRelay) freeze() error {
@@ -54,7 +72,11 @@ func (d *dumpRelay) freeze() error {
 	defer d.mu.Unlock()
 	if d.window.begun.IsZero() {
 		d.window.begun = time.Now()
-		d.failed = d.r.freeze(d.ctx)
+		if d.failed = d.r.freeze(d.freezing); d.failed != nil {
+			d.failed, d.gaveUp = freezeError(d.failed), d.freezing.Err() != nil
+		} else {
+			d.failed = d.at.begun()
+		}
 	}
 	if d.failed == nil && d.while == nil && d.r.While != nil {
 		ctx, cancel := context.WithCancel(d.ctx)
@@ -69,7 +91,7 @@ func (d *dumpRelay) freeze() error {
 func (d *dumpRelay) dumped() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.written()
+	d.at.written()
 	if d.r.Exit || d.window.begun.IsZero() || d.thaw != nil {
 		return
 	}
@@ -99,6 +121,7 @@ func (d *dumpRelay) dumped() {
 // end waits for what goes on beside CRIU, when the runtime has returned err. It returns the
 // dump's error.
 func (d *dumpRelay) end(err error) (window, error) {
+	d.stop()
 	d.mu.Lock()
 	while, thaw, failed := d.while, d.thaw, d.failed
 	d.mu.Unlock()
@@ -117,8 +140,8 @@ func (d *dumpRelay) end(err error) (window, error) {
 		<-thaw
 	}
 	switch {
-	case failed != nil:
-		err = &ownError{freezeError(failed)}
+	case failed != nil && !d.gaveUp:
+		err = &ownError{failed}
 	case err == nil && d.window.begun.IsZero():
 		// This CRIU is not the one that the runtime has called.
 		if d.r.While != nil {

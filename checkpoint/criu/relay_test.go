@@ -300,6 +300,7 @@ func TestDumpRelay(t *testing.T) {
 		how   string // of fakeDump
 		while bool
 		werr  error // of what is done beside it
+		berr  error // of what is done when it stands still
 		exit  bool
 		want  string // of the error
 	}{
@@ -308,6 +309,8 @@ func TestDumpRelay(t *testing.T) {
 		"dies":                      {how: "dies", want: "end of messages"},
 		"silent":                    {how: "silent"},
 		"ends":                      {exit: true},
+		"no room":                   {berr: bad, exit: true, want: bad.Error()},
+		"no room for a copy":        {berr: bad, while: true, want: bad.Error()},
 		"with a copy":               {while: true},
 		"with a copy that fails":    {while: true, werr: bad, want: bad.Error()},
 		"with a copy, fails":        {how: "fails", while: true, want: "criu failed"},
@@ -355,13 +358,19 @@ func TestDumpRelay(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer folder.Close()
-			written, told := false, false
-			w, err := r.frozen(t.Context(), func() {
+			written, told, begun := false, false, 0
+			w, err := r.frozen(t.Context(), moments{func() error {
+				begun++
+				if !frozen(t, pid, group) {
+					t.Error("it runs when it is said to stand still")
+				}
+				return c.berr
+			}, func() {
 				written = true
 				if c.how != "silent" && !frozen(t, pid, group) {
 					t.Error("it runs before its memory is known to be written")
 				}
-			}, func(env []string) error {
+			}}, func(env []string) error {
 				if frozen(t, pid, group) {
 					t.Error("it stands still before CRIU has begun")
 				}
@@ -388,21 +397,114 @@ func TestDumpRelay(t *testing.T) {
 			if copying.Load() {
 				t.Error("its files are still copied")
 			}
-			if good := c.how == ""; written != (good || c.how == "silent") {
+			silent, good := c.how == "silent", c.how == "" && c.berr == nil
+			if written != (good || silent) {
 				t.Errorf("written: %t", written)
 			}
-			runs := c.how == "silent" || c.how == "" && !c.exit && c.werr == nil
+			runs := silent || good && !c.exit && c.werr == nil
 			if frozen(t, pid, group) == runs {
 				t.Errorf("it runs: %t, want %t", !runs, runs)
 			}
-			if told != (c.how != "silent") || w.begun.IsZero() == told || !w.ended.IsZero() && !w.ended.After(w.begun) || w.ended.IsZero() != (!runs || !told) {
-				t.Errorf("told: %t, from %v to %v", told, w.begun, w.ended)
+			if told != (!silent && c.berr == nil) || begun == 1 == silent || w.begun.IsZero() != silent {
+				t.Errorf("told: %t, %d times, from %v", told, begun, w.begun)
+			}
+			if !w.ended.IsZero() && !w.ended.After(w.begun) || w.ended.IsZero() != (!runs || silent) {
+				t.Errorf("from %v to %v", w.begun, w.ended)
 			}
 			if _, err := os.Stat(filepath.Join(r.Bundle, relayDir)); !os.IsNotExist(err) {
 				t.Errorf("left in the bundle: %v", err)
 			}
 		})
 	}
+}
+
+// TestDumpRelayCannotFreeze: a container that cannot be frozen is not dumped, and the error
+// says why; CRIU, which waits for it, is told. It is not waited for any more when CRIU ends.
+func TestDumpRelayCannotFreeze(t *testing.T) {
+	self := installCRIU(t)
+	t.Setenv(fakeEnv, "")
+	group := makeGroup(t)
+	container := exec.Command("sleep", "1000")
+	if err := container.Start(); err != nil {
+		t.Fatal(err)
+	}
+	pid := container.Process.Pid
+	defer container.Wait() //nolint:errcheck // it is killed
+	defer process.KillCgroup(group)
+	if err := os.WriteFile(filepath.Join(os.Getenv(fakeEnv+"_GROUP"), "cgroup.procs"), []byte(strconv.Itoa(pid)), 0); err != nil {
+		t.Fatal(err)
+	}
+	cg, err := process.LoadCgroup(pid, group)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !cg.IsV1() {
+		t.Skip("a process that a signal has stopped can be frozen with cgroup v2")
+	}
+	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	for !process.IsStopped(pid) {
+		runtime.Gosched()
+	}
+	copied := false
+	r := &DumpRequest{Cgroup: cg, InitPid: pid, Bundle: t.TempDir(), Self: self, While: func(context.Context) error { copied = true; return nil }}
+	folder, err := os.Open(r.Bundle)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer folder.Close()
+	never := func() { t.Error("it is dumped") }
+	_, err = r.frozen(t.Context(), moments{func() error { never(); return nil }, never}, func(env []string) error {
+		_, _, err := callCRIU(t.Context(), t, messageDump, env, folder, func(script string) { t.Errorf("the runtime hears %q", script) })
+		return err
+	})
+	if own := (*ownError)(nil); !errors.As(err, &own) || !strings.Contains(err.Error(), "is stopped by a signal") {
+		t.Errorf("%v", err)
+	}
+	if copied || frozen(t, pid, group) {
+		t.Errorf("copied: %t, frozen: %t", copied, frozen(t, pid, group))
+	}
+
+	d := newDumpRelay(t.Context(), r, moments{})
+	d.criu.Store(7)
+	d.ended(6) // a runtime asked it for its version
+	if d.freezing.Err() != nil {
+		t.Error("it gives up for another CRIU")
+	}
+	d.ended(7)
+	if d.freezing.Err() == nil {
+		t.Error("it waits for a container to freeze for which nobody waits")
+	}
+}
+
+// TestRelayWithoutSocket: a CRIU whose socket does not come through fails, and does not
+// hang; the error says why.
+func TestRelayWithoutSocket(t *testing.T) {
+	self := installCRIU(t)
+	l, env, err := newRelay(t.TempDir(), self, &dumpRelay{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	socket := strings.TrimPrefix(env[slices.IndexFunc(env, func(v string) bool { return strings.HasPrefix(v, relayEnv+"=") })], relayEnv+"=")
+	s, err := unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(s)
+	if err := unix.Connect(s, &unix.SockaddrUnix{Name: socket}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := unix.Write(s, []byte{0}); err != nil { // without a descriptor
+		t.Fatal(err)
+	}
+	if n, err := unix.Read(s, make([]byte, 1)); n > 0 {
+		t.Errorf("%d bytes, %v", n, err)
+	}
+	if err := l.explain(errors.New("EOF")); !strings.Contains(err.Error(), "0 sockets") {
+		t.Errorf("%v", err)
+	}
+	l.close()
 }
 
 // TestRelay has the messages pass, and the process end unless it was held, looked at

@@ -126,7 +126,7 @@ func (r *RestoreRequest) restore(ctx context.Context, opts *runc.RestoreOpts) (i
 	if !stop() {
 		<-done
 	}
-	return relay.verdict(pid, err)
+	return relay.verdict(pid, relay.explain(err))
 }
 
 // restoreSubGroups gives the container's own control groups, which CRIU has filled,
