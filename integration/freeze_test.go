@@ -197,8 +197,8 @@ func TestFreezeFails(t *testing.T) {
 		}
 		whole(t)
 	})
-	for _, when := range []stack.When{stack.Before, stack.After} {
-		t.Run(fmt.Sprintf("the client goes away %s the dump", map[stack.When]string{stack.Before: "before", stack.After: "after"}[when]), func(t *testing.T) {
+	for name, when := range map[string]stack.When{"before": stack.Before, "in": frozen, "after": stack.After} {
+		t.Run(fmt.Sprintf("the client goes away %s the dump", name), func(t *testing.T) {
 			f.Hold("checkpoint", when)
 			conn := dialShim(t, c)
 			failed := make(chan error, 1)
@@ -224,6 +224,10 @@ func TestFreezeFails(t *testing.T) {
 	c.Delete(ctx)
 }
 
+// frozen is when the shim has frozen the container, and copies its files, and CRIU is about
+// to look at it.
+var frozen = stack.During("freezing cgroup")
+
 // TestFreezeKilled kills the shim, and containerd, while the container is frozen
 // for a checkpoint. Without its shim it ends, as at any other time, and nothing is
 // left; containerd's death it does not notice.
@@ -235,20 +239,20 @@ func TestFreezeKilled(t *testing.T) {
 	start := func(id string) (*stack.Container, chan error) {
 		c := s.NewContainer(ctx, id, stack.Busybox, stack.Args("sleep", "1000"))
 		c.Start(ctx)
-		f.Hold("checkpoint", stack.Before)
+		f.Hold("checkpoint", frozen)
 		failed := make(chan error, 1)
 		conn := dialShim(t, c)
 		go func() {
 			_, err := freeze(ctx, conn, &api.CheckpointRequest{Id: id, ImagePath: dir, RootfsPath: upper})
 			failed <- err
 		}()
-		f.WaitReached(ctx, "checkpoint", stack.Before)
+		f.WaitReached(ctx, "checkpoint", frozen)
 		return c, failed
 	}
 
 	c, failed := start("containerd")
 	s.Kill9()
-	f.Release("checkpoint", stack.Before)
+	f.Release("checkpoint", frozen)
 	must(t, <-failed)
 	s.Restart()
 	c.Load(ctx)

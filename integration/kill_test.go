@@ -190,6 +190,7 @@ func (p *patient) again() {
 var dumpStages = []string{
 	"CRIU run id",             // it finds out what the kernel can do
 	"Dumping processes (pid",  // it begins
+	"Running pre-dump",        // the container is being frozen
 	"freezing cgroup",         //
 	"SEIZE",                   // processes are being stopped
 	"Lock network",            // iptables is being called
@@ -610,16 +611,13 @@ func TestDeadlineInDump(t *testing.T) {
 		if stage == "before" {
 			when = stack.Before
 		}
-		ctx, cancel := context.WithTimeout(p.ctx, cutAfter(took))
-		dump := p.hold("checkpoint", when, func() error {
+		err := p.cut("checkpoint", when, cutAfter(took), func(ctx context.Context) error {
 			shim, _ := p.shim(p.c)
 			_, err := shim.Checkpoint(ctx, &taskapi.CheckpointTaskRequest{
 				ID: "c", Path: dir, Options: p.any(&options.CheckpointOptions{OpenTcp: true, Exit: i%2 == 1}),
 			})
 			return err
-		})
-		err := dump.result() // held all the time
-		cancel()
+		}, p.idle)
 		p.idle()
 		p.f.Reset()
 		if err == nil {
@@ -646,14 +644,11 @@ func TestDeadlineInRestore(t *testing.T) {
 	p.must("create", p.c.Create(p.ctx, client.WithRestoreImagePath(dir)))
 	for _, when := range []stack.When{stack.Before, stack.During("Forking task"), stack.During("nr_restored_pages")} {
 		p.at("%v", when)
-		ctx, cancel := context.WithTimeout(p.ctx, cutAfter(took))
-		restore := p.hold("restore", when, func() error {
+		err := p.cut("restore", when, cutAfter(took), func(ctx context.Context) error {
 			shim, _ := p.shim(p.c)
 			_, err := shim.Start(ctx, &taskapi.StartRequest{ID: "c"})
 			return err
-		})
-		err := restore.result()
-		cancel()
+		}, p.idle)
 		p.idle()
 		p.f.Reset()
 		if err == nil {

@@ -89,10 +89,13 @@ func (f *Faults) Hold(command string, w When) { f.request(command, w, "hold", w.
 // WaitReached waits until a command waits, as told by Hold.
 func (f *Faults) WaitReached(ctx context.Context, command string, w When) {
 	f.s.tb.Helper()
-	f.s.Poll(ctx, "runtime to reach "+command+" "+w.phase, func() bool {
-		_, err := os.Stat(f.file(command, w, "reached"))
-		return err == nil
-	})
+	f.s.Poll(ctx, "runtime to reach "+command+" "+w.phase, func() bool { return f.Reached(command, w) })
+}
+
+// Reached tells whether a command waits, or has waited, as told by Hold.
+func (f *Faults) Reached(command string, w When) bool {
+	_, err := os.Stat(f.file(command, w, "reached"))
+	return err == nil
 }
 
 // Release lets a command that waits go on, and later ones not wait.
