@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -139,6 +140,88 @@ func TestHostCompletion(t *testing.T) {
 		var out, errs bytes.Buffer
 		if code := run(t.Context(), append(strings.Fields(line), ""), nil, &out, &errs); code != 0 || !strings.HasPrefix(out.String(), want) {
 			t.Errorf("%s: %d %q %q", line, code, out.String(), errs.String())
+		}
+	}
+}
+
+// TestHostRequests: flags reach the node as what they are.
+func TestHostRequests(t *testing.T) {
+	for line, want := range map[string]string{
+		"restore a": `{"checkpoint":"a"}`,
+		"restore a b --tcp-close --network none --plain-http --snapshotter native": `{"checkpoint":"a","name":"b","tcp_close":true,"network":"none","plain_http":true,"snapshotter":"native"}`,
+		"restore a --privileged --wait-healthy true --wait-timeout 90s":            `{"checkpoint":"a","privileged":true,"wait_healthy":"true","wait_seconds":90}`,
+		"restore a --allow-mount /a --allow-mount /b:/c --allow-device /dev/fuse --allow-host pid --allow-capability CAP_SYS_ADMIN": `{"checkpoint":"a",` +
+			`"grants":{"mounts":["/a","/b:/c"],"devices":["/dev/fuse"],"namespaces":["pid"],"capabilities":["CAP_SYS_ADMIN"]}}`,
+		"restore a --allow-seccomp profile --allow-new-privs --allow-unmask /proc/kcore --allow-sysctl x --allow-ulimit nofile --allow-label l --allow-priority oom --cgroup-parent /p": `{"checkpoint":"a",` +
+			`"grants":{"seccomp":"profile","new_privileges":true,"unmask":["/proc/kcore"],"sysctls":["x"],"ulimits":["nofile"],"labels":["l"],"priorities":["oom"],"cgroup_parent":"/p"}}`,
+		"checkpoint c x/y:1 --exit --tcp-established --file-locks --ext-unix-sk --shell-job --link-remap --ghost-limit 2M --pre-dump auto --compress none --format podman --push --plain-http": `{"containers":["c"],"ref":"x/y:1",` +
+			`"format":"podman","compression":"none","exit":true,"pre_dumps":-1,"push":true,"plain_http":true,"tcp":"keep","file_locks":true,"external_unix_sockets":true,"terminal":true,"link_remap":true,"ghost_limit":2097152}`,
+		"checkpoint --pod ns/p --tcp-close": `{"pod":"ns/p","format":"runnable","compression":"zstd","tcp":"close"}`,
+		"push a b --plain-http":             `{"target":"b","plain_http":true}`,
+		"pull a --plain-http":               `{"ref":"a","plain_http":true}`,
+	} {
+		got := ""
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			body, _ := io.ReadAll(r.Body)
+			got = string(body)
+			http.Error(w, "enough", http.StatusTeapot)
+		}))
+		if _, _, errs := atHost(t, server.URL, line); got != want {
+			t.Errorf("stasis %s: %s\nwant %s\n%s", line, got, want, errs)
+		}
+		server.Close()
+	}
+}
+
+// fakeNode answers as a stasisd whose jobs end as they are told to.
+func fakeNode(t *testing.T, job string) (url string, asked *[]string) {
+	t.Helper()
+	asked = &[]string{}
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		*asked = append(*asked, r.Method+" "+r.URL.EscapedPath())
+		switch {
+		case strings.HasSuffix(r.URL.Path, "/events"):
+			fmt.Fprintf(w, "event: job\ndata: %s\n\n", job)
+		case r.URL.Path == "/v1/imports":
+			fmt.Fprint(w, `{"items":[{"ref":"new:1"}]}`)
+		case r.Method == "GET" && r.URL.Path == "/v1/checkpoints":
+			fmt.Fprint(w, `{"items":[{"ref":"old:1"}]}`)
+		case strings.HasSuffix(r.URL.Path, "/export"):
+			http.Error(w, "no", http.StatusBadGateway)
+		default:
+			fmt.Fprint(w, `{"id":"x"}`)
+		}
+	}))
+	t.Cleanup(server.Close)
+	return server.URL, asked
+}
+
+// TestHostLeaves: what is on the node stays there as long as it is of use, and no longer.
+func TestHostLeaves(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	must0(t, os.WriteFile(file, []byte("x"), 0o600))
+	for name, tt := range map[string]struct {
+		line, job string
+		removed   string // what is asked to be removed
+		part      string // of the error
+	}{
+		"restored":         {"restore " + file, `{"state":"done","result":{"container":"c"}}`, "", ""},
+		"not restored":     {"restore " + file, `{"state":"failed","error":{"status":409,"detail":"it is there"}}`, "/v1/checkpoints/new:1", "it is there"},
+		"not healthy":      {"restore " + file, `{"state":"failed","result":{"container":"c"},"error":{"status":500,"detail":"not healthy"}}`, "", "not healthy"},
+		"of an image":      {"restore old:1", `{"state":"failed","error":{"status":409,"detail":"it is there"}}`, "", "it is there"},
+		"no file":          {"checkpoint c --output FILE", `{"state":"done","result":[{"ref":"tmp:1"}]}`, "/v1/checkpoints/tmp:1", "502"},
+		"no file, no more": {"checkpoint c --exit --output FILE", `{"state":"done","result":[{"ref":"tmp:1"}]}`, "", "its checkpoint is on the node as tmp:1"},
+	} {
+		url, asked := fakeNode(t, tt.job)
+		_, _, errs := atHost(t, url, strings.Replace(tt.line, "FILE", filepath.Join(t.TempDir(), "out"), 1))
+		removed := ""
+		for _, a := range *asked {
+			if path, ok := strings.CutPrefix(a, "DELETE "); ok {
+				removed += path
+			}
+		}
+		if removed != tt.removed || !strings.Contains(errs, tt.part) {
+			t.Errorf("%s: removed %q, want %q; %s", name, removed, tt.removed, errs)
 		}
 	}
 }
