@@ -31,6 +31,19 @@ func (p paths) output(field, path string) (string, error) {
 	return resolved, err
 }
 
+// folder is resolve for a folder that is made for a checkpoint, which does not lie in a
+// bundle, and is none.
+func (p paths) folder(field, path string) (string, error) {
+	resolved, err := p.outside(field, path)
+	if err != nil {
+		return "", err
+	}
+	if info, err := os.Lstat(resolved); err == nil && !info.IsDir() {
+		return "", fault.Invalid("%s %q is no folder", field, path)
+	}
+	return resolved, nil
+}
+
 // outside is resolve for what does not lie in a bundle.
 func (p paths) outside(field, path string) (string, error) {
 	resolved, err := p.resolve(field, path)

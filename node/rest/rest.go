@@ -119,6 +119,7 @@ func New(o Options) (*Server, error) {
 	}
 	mux := http.NewServeMux()
 	s.bundleRoutes(mux)
+	s.namedRoutes(mux)
 	s.v1(mux)
 	scrape := promhttp.HandlerFor(s.metrics.registry, promhttp.HandlerOpts{})
 	// They are of all namespaces.

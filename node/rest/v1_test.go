@@ -432,6 +432,58 @@ func TestJobsBounded(t *testing.T) {
 	}
 }
 
+// TestNamed: the interface that names containers as Kubernetes does refuses what it has to,
+// as {"message"}.
+func TestNamed(t *testing.T) {
+	s, _ := newTestServer(t)
+	dir := t.TempDir()
+	s.s.paths = paths{dir}
+	s.s.o.Clients = []Client{{Name: "k8s", Token: HashToken("k"), Scopes: []Scope{ScopeRead, ScopeCheckpoint}, Namespaces: []string{"k8s.io"}}}
+	if err := os.WriteFile(filepath.Join(dir, "file"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	data := func(root, path string) string {
+		return fmt.Sprintf(`{"checkpoint_data":{"container_name":"c","root":%q,"checkpoint_path":%q}}`, root, path)
+	}
+	for _, tt := range []struct {
+		method, path, body string
+		status             int
+		part               string
+	}{
+		{"GET", "/list/default", "", 503, "no containerd"}, // it is let in
+		{"GET", "/list/default", `{"root":"/run/containerd/runc/k8s.io"}`, 503, "no containerd"},
+		{"GET", "/list/default?root=/run/containerd/runc/k8s.io/", "", 503, "no containerd"},
+		{"GET", "/list/default?root=/run/containerd/runc/other", "", 403, "namespace other"},
+		{"GET", "/list/default", `{"root":"/run/containerd/runc/other"}`, 403, "namespace other"},
+		{"GET", "/list/default?root=/run/runc", "", 400, "root"},
+		{"GET", "/list/default?root=/run/containerd/runc/../../x", "", 400, "root"},
+		{"GET", "/list/default?root=/run/containerd/runc", "", 400, "root"},
+		{"GET", "/list/default", `{`, 400, "JSON"},
+		{"POST", "/checkpoint", "", 400, "JSON"},
+		{"POST", "/checkpoint", `{}`, 400, "container_name"},
+		{"POST", "/checkpoint", data("", ""), 400, "checkpoint_path"},
+		{"POST", "/checkpoint", data("", dir+"/new"), 503, "no containerd"},
+		{"POST", "/checkpoint", data("/run/containerd/runc/other", dir+"/new"), 403, "namespace other"},
+		{"POST", "/checkpoint", data("/run/runc", dir+"/new"), 400, "root"},
+		{"POST", "/checkpoint", data("", "/etc/new"), 403, "checkpoint_path"},
+		{"POST", "/checkpoint", data("", dir+"/../new"), 403, "checkpoint_path"},
+		{"POST", "/checkpoint", data("", "new"), 400, "checkpoint_path"},
+		{"POST", "/checkpoint", data("", dir+"/file"), 400, "no folder"},
+	} {
+		r, err := http.NewRequestWithContext(context.WithValue(t.Context(), connKey{}, &caller{}), tt.method, "http://node"+tt.path, strings.NewReader(tt.body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Header.Set("Authorization", "Bearer k")
+		w := newAnswer()
+		s.ServeHTTP(w, r)
+		var answer struct{ Message string }
+		if err := json.Unmarshal(w.body.Bytes(), &answer); err != nil || w.status != tt.status || !strings.Contains(answer.Message, tt.part) {
+			t.Errorf("%s %s %s: %d %s, want %d and %q", tt.method, tt.path, tt.body, w.status, w.body.String(), tt.status, tt.part)
+		}
+	}
+}
+
 // TestJobsQueue: what one client has waiting leaves room for others, and all of it is bounded.
 func TestJobsQueue(t *testing.T) {
 	j, ctx := newTestJobs(t, t.TempDir())
