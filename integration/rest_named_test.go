@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/containerd/containerd/v2/client"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/integration/stack"
@@ -59,8 +60,44 @@ func TestRESTNamed(t *testing.T) {
 		if answer := want(t, d, 409, "POST", "/checkpoint", string(data)); !strings.Contains(answer, "is not empty") {
 			t.Errorf("into the same folder: %s", answer)
 		}
+		// Its files alone, and both of one moment.
+		p.Exec(ctx, id, "sh", "-c", "echo kept >/file")
+		names := fmt.Sprintf(`"container_name":"app","sandbox_name":%q,"namespace":"default"`, handler+"-pod")
+		files, both := "stasis.test/"+handler+"-files:1", "stasis.test/"+handler+"-both:1"
+		filesBody := fmt.Sprintf(`{%s,"image_ref":%q,"root":%q,"address":%q}`, names, files, root, s.Address())
+		bothBody := func(ref string, leave bool) string {
+			return fmt.Sprintf(`{"checkpoint_data":{%s,"checkpoint_path":%q},"rootfs_checkpoint_data":{%s,"image_ref":%q},"leave_running":%t}`,
+				names, dir+"-"+strings.ReplaceAll(ref, "/", "-"), names, ref, leave)
+		}
+		images := []string{both}
+		if handler == stack.HandlerStasis {
+			images = append(images, files)
+			if answer := want(t, d, 200, "POST", "/checkpoint/rootfs", filesBody); !strings.Contains(answer, `"image_ref":"`+files+`"`) {
+				t.Errorf("files: %s", answer)
+			}
+			want(t, d, 200, "POST", "/checkpoint/rootfs", filesBody) // in its place
+		} else {
+			want(t, d, 501, "POST", "/checkpoint/rootfs", filesBody)
+		}
+		want(t, d, 200, "POST", "/containerd/checkpoint", bothBody(both, true))
+		if answer := want(t, d, 409, "POST", "/containerd/checkpoint", bothBody(stack.Busybox, true)); !strings.Contains(answer, "choose another name") {
+			t.Errorf("in place of another image: %s", answer)
+		}
+		if left, _ := filepath.Glob(dir + "-*"); len(left) != 1 {
+			t.Errorf("folders %q", left)
+		}
+		for _, image := range images {
+			fresh := s.RunPod(ctx, "fresh", handler)
+			app := fresh.RunContainer(ctx, "app", image, []string{"sleep", "1000"})
+			if out := fresh.Exec(ctx, app, "sh", "-c", "cat /file; test -s /n && ls /etc/passwd"); out != "kept\n/etc/passwd\n" {
+				t.Errorf("%s has %q", image, out)
+			}
+			fresh.Remove(ctx)
+		}
 		before := p.Exec(ctx, id, "cat", "/n")
 		s.Poll(ctx, "the container to go on", func() bool { return p.Exec(ctx, id, "cat", "/n") != before })
+		want(t, d, 200, "POST", "/containerd/checkpoint", bothBody("stasis.test/"+handler+"-end:1", false))
+		s.Poll(ctx, "the container to end", func() bool { return p.Status(ctx, id).State == runtimeapi.ContainerState_CONTAINER_EXITED })
 		p.Remove(ctx)
 	}
 

@@ -51,11 +51,15 @@ func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, s
 	if err != nil {
 		return nil, err
 	}
-	if !filepath.IsAbs(r.ImagePath) {
+	filesOnly := r.ImagePath == "" && r.RootfsPath != ""
+	if !filepath.IsAbs(r.ImagePath) && !filesOnly {
 		return nil, invalid("image_path %q is not absolute", r.ImagePath)
 	}
 	if r.RootfsPath != "" && !filepath.IsAbs(r.RootfsPath) {
 		return nil, invalid("rootfs_path %q is not absolute", r.RootfsPath)
+	}
+	if filesOnly && (r.Exit || r.PreDumps != 0 || r.LeaveSum || r.TellMemoryFile || r.Options != nil || r.BaseConfig != "") {
+		return nil, invalid("rootfs_path without image_path: no dump is made, so nothing else goes with it")
 	}
 	if r.RootfsPath != "" && r.Exit {
 		return nil, invalid("rootfs_path with exit: nothing writes to the writable layer any more, and a copy that fails would come too late")
@@ -100,6 +104,12 @@ func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, s
 			cancel(fmt.Errorf("tell the client of the progress: %w", err))
 		}
 	})()
+	if filesOnly {
+		if err := absent(r.RootfsPath); err != nil {
+			return nil, err
+		}
+		return c.copyRootfs(ctx, r.RootfsPath, func(n int64) { m.copied.Add(n) })
+	}
 	d := dump{
 		dir:         r.ImagePath,
 		options:     criuOptions,
@@ -116,9 +126,8 @@ func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, s
 	result := &api.CheckpointResult{}
 	copied := time.Duration(0)
 	if r.RootfsPath != "" {
-		// It is removed after a failure, which only ours may be.
-		if _, err := os.Lstat(r.RootfsPath); !errors.Is(err, os.ErrNotExist) {
-			return nil, fmt.Errorf("rootfs_path %s, a copy of the writable layer, exists: %w", r.RootfsPath, cmp.Or[error](err, errdefs.ErrAlreadyExists))
+		if err := absent(r.RootfsPath); err != nil {
+			return nil, err
 		}
 		var from string
 		if from, result.RootfsIsUpper, err = c.writableLayer(); err != nil {
@@ -170,6 +179,15 @@ func (s checkpoints) checkpoint(ctx context.Context, r *api.CheckpointRequest, s
 	}
 	result.Stages = append(result.Stages, &api.Stage{Name: "total", DurationNs: uint64(time.Since(started))})
 	return result, nil
+}
+
+// absent refuses a copy of the writable layer that is there: it is removed after a failure,
+// which only ours may be.
+func absent(rootfsPath string) error {
+	if _, err := os.Lstat(rootfsPath); !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("rootfs_path %s, a copy of the writable layer, exists: %w", rootfsPath, cmp.Or[error](err, errdefs.ErrAlreadyExists))
+	}
+	return nil
 }
 
 // copyLogs puts CRIU's log and figures beside the images, which no restore reads
@@ -250,7 +268,9 @@ func (m *meter) sendProgress(send func(*api.CheckpointUpdate), total int64) {
 			stage, dir = "pre-dump", filepath.Join(dir, layout.PreDump(len(rounds)))
 		}
 	}
-	progress(&api.Progress{Stage: stage, DoneBytes: uint64(sizeOf(dir)), TotalBytes: uint64(total)})
+	if m.dir != "" {
+		progress(&api.Progress{Stage: stage, DoneBytes: uint64(sizeOf(dir)), TotalBytes: uint64(total)})
+	}
 	if n := m.copied.Load(); n > 0 {
 		progress(&api.Progress{Stage: "rootfs", DoneBytes: uint64(n)})
 	}

@@ -226,6 +226,65 @@ func TestOwnCheckpoint(t *testing.T) {
 	}
 }
 
+// TestCopyRootfs copies the writable layer alone, of a container that stands still meanwhile
+// and is then as it was.
+func TestCopyRootfs(t *testing.T) {
+	for _, paused := range []bool{false, true} {
+		f := newFixture(t)
+		must(t, os.WriteFile(filepath.Join(f.bundle, "rootfs", "file"), []byte("x"), 0o600))
+		f.run()
+		if paused {
+			must(t, pauseOf(t.Context(), f))
+		}
+		calls := f.rt.Calls()
+		ask := func(r *api.CheckpointRequest) (*api.CheckpointResult, error) {
+			return (checkpoints{f.s}).checkpoint(t.Context(), r, func(*api.CheckpointUpdate) error { return nil })
+		}
+		to := filepath.Join(t.TempDir(), "rootfs")
+		result, err := ask(&api.CheckpointRequest{Id: "c", RootfsPath: to})
+		must(t, err)
+		if data, err := os.ReadFile(filepath.Join(to, "file")); err != nil || string(data) != "x" {
+			t.Errorf("the copy: %q, %v", data, err)
+		}
+		if result.RootfsBytes != 1 || result.RootfsIsUpper || (result.FrozenNs == 0) != paused || f.frozen() != paused {
+			t.Errorf("paused %t: result %v, frozen: %t", paused, result, f.frozen())
+		}
+		for what, r := range map[string]*api.CheckpointRequest{
+			"it exists": {Id: "c", RootfsPath: to},
+			"exit":      {Id: "c", RootfsPath: to + "2", Exit: true},
+			"options":   {Id: "c", RootfsPath: to + "2", Options: &api.CRIUOptions{}},
+			"pre-dumps": {Id: "c", RootfsPath: to + "2", PreDumps: 1},
+			"no sum":    {Id: "c", RootfsPath: to + "2", LeaveSum: true},
+			"relative":  {Id: "c", RootfsPath: "rootfs"},
+			"nothing":   {Id: "c"},
+		} {
+			if _, err := ask(r); err == nil {
+				t.Errorf("%s: no error", what)
+			}
+		}
+		c, err := f.s.find("c")
+		must(t, err)
+		looked := 0
+		_, err = c.copyRootfs(t.Context(), to+"3", func(int64) {
+			looked++
+			if !f.frozen() {
+				t.Error("it runs while its files are copied")
+			}
+		})
+		if err != nil || looked == 0 {
+			t.Errorf("looked %d times, %v", looked, err)
+		}
+		// A copy that fails leaves nothing, and the container as it was.
+		must(t, os.WriteFile(to+"4", nil, 0o600))
+		if _, err := c.copyRootfs(t.Context(), to+"4/x", func(int64) {}); err == nil {
+			t.Error("a copy into a file is no error")
+		}
+		if f.frozen() != paused || !slices.Equal(f.rt.Calls(), calls) {
+			t.Errorf("paused %t: frozen %t, calls %q", paused, f.frozen(), f.rt.Calls())
+		}
+	}
+}
+
 // TestTellMemoryFile tells a client that has asked for it, and no other, where CRIU writes
 // the memory of a process that has much more than the others, and how large that will be.
 func TestTellMemoryFile(t *testing.T) {

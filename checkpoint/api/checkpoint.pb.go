@@ -29,7 +29,8 @@ type CheckpointRequest struct {
 	// ID of a container of this shim.
 	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	// Absolute path of the folder for CRIU's images and stasis.json. It may hold an
-	// older checkpoint.
+	// older checkpoint. Empty, with rootfs_path alone: no dump is made, and only the
+	// copy.
 	ImagePath string `protobuf:"bytes,2,opt,name=image_path,json=imagePath,proto3" json:"image_path,omitempty"`
 	// Absolute path of a folder that does not exist yet, for a copy of the writable
 	// layer with its whiteouts. If the root filesystem is not an overlay, all of it is

@@ -154,7 +154,7 @@ func serve(ctx context.Context, c config, logs io.Writer) error {
 	log := slog.New(slog.NewTextHandler(logs, &slog.HandlerOptions{Level: level}))
 	n := node.Dial(c.Address, node.Options{State: c.State, Version: version, Logger: log, ImagesOnly: true})
 	defer n.Close()
-	handler, err := rest.New(rest.Options{Node: n, Namespace: c.Namespace, State: c.State, AllowPaths: c.AllowPaths, Clients: c.Clients, Log: log})
+	handler, err := rest.New(rest.Options{Node: n, Namespace: c.Namespace, Address: c.Address, State: c.State, AllowPaths: c.AllowPaths, Clients: c.Clients, Log: log})
 	if err != nil {
 		return err
 	}

@@ -1,12 +1,14 @@
 package rest
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
 	"path"
+	"strings"
 	"time"
 
 	"github.com/containerd/containerd/v2/pkg/identifiers"
@@ -28,6 +30,8 @@ func (s *server) namedRoutes(mux *http.ServeMux) {
 	}
 	handle("GET /list/{namespace}", ScopeRead, false, s.listNamed)
 	handle("POST /checkpoint", ScopeCheckpoint, true, s.checkpointNamed)
+	handle("POST /checkpoint/rootfs", ScopeCheckpoint, true, s.rootfsNamed)
+	handle("POST /containerd/checkpoint", ScopeCheckpoint, true, s.bothNamed)
 }
 
 // failMessage answers with an error as this interface has it.
@@ -128,32 +132,119 @@ func (s *server) checkpointNamed(w http.ResponseWriter, r *http.Request) error {
 	if err := decode(r, &body, false); err != nil {
 		return err
 	}
+	if body.Data.CheckpointPath == "" {
+		return badRequest{errors.New("checkpoint_data needs a checkpoint_path")}
+	}
+	return s.saveNamed(w, r, body.Data, "", false)
+}
+
+// rootfsData names a container, and the image that its root filesystem becomes.
+type rootfsData struct {
+	Address       string `json:"address"`
+	ContainerName string `json:"container_name"`
+	ImageRef      string `json:"image_ref"`
+	Namespace     string `json:"namespace"`
+	Root          string `json:"root"`
+	SandboxName   string `json:"sandbox_name"`
+}
+
+// check refuses another containerd than ours, and no image.
+func (d rootfsData) check(address string) error {
+	if d.ImageRef == "" {
+		return badRequest{errors.New("image_ref is empty")}
+	}
+	if d.Address != "" && strings.TrimPrefix(d.Address, "unix://") != strings.TrimPrefix(address, "unix://") {
+		return fault.New(errdefs.ErrPermissionDenied, "address %q is not the containerd that stasisd is configured to use", d.Address)
+	}
+	return nil
+}
+
+func (s *server) rootfsNamed(w http.ResponseWriter, r *http.Request) error {
+	var d rootfsData
+	if err := decode(r, &d, false); err != nil {
+		return err
+	}
+	if err := d.check(s.o.Address); err != nil {
+		return err
+	}
+	return s.saveNamed(w, r, checkpointData{ContainerName: d.ContainerName, Namespace: d.Namespace, Root: d.Root, SandboxName: d.SandboxName}, d.ImageRef, false)
+}
+
+func (s *server) bothNamed(w http.ResponseWriter, r *http.Request) error {
+	var body struct {
+		Data         checkpointData `json:"checkpoint_data"`
+		Rootfs       rootfsData     `json:"rootfs_checkpoint_data"`
+		LeaveRunning bool           `json:"leave_running"`
+		Root         string         `json:"root"`
+	}
+	if err := decode(r, &body, false); err != nil {
+		return err
+	}
 	d := body.Data
-	if d.ContainerName == "" || d.CheckpointPath == "" {
-		return badRequest{errors.New("checkpoint_data needs container_name and checkpoint_path")}
+	for _, same := range []struct {
+		field  string
+		to     *string
+		others []string
+	}{
+		{"container_name", &d.ContainerName, []string{body.Rootfs.ContainerName}},
+		{"sandbox_name", &d.SandboxName, []string{body.Rootfs.SandboxName}},
+		{"namespace", &d.Namespace, []string{body.Rootfs.Namespace}},
+		{"root", &d.Root, []string{body.Rootfs.Root, body.Root}},
+	} {
+		for _, other := range same.others {
+			if other != "" && *same.to != "" && other != *same.to {
+				return badRequest{fmt.Errorf("%s is %q in one place, and %q in another", same.field, *same.to, other)}
+			}
+			*same.to = cmp.Or(*same.to, other)
+		}
+	}
+	if d.CheckpointPath == "" {
+		return badRequest{errors.New("checkpoint_data needs a checkpoint_path")}
+	}
+	if err := body.Rootfs.check(s.o.Address); err != nil {
+		return err
+	}
+	return s.saveNamed(w, r, d, body.Rootfs.ImageRef, !body.LeaveRunning)
+}
+
+// saveNamed saves a container: its processes in a folder, if there is a path, its files as
+// an image, if that has a name.
+func (s *server) saveNamed(w http.ResponseWriter, r *http.Request, d checkpointData, image string, exit bool) error {
+	if d.ContainerName == "" {
+		return badRequest{errors.New("container_name is empty")}
 	}
 	ctx, err := s.inRoot(r.Context(), d.Root, ScopeCheckpoint)
 	if err != nil {
 		return err
 	}
-	dir, err := s.paths.folder("checkpoint_path", d.CheckpointPath)
-	if err != nil {
-		return err
+	request := node.FolderRequest{Rootfs: image, Exit: exit}
+	if d.CheckpointPath != "" {
+		if request.Dir, err = s.paths.folder("checkpoint_path", d.CheckpointPath); err != nil {
+			return err
+		}
 	}
-	id, err := s.o.Node.Find(ctx, node.Named{Namespace: d.Namespace, Pod: d.SandboxName, Container: d.ContainerName})
-	if err != nil {
+	if request.Container, err = s.o.Node.Find(ctx, node.Named{Namespace: d.Namespace, Pod: d.SandboxName, Container: d.ContainerName}); err != nil {
 		return err
 	}
 	started := time.Now()
-	result, err := s.o.Node.CheckpointFolder(ctx, node.FolderRequest{Container: id, Dir: dir})
+	result, err := s.o.Node.CheckpointFolder(ctx, request)
 	s.metrics.observe("checkpoint", started, err)
 	if err != nil {
 		return err
 	}
-	s.metrics.checkpointed([]node.CheckpointResult{*result})
-	return answerJSON(w, struct {
-		Message        string `json:"message"`
-		CheckpointPath string `json:"checkpoint_path"`
-		ContainerID    string `json:"container_id"`
-	}{"checkpointed", d.CheckpointPath, id})
+	s.metrics.checkpointed([]node.CheckpointResult{{Frozen: result.Frozen, ImageBytes: result.ImageBytes, LayerBytes: result.LayerBytes}})
+	answer := savedNamed{Message: cmp.Or(result.Note, "checkpointed"), CheckpointPath: d.CheckpointPath, ContainerID: request.Container}
+	if result.Rootfs != nil {
+		answer.ImageRef, answer.Digest = result.Rootfs.Ref, result.Rootfs.Digest
+	}
+	return answerJSON(w, answer)
+}
+
+// savedNamed is the answer to what saves a container.
+type savedNamed struct {
+	Message        string `json:"message"`
+	CheckpointPath string `json:"checkpoint_path,omitempty"`
+	ContainerID    string `json:"container_id"`
+	ImageRef       string `json:"image_ref,omitempty"`
+	Digest         string `json:"digest,omitempty"`
 }

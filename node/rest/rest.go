@@ -32,6 +32,8 @@ type Options struct {
 	// Namespace is that of containerd in which the containers are that were started
 	// from bundles.
 	Namespace string
+	// Address is the socket of the Node's containerd. A request may name no other.
+	Address string
 	// State is the folder for the records of jobs.
 	State string
 	// AllowPaths are the folders below which requests may name files.
@@ -337,6 +339,8 @@ func statusOf(err error) int {
 		return http.StatusConflict
 	case errdefs.IsUnavailable(err):
 		return http.StatusServiceUnavailable
+	case errdefs.IsNotImplemented(err):
+		return http.StatusNotImplemented
 	}
 	return http.StatusInternalServerError
 }

@@ -437,7 +437,7 @@ func TestJobsBounded(t *testing.T) {
 func TestNamed(t *testing.T) {
 	s, _ := newTestServer(t)
 	dir := t.TempDir()
-	s.s.paths = paths{dir}
+	s.s.paths, s.s.o.Address = paths{dir}, "/run/ours.sock"
 	s.s.o.Clients = []Client{{Name: "k8s", Token: HashToken("k"), Scopes: []Scope{ScopeRead, ScopeCheckpoint}, Namespaces: []string{"k8s.io"}}}
 	if err := os.WriteFile(filepath.Join(dir, "file"), nil, 0o600); err != nil {
 		t.Fatal(err)
@@ -460,7 +460,9 @@ func TestNamed(t *testing.T) {
 		{"GET", "/list/default?root=/run/containerd/runc", "", 400, "root"},
 		{"GET", "/list/default", `{`, 400, "JSON"},
 		{"POST", "/checkpoint", "", 400, "JSON"},
-		{"POST", "/checkpoint", `{}`, 400, "container_name"},
+		{"POST", "/checkpoint", `{}`, 400, "checkpoint_path"},
+		{"POST", "/checkpoint", data("", dir+"/new") + " ", 503, "no containerd"},
+		{"POST", "/checkpoint", `{"checkpoint_data":{"checkpoint_path":"` + dir + `/new"}}`, 400, "container_name"},
 		{"POST", "/checkpoint", data("", ""), 400, "checkpoint_path"},
 		{"POST", "/checkpoint", data("", dir+"/new"), 503, "no containerd"},
 		{"POST", "/checkpoint", data("/run/containerd/runc/other", dir+"/new"), 403, "namespace other"},
@@ -469,6 +471,17 @@ func TestNamed(t *testing.T) {
 		{"POST", "/checkpoint", data("", dir+"/../new"), 403, "checkpoint_path"},
 		{"POST", "/checkpoint", data("", "new"), 400, "checkpoint_path"},
 		{"POST", "/checkpoint", data("", dir+"/file"), 400, "no folder"},
+		{"POST", "/checkpoint/rootfs", `{"container_name":"c"}`, 400, "image_ref"},
+		{"POST", "/checkpoint/rootfs", `{"image_ref":"x:1"}`, 400, "container_name"},
+		{"POST", "/checkpoint/rootfs", `{"container_name":"c","image_ref":"x:1","address":"/run/other.sock"}`, 403, "address"},
+		{"POST", "/checkpoint/rootfs", `{"container_name":"c","image_ref":"x:1","address":"unix:///run/ours.sock"}`, 503, "no containerd"},
+		{"POST", "/checkpoint/rootfs", `{"container_name":"c","image_ref":"x:1","root":"/run/containerd/runc/other"}`, 403, "namespace other"},
+		{"POST", "/containerd/checkpoint", `{"checkpoint_data":{"container_name":"c"},"rootfs_checkpoint_data":{"image_ref":"x:1"}}`, 400, "checkpoint_path"},
+		{"POST", "/containerd/checkpoint", `{"checkpoint_data":{"container_name":"c","checkpoint_path":"` + dir + `/new"},"rootfs_checkpoint_data":{}}`, 400, "image_ref"},
+		{"POST", "/containerd/checkpoint", `{"checkpoint_data":{"container_name":"c","checkpoint_path":"` + dir + `/new"},"rootfs_checkpoint_data":{"image_ref":"x:1","container_name":"d"}}`, 400, `"c" in one place, and "d"`},
+		{"POST", "/containerd/checkpoint", `{"checkpoint_data":{"container_name":"c","checkpoint_path":"` + dir + `/new"},"rootfs_checkpoint_data":{"image_ref":"x:1"},"root":"/run/containerd/runc/other"}`, 403, "namespace other"},
+		{"POST", "/containerd/checkpoint", `{"checkpoint_data":{"container_name":"c","checkpoint_path":"` + dir + `/new"},"rootfs_checkpoint_data":{"image_ref":"x:1","address":"/other"}}`, 403, "address"},
+		{"POST", "/containerd/checkpoint", `{"checkpoint_data":{"container_name":"c","checkpoint_path":"` + dir + `/new"},"rootfs_checkpoint_data":{"image_ref":"x:1"}}`, 503, "no containerd"},
 	} {
 		r, err := http.NewRequestWithContext(context.WithValue(t.Context(), connKey{}, &caller{}), tt.method, "http://node"+tt.path, strings.NewReader(tt.body))
 		if err != nil {
