@@ -168,7 +168,7 @@ func TestRestoreRounds(t *testing.T) {
 	ctx := s.Ctx()
 	c := newProbe(ctx, t, s, "c")
 	last := c.Probe(ctx)
-	for round := range 20 {
+	for round := range 8 {
 		dir := filepath.Join(s.Dir, "checkpoints", fmt.Sprint(round%3))
 		c.Checkpoint(ctx, dir, everything())
 		c.Restore(ctx, dir)
