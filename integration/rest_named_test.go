@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -129,63 +128,5 @@ func TestRESTNamed(t *testing.T) {
 		{404, fmt.Sprintf(`{"checkpoint_data":{"container_name":"none","sandbox_name":"p","namespace":"default","checkpoint_path":%q}}`, folders+"/x")},
 	} {
 		want(t, d, refused.status, "POST", "/checkpoint", refused.body)
-	}
-}
-
-// TestRESTPlain lists and checkpoints a container that runc runs without containerd; runc
-// brings it back.
-func TestRESTPlain(t *testing.T) {
-	t.Parallel()
-	s := stack.Start(t, stack.Options{})
-	ctx := s.Ctx()
-	folders, root := filepath.Join(s.Dir, "checkpoints"), filepath.Join(s.Dir, "plain")
-	must(t, os.Mkdir(folders, 0o700))
-	must(t, os.Mkdir(root, 0o700))
-	bundle := s.Bundle("plain", "busybox", stack.Args("sh", "-c", "echo ready >/ready; while :; do sleep 1000 & wait; done"))
-	runc := func(args ...string) {
-		t.Helper()
-		cmd := s.Command(ctx, s.OCIRuntime(), append([]string{"--root", root}, args...)...)
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("runc %q: %v\n%s", args, err, out)
-		}
-	}
-	run := s.Command(ctx, s.OCIRuntime(), "--root", root, "run", "--detach", "--bundle", bundle, "plain")
-	if err := run.Run(); err != nil {
-		t.Fatalf("runc run: %v", err)
-	}
-	t.Cleanup(func() {
-		cmd := exec.Command(s.OCIRuntime(), "--root", root, "delete", "--force", "plain")
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Errorf("runc delete: %v: %s", err, out)
-		}
-	})
-	s.Poll(ctx, "the container", func() bool {
-		_, err := os.Stat(filepath.Join(bundle, "rootfs", "ready"))
-		return err == nil
-	})
-	d := s.StartStasisd("--allow-path", folders, "--allow-path", root)
-	if list := want(t, d, 200, "GET", "/list/any?root="+root, ""); !strings.Contains(list, `"container_id":"plain"`) || !strings.Contains(list, `"status":"running"`) {
-		t.Errorf("list %s", list)
-	}
-	dir := filepath.Join(folders, "plain")
-	body := func(id, root, dir string) string {
-		return fmt.Sprintf(`{"checkpoint_data":{"container_name":%q,"checkpoint_path":%q,"root":%q}}`, id, dir, root)
-	}
-	want(t, d, 404, "POST", "/checkpoint", body("none", root, dir))
-	want(t, d, 400, "POST", "/checkpoint", body("--help", root, dir))
-	want(t, d, 403, "POST", "/checkpoint", body("plain", "/run/other", dir))
-	want(t, d, 501, "POST", "/checkpoint/rootfs", fmt.Sprintf(`{"container_name":"plain","image_ref":"x:1","root":%q}`, root))
-	want(t, d, 200, "POST", "/checkpoint", body("plain", root, dir))
-	want(t, d, 409, "POST", "/checkpoint", body("plain", root, dir))
-	if out := s.Stasis("verify", dir); !strings.Contains(out, "as they were signed") {
-		t.Errorf("verify: %s", out)
-	}
-	if list := want(t, d, 200, "GET", "/list/any?root="+root, ""); !strings.Contains(list, `"status":"running"`) {
-		t.Errorf("it does not run on: %s", list)
-	}
-	runc("delete", "--force", "plain")
-	back := s.Command(ctx, s.OCIRuntime(), "--root", root, "restore", "--detach", "--bundle", bundle, "--image-path", dir, "plain")
-	if err := back.Run(); err != nil {
-		t.Errorf("runc restore: %v", err)
 	}
 }

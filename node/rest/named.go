@@ -60,24 +60,19 @@ type checkpointData struct {
 const runcRoot = "/run/containerd/runc"
 
 // inRoot returns the context for the containers of a state folder of runc, if the caller
-// may do that with them. plain is the folder, if it is none of containerd's.
-func (s *server) inRoot(ctx context.Context, root string, scope Scope) (_ context.Context, plain string, err error) {
+// may do that with them.
+func (s *server) inRoot(ctx context.Context, root string, scope Scope) (context.Context, error) {
 	if root == "" {
 		root = runcRoot + "/k8s.io"
 	}
-	who := callerIn(ctx)
 	dir, namespace := path.Split(path.Clean(root))
-	if path.Clean(dir) == runcRoot && identifiers.Validate(namespace) == nil {
-		if !who.may(scope, namespace) {
-			return nil, "", fault.New(errdefs.ErrPermissionDenied, "%s may not: it needs scope %s in namespace %s", who.name, scope, namespace)
-		}
-		return namespaces.WithNamespace(ctx, namespace), "", nil
+	if path.Clean(dir) != runcRoot || identifiers.Validate(namespace) != nil {
+		return nil, badRequest{fmt.Errorf("root %q: it is %s/NAMESPACE, of a container that containerd runs", root, runcRoot)}
 	}
-	if !who.everywhere() {
-		return nil, "", fault.New(errdefs.ErrPermissionDenied, "%s may not: root %q is not %s/NAMESPACE, and belongs to no namespace, so it needs scope %s in all", who.name, root, runcRoot, scope)
+	if who := callerIn(ctx); !who.may(scope, namespace) {
+		return nil, fault.New(errdefs.ErrPermissionDenied, "%s may not: it needs scope %s in namespace %s", who.name, scope, namespace)
 	}
-	plain, err = s.paths.outside("root", root)
-	return ctx, plain, err
+	return namespaces.WithNamespace(ctx, namespace), nil
 }
 
 // listedContainer is a container that can be checkpointed: with a path it is a
@@ -102,25 +97,20 @@ func (s *server) listNamed(w http.ResponseWriter, r *http.Request) error {
 	if root := r.URL.Query().Get("root"); root != "" {
 		body.Root = root
 	}
-	ctx, plain, err := s.inRoot(r.Context(), body.Root, ScopeRead)
+	ctx, err := s.inRoot(r.Context(), body.Root, ScopeRead)
 	if err != nil {
 		return err
 	}
-	root := cmp.Or(plain, path.Join(runcRoot, namespaceOf(ctx)))
-	list := s.o.Node.Running
-	if plain != "" {
-		list = func(ctx context.Context) ([]node.Container, error) { return s.o.Node.PlainContainers(ctx, plain) }
-	}
-	all, err := list(ctx)
+	all, err := s.o.Node.Running(ctx)
 	if err != nil {
 		return err
 	}
 	namespace := r.PathValue("namespace")
 	found := []listedContainer{}
 	for _, c := range all {
-		l := listedContainer{ContainerName: c.Name, Namespace: namespace, Root: root, ContainerID: c.ID, ImageRef: c.Image, Status: c.Status}
+		l := listedContainer{ContainerName: c.Name, Namespace: namespace, Root: path.Join(runcRoot, namespaceOf(ctx)),
+			ContainerID: c.ID, ImageRef: c.Image, Status: c.Status}
 		switch {
-		case plain != "": // they have no namespaces
 		case c.Pod != nil && c.Pod.Namespace == namespace:
 			l.SandboxName = c.Pod.Name
 		case c.Pod != nil || namespace != namespaceOf(ctx):
@@ -223,12 +213,9 @@ func (s *server) saveNamed(w http.ResponseWriter, r *http.Request, d checkpointD
 	if d.ContainerName == "" {
 		return badRequest{errors.New("container_name is empty")}
 	}
-	ctx, plain, err := s.inRoot(r.Context(), d.Root, ScopeCheckpoint)
+	ctx, err := s.inRoot(r.Context(), d.Root, ScopeCheckpoint)
 	if err != nil {
 		return err
-	}
-	if plain != "" && (image != "" || exit) {
-		return fault.New(errdefs.ErrNotImplemented, "root %q: of a container that containerd does not run, no image can be made", d.Root)
 	}
 	request := node.FolderRequest{Rootfs: image, Exit: exit}
 	if d.CheckpointPath != "" {
@@ -236,17 +223,11 @@ func (s *server) saveNamed(w http.ResponseWriter, r *http.Request, d checkpointD
 			return err
 		}
 	}
-	started := time.Now()
-	var result *node.FolderResult
-	if plain != "" {
-		request.Container = d.ContainerName
-		result, err = s.o.Node.CheckpointPlain(ctx, node.PlainRequest{Root: plain, Container: d.ContainerName, Dir: request.Dir})
-	} else {
-		if request.Container, err = s.o.Node.Find(ctx, node.Named{Namespace: d.Namespace, Pod: d.SandboxName, Container: d.ContainerName}); err != nil {
-			return err
-		}
-		result, err = s.o.Node.CheckpointFolder(ctx, request)
+	if request.Container, err = s.o.Node.Find(ctx, node.Named{Namespace: d.Namespace, Pod: d.SandboxName, Container: d.ContainerName}); err != nil {
+		return err
 	}
+	started := time.Now()
+	result, err := s.o.Node.CheckpointFolder(ctx, request)
 	s.metrics.observe("checkpoint", started, err)
 	if err != nil {
 		return err
