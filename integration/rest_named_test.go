@@ -16,9 +16,9 @@ import (
 	"github.com/stasis-run/stasis/integration/stack"
 )
 
-// TestRESTNamed checkpoints containers by the names that Kubernetes has for them, under
-// Stasis and under upstream's shim, and one without a pod by its ID. They run on, and the
-// folder is a checkpoint.
+// TestRESTNamed saves containers by the names that Kubernetes has for them, and one without
+// a pod by its ID. They run on, unless they are to end, and what is made is of use. One
+// under another shim is refused, and runs on.
 func TestRESTNamed(t *testing.T) {
 	t.Parallel()
 	s := stack.Start(t, stack.Options{CRI: true})
@@ -33,7 +33,7 @@ func TestRESTNamed(t *testing.T) {
 	}
 	for _, handler := range []string{stack.HandlerStasis, stack.HandlerRunc} {
 		p := s.RunPod(ctx, handler+"-pod", handler)
-		id := p.RunContainer(ctx, "app", stack.Busybox, []string{"sh", "-c", "i=0; while :; do i=$((i+1)); echo $i >/n; sleep .1; done"})
+		id := p.RunContainer(ctx, "app", stack.Busybox, []string{"sh", "-c", "i=0; while :; do i=$((i+1)); echo $i >/n.tmp; mv /n.tmp /n; sleep .1; done"})
 		var list []map[string]string
 		answer := want(t, d, 200, "GET", "/list/default", `{"root":"`+root+`"}`)
 		if err := json.Unmarshal([]byte(answer), &list); err != nil || len(list) != 1 {
@@ -50,6 +50,16 @@ func TestRESTNamed(t *testing.T) {
 		list[0]["checkpoint_path"] = dir
 		data, err := json.Marshal(map[string]any{"checkpoint_data": list[0]})
 		must(t, err)
+		if handler == stack.HandlerRunc {
+			want(t, d, 501, "POST", "/checkpoint", string(data))
+			before := p.Exec(ctx, id, "cat", "/n")
+			s.Poll(ctx, "the container to go on", func() bool { return p.Exec(ctx, id, "cat", "/n") != before })
+			if left, _ := filepath.Glob(dir + "*"); len(left) > 0 {
+				t.Errorf("left: %q", left)
+			}
+			p.Remove(ctx)
+			continue
+		}
 		answer = want(t, d, 200, "POST", "/checkpoint", string(data))
 		if !strings.Contains(answer, fmt.Sprintf(`"container_id":%q`, id)) {
 			t.Errorf("checkpoint: %s", answer)
@@ -57,7 +67,7 @@ func TestRESTNamed(t *testing.T) {
 		if _, err := os.Stat(filepath.Join(dir, layout.Inventory)); err != nil {
 			t.Error(err)
 		}
-		if answer := want(t, d, 409, "POST", "/checkpoint", string(data)); !strings.Contains(answer, "is not empty") {
+		if answer := want(t, d, 409, "POST", "/checkpoint", string(data)); !strings.Contains(answer, "is there") {
 			t.Errorf("into the same folder: %s", answer)
 		}
 		// Its files alone, and both of one moment.
@@ -69,16 +79,12 @@ func TestRESTNamed(t *testing.T) {
 			return fmt.Sprintf(`{"checkpoint_data":{%s,"checkpoint_path":%q},"rootfs_checkpoint_data":{%s,"image_ref":%q},"leave_running":%t}`,
 				names, dir+"-"+strings.ReplaceAll(ref, "/", "-"), names, ref, leave)
 		}
-		images := []string{both}
-		if handler == stack.HandlerStasis {
-			images = append(images, files)
-			if answer := want(t, d, 200, "POST", "/checkpoint/rootfs", filesBody); !strings.Contains(answer, `"image_ref":"`+files+`"`) {
-				t.Errorf("files: %s", answer)
-			}
-			want(t, d, 200, "POST", "/checkpoint/rootfs", filesBody) // in its place
-		} else {
-			want(t, d, 501, "POST", "/checkpoint/rootfs", filesBody)
+		images := []string{both, files}
+		if answer := want(t, d, 200, "POST", "/checkpoint/rootfs", filesBody); !strings.Contains(answer, `"image_ref":"`+files+`"`) {
+			t.Errorf("files: %s", answer)
 		}
+		want(t, d, 200, "POST", "/checkpoint/rootfs", filesBody) // in its place
+		want(t, d, 400, "POST", "/checkpoint/rootfs", strings.Replace(filesBody, files, files+"@sha256:"+strings.Repeat("0", 64), 1))
 		want(t, d, 200, "POST", "/containerd/checkpoint", bothBody(both, true))
 		if answer := want(t, d, 409, "POST", "/containerd/checkpoint", bothBody(stack.Busybox, true)); !strings.Contains(answer, "choose another name") {
 			t.Errorf("in place of another image: %s", answer)
@@ -91,6 +97,15 @@ func TestRESTNamed(t *testing.T) {
 			app := fresh.RunContainer(ctx, "app", image, []string{"sleep", "1000"})
 			if out := fresh.Exec(ctx, app, "sh", "-c", "cat /file; test -s /n && ls /etc/passwd"); out != "kept\n/etc/passwd\n" {
 				t.Errorf("%s has %q", image, out)
+			}
+			if image == files {
+				// What it writes is relative to the image that it was made from, which
+				// has another name by then.
+				names := `"container_name":"app","sandbox_name":"fresh","namespace":"default"`
+				want(t, d, 200, "POST", "/checkpoint/rootfs", fmt.Sprintf(`{%s,"image_ref":%q}`, names, files))
+				if answer := want(t, d, 409, "POST", "/checkpoint/rootfs", fmt.Sprintf(`{%s,"image_ref":%q}`, names, files)); !strings.Contains(answer, "is another now") {
+					t.Errorf("onto an image that was replaced: %s", answer)
+				}
 			}
 			fresh.Remove(ctx)
 		}

@@ -1,17 +1,21 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/image-spec/identity"
 
+	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/api"
 	"github.com/stasis-run/stasis/checkpoint/capture"
 	"github.com/stasis-run/stasis/checkpoint/oci"
@@ -21,7 +25,7 @@ import (
 // as an image, or both, of the same moment.
 type FolderRequest struct {
 	Container string // its ID in containerd
-	// Dir is the folder for CRIU's images, which is made. It may be there if it is empty.
+	// Dir is the folder for CRIU's images, which is made, and must not be there.
 	Dir string
 	// Rootfs is the name of an image of the container's root filesystem. It replaces only
 	// another such image.
@@ -45,7 +49,9 @@ type FolderResult struct {
 // CheckpointFolder saves the processes of a running container to a folder, as the shim
 // makes it: CRIU's images, and what Stasis says of them; and its root filesystem as an
 // image. The container runs on, unless Exit is set. After an error there is neither; but if
-// the container has ended, the error says where its processes are.
+// the container has ended, the error says where its processes are. It is for containers
+// under Stasis: while another shim dumps, containerd pauses the container, and nobody would
+// resume it if this process were killed.
 func (n *Node) CheckpointFolder(ctx context.Context, r FolderRequest) (_ *FolderResult, err error) {
 	switch {
 	case r.Dir == "" && (r.Rootfs == "" || r.Exit):
@@ -58,10 +64,11 @@ func (n *Node) CheckpointFolder(ctx context.Context, r FolderRequest) (_ *Folder
 			return nil, err
 		}
 	}
-	newDir, err := isNew(r.Dir)
+	free, err := n.reserveFolder(r.Dir)
 	if err != nil {
 		return nil, err
 	}
+	defer free()
 	c, err := n.Client(ctx)
 	if err != nil {
 		return nil, err
@@ -79,7 +86,11 @@ func (n *Node) CheckpointFolder(ctx context.Context, r FolderRequest) (_ *Folder
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, work.remove()) }()
+	defer func() {
+		if rerr := work.remove(); rerr != nil {
+			n.log.Warn(rerr.Error())
+		}
+	}()
 	ctx, done, err := n.lease(ctx, c.LeasesService())
 	if err != nil {
 		return nil, err
@@ -90,12 +101,17 @@ func (n *Node) CheckpointFolder(ctx context.Context, r FolderRequest) (_ *Folder
 		return nil, err
 	}
 	if r.Rootfs != "" {
-		if err := errors.Join(d.checkBase(FormatRunnable), oci.CheckRootfsName(ctx, c.ImageService(), r.Rootfs)); err != nil {
+		if err := d.checkRootfs(ctx, r.Rootfs); err != nil {
 			return nil, err
 		}
 	}
 	bar := r.Progress.of(r.Container)
 	defer bar.end()
+	defer func() {
+		if err != nil {
+			err = n.afterFailure(&r, err)
+		}
+	}()
 	got, err := d.dumpFolder(ctx, &r, filepath.Join(work.dir, "rootfs"), bar)
 	if err != nil {
 		return nil, err
@@ -105,34 +121,79 @@ func (n *Node) CheckpointFolder(ctx context.Context, r FolderRequest) (_ *Folder
 	if r.Rootfs == "" {
 		return result, nil
 	}
-	if result.Rootfs, err = d.storeRootfs(ctx, r.Rootfs, got, bar); err == nil {
-		return result, nil
+	// A container that has ended has its files nowhere else soon.
+	if r.Exit {
+		ctx = context.WithoutCancel(ctx)
 	}
-	switch {
-	case r.Exit:
-		err = fmt.Errorf("%w; the container has ended, its processes are in %s, and its files are in its snapshot still", err, r.Dir)
-	case newDir:
-		err = errors.Join(err, os.RemoveAll(r.Dir))
+	if result.Rootfs, err = d.storeRootfs(ctx, r.Rootfs, got, bar); err != nil {
+		return nil, err
 	}
-	return nil, err
+	return result, nil
 }
 
-// isNew tells whether a folder is not there; one that is not empty is refused. No folder is
-// none.
-func isNew(dir string) (bool, error) {
+// reserveFolder makes sure that a folder is not there, and that nobody else makes a
+// checkpoint in it until free is called. No folder is none.
+func (n *Node) reserveFolder(dir string) (free func(), err error) {
 	if dir == "" {
-		return false, nil
+		return func() {}, nil
 	}
-	entries, err := os.ReadDir(dir)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return true, nil
-	case err != nil:
-		return false, fmt.Errorf("look at the folder of the checkpoint: %w", err)
-	case len(entries) > 0:
-		return false, fmt.Errorf("%s is not empty: %w", dir, errdefs.ErrAlreadyExists)
+	if _, taken := n.folders.LoadOrStore(dir, true); taken {
+		return nil, fmt.Errorf("another checkpoint is being made in %s: %w", dir, errdefs.ErrAlreadyExists)
 	}
-	return false, nil
+	free = func() { n.folders.Delete(dir) }
+	if _, err := os.Lstat(dir); !errors.Is(err, fs.ErrNotExist) {
+		free()
+		return nil, fmt.Errorf("%s is there: %w", dir, cmp.Or[error](err, errdefs.ErrAlreadyExists))
+	}
+	return free, nil
+}
+
+// afterFailure removes what there is of a checkpoint, or says where it is, if that is all
+// there is of a container.
+func (n *Node) afterFailure(r *FolderRequest, err error) error {
+	if r.Dir == "" {
+		return err
+	}
+	images := r.Dir
+	if !isWhole(images) {
+		images = checkpoint.Uncommitted(images)
+	}
+	if r.Exit && images != "" {
+		err = fmt.Errorf("%w; the container has ended, its processes are in %s, and its files are in its snapshot as long as it is not removed", err, images)
+		n.log.Error("checkpoint " + r.Container + ": " + err.Error())
+		return err
+	}
+	if r.Exit {
+		return err // the shim has removed it
+	}
+	return errors.Join(err, os.RemoveAll(r.Dir))
+}
+
+// checkRootfs tells early what would make an image of the root filesystem fail, or wrong.
+func (d *dumper) checkRootfs(ctx context.Context, ref string) error {
+	if strings.Contains(ref, "@") {
+		return requestError("%s: a name with a digest is of another image", ref)
+	}
+	if err := errors.Join(d.checkBase(FormatRunnable), oci.CheckRootfsName(ctx, d.client.ImageService(), ref)); err != nil {
+		return err
+	}
+	if d.info.SnapshotKey == "" {
+		return fmt.Errorf("it has no snapshot, so what it wrote is not known: %w", errdefs.ErrFailedPrecondition)
+	}
+	// What the container wrote is relative to the image that it was made from. The name can
+	// be another's by now: also that of an image which was saved before.
+	diffs, err := d.image.RootFS(ctx)
+	if err != nil {
+		return fmt.Errorf("look at its image %s: %w", d.info.Image, err)
+	}
+	snapshot, err := d.client.SnapshotService(d.info.Snapshotter).Stat(ctx, d.info.SnapshotKey)
+	if err != nil {
+		return fmt.Errorf("look at its snapshot: %w", err)
+	}
+	if base := identity.ChainID(diffs).String(); snapshot.Parent != base {
+		return fmt.Errorf("its image %s is another now than the one that it was made from, of which an image could be made: %w", d.info.Image, errdefs.ErrFailedPrecondition)
+	}
+	return nil
 }
 
 // dumpFolder has the shim do what a request asks for. copied is where a copy of the
@@ -155,12 +216,9 @@ func (d *dumper) dumpFolder(ctx context.Context, r *FolderRequest, copied string
 	}
 	defer conn.Close()
 	result, err := conn.checkpoint(ctx, request, bar, nil)
-	if errdefs.IsNotImplemented(err) && r.Dir != "" {
-		d.addNote(fmt.Sprintf("its runtime is %s and not Stasis, so the checkpoint is not signed", d.info.Runtime.Name))
-		if result, err = d.checkpointByTask(ctx, request); err != nil && !r.Exit {
-			// Another shim leaves what it has of it.
-			err = errors.Join(err, removeContents(r.Dir))
-		}
+	if errdefs.IsNotImplemented(err) {
+		err = fmt.Errorf("its runtime is %s, and only under Stasis's it is sure to run on, whatever happens to this process; `stasis checkpoint` saves it as an image: %w",
+			d.info.Runtime.Name, errdefs.ErrNotImplemented)
 	}
 	if err != nil {
 		return nil, err
@@ -170,18 +228,6 @@ func (d *dumper) dumpFolder(ctx context.Context, r *FolderRequest, copied string
 	}
 	info.Stats = &capture.Stats{Frozen: time.Duration(result.FrozenNs), ImageBytes: int64(result.ImageBytes), LayerBytes: int64(result.RootfsBytes)}
 	return &capture.Capture{Info: info, Layer: d.layer(request.RootfsPath, result.RootfsIsUpper)}, nil
-}
-
-// removeContents empties a folder, which was empty or not there.
-func removeContents(dir string) error {
-	entries, err := os.ReadDir(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	for _, e := range entries {
-		err = errors.Join(err, os.RemoveAll(filepath.Join(dir, e.Name())))
-	}
-	return err
 }
 
 // storeRootfs makes an image of a container's root filesystem, and names it.

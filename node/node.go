@@ -80,6 +80,8 @@ type Node struct {
 	mu     sync.Mutex
 	client *client.Client // nil: not connected yet
 
+	folders sync.Map // those that checkpoints are being made in, by CheckpointFolder
+
 	bundles  sync.Mutex
 	reserved map[string]*reservation // of bundle containers, by NAMESPACE/ID
 }

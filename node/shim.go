@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -131,7 +132,7 @@ func (s *dumpProgress) add(p *api.Progress) (done, total int64) {
 // checkpoint is whole, if it is too late to give it up.
 func (s *shim) abort(r *api.CheckpointRequest) {
 	s.Client.Close()
-	waitSettled(context.Background(), r.ImagePath)
+	waitSettled(context.Background(), cmp.Or(r.ImagePath, r.RootfsPath))
 }
 
 // waitSettled waits until a folder that a shim makes a checkpoint in is whole, or gone;

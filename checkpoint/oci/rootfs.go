@@ -74,7 +74,10 @@ func SaveRootfs(ctx context.Context, records images.Store, name string, desc oci
 	record := images.Image{Name: name, Target: desc, Labels: map[string]string{labelRootfs: desc.Digest.String()}}
 	_, err := records.Create(ctx, record)
 	if errdefs.IsAlreadyExists(err) {
-		_, err = records.Update(ctx, record)
+		// Maybe since just now, and another's.
+		if err = CheckRootfsName(ctx, records, name); err == nil {
+			_, err = records.Update(ctx, record)
+		}
 	}
 	if err != nil {
 		return fmt.Errorf("name image %s: %w", name, err)

@@ -38,12 +38,14 @@ func (s *server) bundleRoutes(mux *http.ServeMux) {
 	mux.Handle("GET /events", s.route(route{scope: ScopeRead, namespace: namespace, stream: true}, s.bundleEvents))
 }
 
-// bundleStatus is statusOf for this interface, which has no 409.
+// bundleStatus is statusOf for this interface, which has no 409 and 501.
 func bundleStatus(err error) int {
-	if status := statusOf(err); status != http.StatusConflict {
+	switch status := statusOf(err); status {
+	case http.StatusConflict, http.StatusNotImplemented:
+		return http.StatusInternalServerError
+	default:
 		return status
 	}
-	return http.StatusInternalServerError
 }
 
 func (s *server) startBundle(w http.ResponseWriter, r *http.Request) error {

@@ -218,6 +218,10 @@ func (s *server) saveNamed(w http.ResponseWriter, r *http.Request, d checkpointD
 		return err
 	}
 	request := node.FolderRequest{Rootfs: image, Exit: exit}
+	// It can be what pods run, as what is imported.
+	if who := callerIn(ctx); image != "" && !who.may(ScopeRestore, namespaceOf(ctx)) {
+		return fault.New(errdefs.ErrPermissionDenied, "%s may not: to make an image needs scope %s in namespace %s, too", who.name, ScopeRestore, namespaceOf(ctx))
+	}
 	if d.CheckpointPath != "" {
 		if request.Dir, err = s.paths.folder("checkpoint_path", d.CheckpointPath); err != nil {
 			return err
@@ -229,6 +233,7 @@ func (s *server) saveNamed(w http.ResponseWriter, r *http.Request, d checkpointD
 	started := time.Now()
 	result, err := s.o.Node.CheckpointFolder(ctx, request)
 	s.metrics.observe("checkpoint", started, err)
+	s.o.Log.Info("audit", "who", callerIn(ctx).name, "checkpoint", request.Container, "namespace", namespaceOf(ctx), "folder", request.Dir, "image", image, "exit", exit, "succeeded", err == nil)
 	if err != nil {
 		return err
 	}

@@ -10,6 +10,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/stasis-run/stasis/checkpoint/fault"
+	"github.com/stasis-run/stasis/checkpoint/layout"
 	"github.com/stasis-run/stasis/node"
 )
 
@@ -25,6 +26,9 @@ func (p paths) bundle(field, path string) (string, error) { return p.outside(fie
 // bundle.
 func (p paths) output(field, path string) (string, error) {
 	resolved, err := p.outside(field, path)
+	if err == nil {
+		err = notInCheckpoint(field, path, resolved)
+	}
 	if err == nil && filepath.Base(resolved) == node.BundleConfig {
 		return "", fault.New(errdefs.ErrPermissionDenied, "%s %q has the name that makes a folder a bundle", field, path)
 	}
@@ -38,10 +42,22 @@ func (p paths) folder(field, path string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if info, err := os.Lstat(resolved); err == nil && !info.IsDir() {
-		return "", fault.Invalid("%s %q is no folder", field, path)
+	return resolved, notInCheckpoint(field, path, resolved)
+}
+
+// notInCheckpoint refuses what lies in a checkpoint, finished or not: that would not be whole
+// any more.
+func notInCheckpoint(field, path, resolved string) error {
+	for dir := filepath.Dir(resolved); ; dir = filepath.Dir(dir) {
+		for _, name := range []string{layout.Partial, layout.Inventory, layout.Manifest} {
+			if _, err := os.Lstat(filepath.Join(dir, name)); filepath.Base(dir) == layout.Partial || !errors.Is(err, fs.ErrNotExist) {
+				return fault.New(errdefs.ErrPermissionDenied, "%s %q lies in a checkpoint, %s", field, path, dir)
+			}
+		}
+		if dir == filepath.Dir(dir) {
+			return nil
+		}
 	}
-	return resolved, nil
 }
 
 // outside is resolve for what does not lie in a bundle.

@@ -438,8 +438,16 @@ func TestNamed(t *testing.T) {
 	s, _ := newTestServer(t)
 	dir := t.TempDir()
 	s.s.paths, s.s.o.Address = paths{dir}, "/run/ours.sock"
-	s.s.o.Clients = []Client{{Name: "k8s", Token: HashToken("k"), Scopes: []Scope{ScopeRead, ScopeCheckpoint}, Namespaces: []string{"k8s.io"}}}
-	if err := os.WriteFile(filepath.Join(dir, "file"), nil, 0o600); err != nil {
+	s.s.o.Clients = []Client{
+		{Name: "k8s", Token: HashToken("k"), Scopes: []Scope{ScopeRead, ScopeCheckpoint, ScopeRestore}, Namespaces: []string{"k8s.io"}},
+		{Name: "saver", Token: HashToken("s"), Scopes: []Scope{ScopeCheckpoint}, Namespaces: []string{"*"}},
+	}
+	for _, of := range []string{"half/.partial", "whole"} {
+		if err := os.MkdirAll(filepath.Join(dir, of), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, "whole", "inventory.img"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	data := func(root, path string) string {
@@ -470,7 +478,11 @@ func TestNamed(t *testing.T) {
 		{"POST", "/checkpoint", data("", "/etc/new"), 403, "checkpoint_path"},
 		{"POST", "/checkpoint", data("", dir+"/../new"), 403, "checkpoint_path"},
 		{"POST", "/checkpoint", data("", "new"), 400, "checkpoint_path"},
-		{"POST", "/checkpoint", data("", dir+"/file"), 400, "no folder"},
+		{"POST", "/checkpoint", data("", dir+"/half/x"), 403, "lies in a checkpoint"},
+		{"POST", "/checkpoint", data("", dir+"/half/.partial/x"), 403, "lies in a checkpoint"},
+		{"POST", "/checkpoint", data("", dir+"/whole/x"), 403, "lies in a checkpoint"},
+		{"saver POST", "/checkpoint", data("", dir+"/new"), 503, "no containerd"},
+		{"saver POST", "/checkpoint/rootfs", `{"container_name":"c","image_ref":"x:1"}`, 403, "scope restore"},
 		{"POST", "/checkpoint/rootfs", `{"container_name":"c"}`, 400, "image_ref"},
 		{"POST", "/checkpoint/rootfs", `{"image_ref":"x:1"}`, 400, "container_name"},
 		{"POST", "/checkpoint/rootfs", `{"container_name":"c","image_ref":"x:1","address":"/run/other.sock"}`, 403, "address"},
@@ -483,11 +495,12 @@ func TestNamed(t *testing.T) {
 		{"POST", "/containerd/checkpoint", `{"checkpoint_data":{"container_name":"c","checkpoint_path":"` + dir + `/new"},"rootfs_checkpoint_data":{"image_ref":"x:1","address":"/other"}}`, 403, "address"},
 		{"POST", "/containerd/checkpoint", `{"checkpoint_data":{"container_name":"c","checkpoint_path":"` + dir + `/new"},"rootfs_checkpoint_data":{"image_ref":"x:1"}}`, 503, "no containerd"},
 	} {
-		r, err := http.NewRequestWithContext(context.WithValue(t.Context(), connKey{}, &caller{}), tt.method, "http://node"+tt.path, strings.NewReader(tt.body))
+		method, saver := strings.CutPrefix(tt.method, "saver ")
+		r, err := http.NewRequestWithContext(context.WithValue(t.Context(), connKey{}, &caller{}), method, "http://node"+tt.path, strings.NewReader(tt.body))
 		if err != nil {
 			t.Fatal(err)
 		}
-		r.Header.Set("Authorization", "Bearer k")
+		r.Header.Set("Authorization", "Bearer "+map[bool]string{true: "s", false: "k"}[saver])
 		w := newAnswer()
 		s.ServeHTTP(w, r)
 		var answer struct{ Message string }
