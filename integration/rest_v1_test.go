@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/containerd/containerd/v2/client"
+
 	"github.com/stasis-run/stasis/integration/stack"
 )
 
@@ -260,4 +262,36 @@ func TestRESTJobs(t *testing.T) {
 		c.Kill(ctx, syscall.SIGKILL)
 		c.DeleteTask(ctx)
 	}
+}
+
+// TestRESTKilledUpstream kills stasisd while it dumps a container under another shim, for
+// which that is paused. It runs again when stasisd does, and stays so.
+func TestRESTKilledUpstream(t *testing.T) {
+	t.Parallel()
+	s := stack.Start(t, stack.Options{})
+	ctx := s.Ctx()
+	f := s.Faults()
+	c := s.NewContainerWith(ctx, "c", stack.Busybox, []client.NewContainerOpts{client.WithRuntime("io.containerd.runc.v2", s.RuncOptions(""))}, stack.Args("sleep", "100000"))
+	c.Start(ctx)
+	d := s.StartStasisd()
+	query := "?namespace=" + s.Namespace
+	for _, when := range []stack.When{stack.Before, stack.During("Dumping task"), stack.After} {
+		f.Hold("checkpoint", when)
+		want(t, d, 202, "POST", "/v1/checkpoints"+query, `{"containers":["c"],"ref":"stasis.test/c:1"}`)
+		f.WaitReached(ctx, "checkpoint", when)
+		d.End(syscall.SIGKILL)
+		f.Reset()
+		d.Start()
+		s.Poll(ctx, "the container to run", func() bool { return c.Status(ctx) == client.Running })
+		c.Exec(ctx, "true") // which a frozen one cannot
+		s.Stasis("prune")
+	}
+	if job := runJob(t, s, d, "/v1/checkpoints", `{"containers":["c"],"ref":"stasis.test/c:1"}`); job.State != "done" {
+		t.Errorf("the same again: %+v %+v", job, job.Error)
+	}
+	if status := c.Status(ctx); status != client.Running {
+		t.Errorf("it is %s after a checkpoint", status)
+	}
+	c.Kill(ctx, syscall.SIGKILL)
+	c.Delete(ctx)
 }

@@ -34,6 +34,7 @@ type dumper struct {
 	image     client.Image // nil: the container has none, or it is gone
 	base      ocispec.Descriptor
 	mounts    []mount.Mount // of the root filesystem
+	workDir   string        // of this operation; empty: dump was not called
 	note      string        // what a user should know about the checkpoint
 	preDumps  []PreDump
 	early     *earlyLayer // of what is to be stored; nil if there is none
@@ -109,6 +110,7 @@ func (d *dumper) dump(ctx context.Context, dir string, f *CheckpointRequest, o o
 	if err != nil {
 		return nil, err
 	}
+	d.workDir = dir
 	c := &capture.Capture{Info: info, Images: filepath.Join(dir, layout.Images), Spec: d.info.Spec.GetValue()}
 	r := &api.CheckpointRequest{Id: d.container.ID(), ImagePath: c.Images, Exit: f.Exit, PreDumps: int32(f.PreDumps), Options: f.Options.forShim(),
 		BaseConfig: info.Base.Config}
@@ -192,13 +194,20 @@ func (d *dumper) checkpointByTask(ctx context.Context, r *api.CheckpointRequest)
 		return nil, fmt.Errorf("look at its state: %w", err)
 	}
 	started := time.Now()
-	if r.RootfsPath != "" && status.Status == client.Running {
+	// Here, and not in containerd's client, which does not tell if it cannot resume it.
+	if status.Status == client.Running {
+		forget, err := d.notePaused(ctx)
+		if err != nil {
+			return nil, err
+		}
+		defer forget()
 		if err := d.task.Pause(ctx); err != nil {
 			return nil, fmt.Errorf("pause it: %w", err)
 		}
 		defer func() {
 			// Also if we are interrupted: it must not stay frozen.
-			if rerr := d.task.Resume(context.WithoutCancel(ctx)); rerr != nil {
+			rerr := d.task.Resume(context.WithoutCancel(ctx))
+			if rerr != nil && !(r.Exit && err == nil) {
 				err = errors.Join(err, fmt.Errorf("resume it (it is paused still: `ctr tasks resume %s`): %w", d.container.ID(), rerr))
 			}
 		}()

@@ -64,6 +64,10 @@ func (n *Node) Prune(ctx context.Context, r PruneRequest) (*PruneResult, error) 
 			w.release()
 			return nil
 		}
+		if err := n.resumeLeft(ctx, w.dir); err != nil {
+			w.release()
+			return err
+		}
 		return w.remove()
 	}))
 	if err != nil {

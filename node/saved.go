@@ -287,6 +287,10 @@ func (n *Node) Recover(ctx context.Context) error {
 		}
 		return nil
 	})
+	err = errors.Join(err, n.leftovers(workFolder, func(w *work) error {
+		defer w.release() // for Prune
+		return n.resumeLeft(ctx, w.dir)
+	}))
 	reserved, gerr := filepath.Glob(filepath.Join(n.o.State, savedFolder, "*", "*", "*"))
 	for _, dir := range reserved {
 		_ = os.Remove(dir) // if it is empty
