@@ -61,10 +61,7 @@ func (r *remote) run(ctx context.Context, tell node.Progress, begin func(context
 	// Given up in the middle of the request, nobody would know whether it has begun.
 	whole, giveUp := context.WithCancel(context.WithoutCancel(ctx))
 	defer giveUp()
-	defer context.AfterFunc(ctx, func() {
-		defer time.AfterFunc(undoTime, giveUp).Stop()
-		<-whole.Done()
-	})()
+	defer context.AfterFunc(ctx, func() { time.AfterFunc(undoTime, giveUp) })()
 	job, err := begin(whole)
 	if op := (*net.OpError)(nil); errors.As(err, &op) && op.Op == "dial" {
 		return err
