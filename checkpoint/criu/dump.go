@@ -318,7 +318,7 @@ func (r *DumpRequest) frozen(ctx context.Context, at moments, dump func(env []st
 			return window{}, &ownError{fmt.Errorf("get between the OCI runtime and CRIU: %w", err)}
 		}
 		err = dump(env)
-		relay.close() // it waits for whoever freezes
+		relay.close() // returns when nothing is being frozen any more
 		return d.end(relay.explain(err))
 	}
 	if err := at.begun(); err != nil {

@@ -211,7 +211,7 @@ func (l *relay) accept() {
 			if !errors.Is(err, net.ErrClosed) {
 				_ = l.fail(err)
 			}
-			l.listener.Close() // whoever waits to be accepted shall not for ever
+			l.listener.Close() // else a CRIU that connects now would hang
 			return
 		}
 		l.serving.Go(func() { l.serve(c) })

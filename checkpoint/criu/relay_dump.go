@@ -29,7 +29,7 @@ type dumpRelay struct {
 	mu     sync.Mutex
 	window window
 	failed error         // why it could not be frozen, or what else fails then
-	gaveUp bool          // because nobody waits for that any more, and the runtime's error says why
+	gaveUp bool          // freezing ended with CRIU or the request; the runtime's error says why
 	cancel func()        // of While
 	while  chan error    // of While, which has begun; nil: it has not
 	thaw   chan struct{} // closed when the container runs on, or is not to yet; nil: CRIU is at work

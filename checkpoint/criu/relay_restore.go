@@ -16,7 +16,7 @@ import (
 // container has run, and no signal can make one run, as it could with processes that are
 // merely stopped (a timer whose signal is SIGCONT would do).
 //
-// What it finds out it keeps; nobody but CRIU waits for it.
+// The result is kept for verdict. Only CRIU waits while the processes are looked at.
 type restoreRelay struct {
 	*relay
 	check  func(ctx context.Context, pids []int) error

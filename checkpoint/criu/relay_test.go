@@ -262,6 +262,30 @@ func makeGroup(t *testing.T) string {
 	return group
 }
 
+// startSleep starts a process in a control group, both of which end with the test.
+func startSleep(t *testing.T) (pid int, group string, cg *process.Cgroup) {
+	t.Helper()
+	group = makeGroup(t)
+	sleep := exec.Command("sleep", "1000")
+	if err := sleep.Start(); err != nil {
+		t.Fatal(err)
+	}
+	pid = sleep.Process.Pid
+	t.Cleanup(func() {
+		process.KillCgroup(group)
+		_ = sleep.Process.Kill() // if it is not in the group yet
+		_ = sleep.Wait()         // it was killed
+	})
+	if err := os.WriteFile(filepath.Join(os.Getenv(fakeEnv+"_GROUP"), "cgroup.procs"), []byte(strconv.Itoa(pid)), 0); err != nil {
+		t.Fatal(err)
+	}
+	cg, err := process.LoadCgroup(pid, group)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pid, group, cg
+}
+
 func frozen(t *testing.T, pid int, group string) bool {
 	t.Helper()
 	cg, err := process.LoadCgroup(pid, group)
@@ -320,21 +344,7 @@ func TestDumpRelay(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Setenv(fakeEnv, c.how)
-			group := makeGroup(t)
-			container := exec.Command("sleep", "1000")
-			if err := container.Start(); err != nil {
-				t.Fatal(err)
-			}
-			pid := container.Process.Pid
-			defer container.Wait() //nolint:errcheck // it is killed
-			defer process.KillCgroup(group)
-			if err := os.WriteFile(filepath.Join(os.Getenv(fakeEnv+"_GROUP"), "cgroup.procs"), []byte(strconv.Itoa(pid)), 0); err != nil {
-				t.Fatal(err)
-			}
-			cg, err := process.LoadCgroup(pid, group)
-			if err != nil {
-				t.Fatal(err)
-			}
+			pid, group, cg := startSleep(t)
 			r := &DumpRequest{Cgroup: cg, InitPid: pid, Bundle: t.TempDir(), Self: self, Exit: c.exit}
 			copied := make(chan struct{}) // the copy may end
 			var copying atomic.Bool
@@ -423,21 +433,7 @@ func TestDumpRelay(t *testing.T) {
 func TestDumpRelayCannotFreeze(t *testing.T) {
 	self := installCRIU(t)
 	t.Setenv(fakeEnv, "")
-	group := makeGroup(t)
-	container := exec.Command("sleep", "1000")
-	if err := container.Start(); err != nil {
-		t.Fatal(err)
-	}
-	pid := container.Process.Pid
-	defer container.Wait() //nolint:errcheck // it is killed
-	defer process.KillCgroup(group)
-	if err := os.WriteFile(filepath.Join(os.Getenv(fakeEnv+"_GROUP"), "cgroup.procs"), []byte(strconv.Itoa(pid)), 0); err != nil {
-		t.Fatal(err)
-	}
-	cg, err := process.LoadCgroup(pid, group)
-	if err != nil {
-		t.Fatal(err)
-	}
+	pid, group, cg := startSleep(t)
 	if !cg.IsV1() {
 		t.Skip("a process that a signal has stopped can be frozen with cgroup v2")
 	}
@@ -474,7 +470,7 @@ func TestDumpRelayCannotFreeze(t *testing.T) {
 	}
 	d.ended(7)
 	if d.freezing.Err() == nil {
-		t.Error("it waits for a container to freeze for which nobody waits")
+		t.Error("it still tries to freeze the container after CRIU has ended")
 	}
 }
 

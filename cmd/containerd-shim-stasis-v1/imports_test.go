@@ -89,8 +89,8 @@ func TestNodeIsALibrary(t *testing.T) {
 	}
 }
 
-// TestTheClientIsLight: whoever speaks to a stasisd needs neither containerd's client nor
-// what serves.
+// TestTheClientIsLight: a client of stasisd needs neither containerd's client nor the
+// server's libraries.
 func TestTheClientIsLight(t *testing.T) {
 	refuse(t, module+"node/rest/v1", map[string]string{
 		"github.com/containerd/containerd/v2": "a client needs no containerd",
