@@ -3,6 +3,7 @@ package node
 import (
 	"context"
 	"errors"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -43,5 +44,21 @@ func TestStartTask(t *testing.T) {
 	task.start = func() {}
 	if err := startTask(t.Context(), task); err != nil || len(task.killed) > 0 {
 		t.Errorf("%v, and %d signals", err, len(task.killed))
+	}
+}
+
+// TestLastBytes: of what a container's program prints, no more than the end is kept.
+func TestLastBytes(t *testing.T) {
+	l := &lastBytes{}
+	for _, part := range []string{strings.Repeat("a", 3*maxLastBytes), "b", strings.Repeat("c", maxLastBytes-2), "d"} {
+		if n, err := l.Write([]byte(part)); n != len(part) || err != nil {
+			t.Errorf("%d, %v", n, err)
+		}
+		if got := len(l.String()); got > maxLastBytes {
+			t.Errorf("%d bytes are kept", got)
+		}
+	}
+	if want := "b" + strings.Repeat("c", maxLastBytes-2) + "d"; l.String() != want {
+		t.Errorf("%.20q…", l.String())
 	}
 }
