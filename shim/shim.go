@@ -1,6 +1,6 @@
 // Package shim is how containerd starts, finds, groups and deletes a shim.
 //
-// The binary runs in one of six ways:
+// The binary runs in one of five ways:
 //
 //	start    containerd's call. Finds the shim of the container's group, or
 //	         spawns one, and prints its address.
@@ -9,10 +9,8 @@
 //	delete   containerd's call after a shim died: removes what the container
 //	         left, and prints how it ended.
 //	-info    describes the runtime.
-//	loopback
-//	         the OCI runtime's call in a restore, see criu.LoopbackHook.
-//	swrk     the OCI runtime's call in a restore, under the name criu, see
-//	         criu.Exec.
+//	swrk     the OCI runtime's call in a dump or a restore, under the name criu,
+//	         see package standin.
 //
 // What is called a group is the set of containers that share a shim: those of
 // a pod, mostly.
@@ -33,8 +31,6 @@ import (
 	"github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/ttrpc"
 	"google.golang.org/protobuf/types/known/anypb"
-
-	"github.com/stasis-run/stasis/checkpoint/criu"
 )
 
 // Build says which build of the shim this is.
@@ -78,10 +74,6 @@ type Runtime struct {
 
 // Main runs the shim binary and returns its exit code.
 func Main(build Build, rt Runtime) int {
-	if filepath.Base(os.Args[0]) == criu.Name {
-		fmt.Fprintln(os.Stderr, criu.Exec(os.Args))
-		return 1
-	}
 	err := run(os.Args[1:], build, rt)
 	if err == nil || errors.Is(err, flag.ErrHelp) {
 		return 0
@@ -103,9 +95,6 @@ func run(args []string, build Build, rt Runtime) error {
 		return nil
 	case f.info:
 		return printInfo(context.Background(), os.Stdin, os.Stdout, build, rt)
-	}
-	if f.action == criu.ActionLoopback {
-		return criu.LoopbackHook(os.Stdin)
 	}
 	if err := f.validate(); err != nil {
 		return err

@@ -7,12 +7,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
-	"strings"
 	"sync"
-	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/stasis-run/stasis/checkpoint/criu/standin"
 )
 
 // The runtime starts CRIU and asks it for a dump or a restore over a socket, and CRIU
@@ -30,65 +29,6 @@ const (
 	// relayDir is the folder in the bundle that holds both names.
 	relayDir = "criu"
 )
-
-// Exec becomes the real CRIU, and returns only if it cannot. Before, it
-// gives the socket to the runtime, which the second argument names, to the shim,
-// and CRIU one to the shim instead. args are those of the process.
-func Exec(args []string) error {
-	real, socket := os.Getenv(realEnv), os.Getenv(relayEnv)
-	if real == "" || socket == "" {
-		return errors.New("this is a stand-in for CRIU, and not called by a runtime that the shim has called")
-	}
-	if len(args) == 3 && args[1] == "swrk" {
-		fd, err := strconv.Atoi(args[2])
-		if err == nil {
-			err = swapSocket(socket, fd)
-		}
-		if err != nil {
-			return fmt.Errorf("hand CRIU's socket to the shim: %w", err)
-		}
-	}
-	var env []string
-	for _, v := range os.Environ() {
-		if path, ok := strings.CutPrefix(v, "PATH="); ok {
-			_, path, _ = strings.Cut(path, string(filepath.ListSeparator)) // relayDir is the first
-			v = "PATH=" + path
-		}
-		if !strings.HasPrefix(v, relayEnv+"=") && !strings.HasPrefix(v, realEnv+"=") {
-			env = append(env, v)
-		}
-	}
-	return os.NewSyscallError("exec "+real, syscall.Exec(real, args, env))
-}
-
-// swapSocket gives fd away and puts what comes back in its place.
-func swapSocket(path string, fd int) error {
-	s, err := unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	defer unix.Close(s)
-	if err := unix.Connect(s, &unix.SockaddrUnix{Name: path}); err != nil {
-		return err
-	}
-	if err := unix.Sendmsg(s, []byte{0}, unix.UnixRights(fd), nil, 0); err != nil {
-		return err
-	}
-	oob := make([]byte, unix.CmsgSpace(4))
-	_, n, _, _, err := unix.Recvmsg(s, make([]byte, 1), oob, unix.MSG_CMSG_CLOEXEC)
-	if err != nil {
-		return err
-	}
-	fds, err := rightsIn(oob[:n])
-	if err != nil {
-		return err
-	}
-	if len(fds) != 1 {
-		return fmt.Errorf("got %d sockets", len(fds))
-	}
-	defer unix.Close(fds[0])
-	return unix.Dup3(fds[0], fd, 0)
-}
 
 // A relay is between the runtime and CRIU for one call of the runtime.
 type relay struct {
@@ -134,9 +74,9 @@ type listener interface {
 }
 
 // newRelay returns a relay, and the environment with which the runtime is to be called.
-// bundle is a folder for its files, self a program that runs Exec.
+// bundle is a folder for its files, self a program that imports package standin.
 func newRelay(bundle, self string, listens listener) (_ *relay, env []string, err error) {
-	real, err := exec.LookPath(Name)
+	real, err := exec.LookPath(standin.Name)
 	if err != nil {
 		return nil, nil, fmt.Errorf("find CRIU: %w", err)
 	}
@@ -156,7 +96,7 @@ func newRelay(bundle, self string, listens listener) (_ *relay, env []string, er
 			l.close()
 		}
 	}()
-	if err := os.Symlink(self, filepath.Join(dir, Name)); err != nil {
+	if err := os.Symlink(self, filepath.Join(dir, standin.Name)); err != nil {
 		return nil, nil, err
 	}
 	if l.dir, err = os.OpenFile(dir, unix.O_PATH|unix.O_DIRECTORY, 0); err != nil {
@@ -169,7 +109,7 @@ func newRelay(bundle, self string, listens listener) (_ *relay, env []string, er
 	}
 	l.serving.Go(l.accept)
 	return l, []string{
-		realEnv + "=" + real, relayEnv + "=" + socket,
+		standin.RealEnv + "=" + real, standin.RelayEnv + "=" + socket,
 		"PATH=" + dir + string(filepath.ListSeparator) + os.Getenv("PATH"),
 	}, nil
 }
@@ -271,7 +211,7 @@ func (l *relay) serve(c *net.UnixConn) {
 	<-down
 }
 
-// swap is the other end of swapSocket. pid is CRIU's.
+// swap is the other end of the stand-in's. pid is CRIU's.
 func (l *relay) swap(c *net.UnixConn) (runtime, criu *net.UnixConn, pid int, err error) {
 	if pid, err = peerOf(c); err != nil {
 		return nil, nil, 0, err

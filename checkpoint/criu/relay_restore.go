@@ -19,10 +19,11 @@ import (
 // The result is kept for verdict. Only CRIU waits while the processes are looked at.
 type restoreRelay struct {
 	*relay
-	check  func(ctx context.Context, pids []int) error
-	cgroup string             // linux.cgroupsPath
-	ctx    context.Context    // of the restore
-	stop   context.CancelFunc // ends the runtime, and CRIU with it
+	check    func(ctx context.Context, pids []int) error
+	cgroup   string             // linux.cgroupsPath
+	loopback bool               // whether the network namespace is the container's own
+	ctx      context.Context    // of the restore
+	stop     context.CancelFunc // ends the runtime, and CRIU with it
 
 	mu        sync.Mutex
 	init      int // once all processes are made; CRIU's end could let them run from then on
@@ -36,6 +37,7 @@ type restoreRelay struct {
 // called, with a context that ends by stop only.
 func (r *RestoreRequest) newRelay(ctx context.Context, stop context.CancelFunc) (_ *restoreRelay, env []string, err error) {
 	l := &restoreRelay{check: r.Check, ctx: ctx, stop: stop}
+	_, l.loopback = networkNamespace(r.Spec)
 	if r.Spec.Linux != nil {
 		l.cgroup = r.Spec.Linux.CgroupsPath
 	}
@@ -45,6 +47,13 @@ func (r *RestoreRequest) newRelay(ctx context.Context, stop context.CancelFunc) 
 
 func (l *restoreRelay) heard(m criuMessage, criu int) error {
 	switch m.script {
+	case "setup-namespaces":
+		// Before there are sockets in it, and before the runtime calls the hooks.
+		if l.loopback {
+			if err := bringLoopbackUp(m.pid); err != nil {
+				return l.fail(err)
+			}
+		}
 	case "post-restore":
 		// The last at which CRIU takes a failure for one.
 		return l.made(m.pid, criu)

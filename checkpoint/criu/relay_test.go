@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
 
+	"github.com/stasis-run/stasis/checkpoint/criu/standin"
 	"github.com/stasis-run/stasis/process"
 )
 
@@ -29,15 +30,12 @@ import (
 const fakeEnv = "STASIS_TEST_CRIU"
 
 func TestMain(m *testing.M) {
-	if filepath.Base(os.Args[0]) == Name {
-		if os.Getenv(relayEnv) != "" {
-			fmt.Fprintln(os.Stderr, Exec(os.Args))
-		} else if err := fakeCRIU(os.Args, os.Getenv(fakeEnv)); err != nil {
+	if filepath.Base(os.Args[0]) == standin.Name {
+		if err := fakeCRIU(os.Args, os.Getenv(fakeEnv)); err != nil {
 			fmt.Fprintln(os.Stderr, err)
-		} else {
-			os.Exit(0)
+			os.Exit(1)
 		}
-		os.Exit(1)
+		os.Exit(0)
 	}
 	os.Exit(m.Run())
 }
@@ -194,7 +192,7 @@ func callCRIU(ctx context.Context, t *testing.T, kind int, env []string, dir *os
 	theirs := os.NewFile(uintptr(pair[1]), "theirs")
 	path := strings.TrimPrefix(env[slices.IndexFunc(env, func(v string) bool { return strings.HasPrefix(v, "PATH=") })], "PATH=")
 	bin, _, _ := strings.Cut(path, ":")
-	cmd := exec.CommandContext(ctx, filepath.Join(bin, Name), "swrk", "3")
+	cmd := exec.CommandContext(ctx, filepath.Join(bin, standin.Name), "swrk", "3")
 	cmd.Args[0] = Name
 	cmd.Env = append(os.Environ(), env...)
 	cmd.ExtraFiles = []*os.File{theirs}
@@ -307,7 +305,7 @@ func installCRIU(t *testing.T) (self string) {
 		t.Fatal(err)
 	}
 	bin := t.TempDir()
-	if err := os.Symlink(self, filepath.Join(bin, Name)); err != nil {
+	if err := os.Symlink(self, filepath.Join(bin, standin.Name)); err != nil {
 		t.Fatal(err)
 	}
 	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
@@ -482,7 +480,7 @@ func TestRelayWithoutSocket(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	socket := strings.TrimPrefix(env[slices.IndexFunc(env, func(v string) bool { return strings.HasPrefix(v, relayEnv+"=") })], relayEnv+"=")
+	socket := strings.TrimPrefix(env[slices.IndexFunc(env, func(v string) bool { return strings.HasPrefix(v, standin.RelayEnv+"=") })], standin.RelayEnv+"=")
 	s, err := unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)

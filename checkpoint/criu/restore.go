@@ -25,7 +25,7 @@ type RestoreRequest struct {
 	Spec       *specs.Spec // config.json
 	WorkDir    string      // where CRIU leaves restore.log and stats-restore
 	NoPivot    bool
-	Self       string // a program that runs LoopbackHook when called with ActionLoopback, and Exec as Name
+	Self       string // a program that imports package standin
 
 	// Check looks at the restored processes, of which the first is init, before
 	// any of them has run. An error is the restore's, and none ever runs.
@@ -57,9 +57,6 @@ func Restore(ctx context.Context, r RestoreRequest) (int, error) {
 		return 0, err
 	}
 	criuConfig += profile + cgroupConfig(r.Spec)
-	if err := r.patchSpec(); err != nil {
-		return 0, err
-	}
 	if err := r.amendRoot(); err != nil {
 		return 0, err
 	}

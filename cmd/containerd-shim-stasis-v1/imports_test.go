@@ -14,7 +14,7 @@ const module = "github.com/stasis-run/stasis/"
 var layers = []string{
 	"cmd/containerd-shim-stasis-v1", "cmd/stasis", "cmd/stasisd", "node/rest", "node/rest/v1", "node", "shim", "task",
 	"checkpoint/oci", "checkpoint/contentstore", "checkpoint/archive", "checkpoint/inspect", "checkpoint/policy", "checkpoint/policy/allow", "checkpoint/policy/seccomp", "checkpoint/criu", "checkpoint", "checkpoint/criu/img",
-	"checkpoint/rootfs", "checkpoint/sign", "checkpoint/sum", "checkpoint/tarcheck", "checkpoint/capture", "checkpoint/fault", "checkpoint/layout", "checkpoint/api", "process",
+	"checkpoint/rootfs", "checkpoint/sign", "checkpoint/sum", "checkpoint/tarcheck", "checkpoint/capture", "checkpoint/fault", "checkpoint/layout", "checkpoint/api", "checkpoint/criu/standin", "process",
 }
 
 // heavy must not come into the shim, of which one runs for every pod. Each
@@ -67,6 +67,15 @@ func TestCheckpointIsALibrary(t *testing.T) {
 }
 
 func TestTheShimIsLight(t *testing.T) { refuse(t, module+"cmd/containerd-shim-stasis-v1", heavy) }
+
+// TestTheStandInIsEarly: what the stand-in for CRIU imports is initialized before it, and
+// the runtime waits for that.
+func TestTheStandInIsEarly(t *testing.T) {
+	imports := list(t, "-f", "{{join .Imports \"\\n\"}}", module+"checkpoint/criu/standin")
+	if want := []string{"errors", "fmt", "os", "path", "strconv", "strings", "syscall"}; !slices.Equal(imports, want) {
+		t.Errorf("it imports %q, want %q; look with GODEBUG=inittrace=1 what others cost", imports, want)
+	}
+}
 
 // TestNodeIsALibrary: a daemon, a controller or a test may use package node, and what
 // serves it by HTTP.
