@@ -203,10 +203,11 @@ func TestTemporary(t *testing.T) {
 
 // TestManyAtOnce takes many containers through their lives at the same time.
 func TestManyAtOnce(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	watch := watchEvents(t, s)
-	const many = 50
+	const many = 30
 	var all []*stack.Container
 	for i := range many {
 		all = append(all, s.NewContainer(ctx, fmt.Sprint("c", i), stack.Busybox, stack.Args("sleep", "1000")))

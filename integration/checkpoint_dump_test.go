@@ -337,6 +337,7 @@ func TestCheckpointExits(t *testing.T) {
 
 // TestCheckpointFolder checks what a checkpoint leaves on the disk.
 func TestCheckpointFolder(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	c := sleeper(ctx, s, "c")
@@ -476,6 +477,7 @@ func TestCheckpointError(t *testing.T) {
 
 // TestCheckpointBadRequests checks requests that are refused at once.
 func TestCheckpointBadRequests(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	c := sleeper(ctx, s, "c")
@@ -522,7 +524,7 @@ func TestCheckpointAtOnce(t *testing.T) {
 			}
 			defer busy.Wait()
 			defer cancel()
-			for i := range 10 {
+			for i := range 6 {
 				c := s.NewContainer(ctx, fmt.Sprint("c", i), stack.Busybox, stack.Args("sleep", "1000"))
 				c.Start(ctx)
 				if i%2 == 1 {

@@ -205,6 +205,7 @@ func limitsInDocs(t *testing.T) map[string]bool {
 // TestLimitsExec checks that a process that was started by exec is no part of a
 // checkpoint, with a terminal or without, and is none the worse for it.
 func TestLimitsExec(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	c := sleeper(ctx, s, "c")

@@ -243,6 +243,7 @@ func notRunning(t *testing.T, s *stack.Stack, c *stack.Container) {
 // TestRefuseInPod checks that a shim that refuses a checkpoint goes on to serve
 // its other containers.
 func TestRefuseInPod(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	pod := oci.WithAnnotations(map[string]string{"io.containerd.runc.v2.group": "pod"})

@@ -186,6 +186,7 @@ func TestRestoreRounds(t *testing.T) {
 // TestRestoredContainer does with a restored container what can be done with
 // any.
 func TestRestoredContainer(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	watch := watchEvents(t, s)
@@ -354,6 +355,7 @@ func startExec(ctx context.Context, t *testing.T, c *stack.Container, id, comman
 // TestRestoreElsewhere restores a container under another name, in another
 // control group, network namespace and rootfs.
 func TestRestoreElsewhere(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	here, there := s.NewNetns(), s.NewNetns()

@@ -163,6 +163,7 @@ func TestCLIAborted(t *testing.T) {
 // TestCLIAbortedLate presses Ctrl-C when CRIU has ended the container already:
 // what it wrote is all there is, and is kept.
 func TestCLIAbortedLate(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	f := s.Faults()
@@ -202,6 +203,7 @@ func restoreKept(t *testing.T, s *stack.Stack, c *stack.Container, said string) 
 
 // TestCLIRefused has CRIU refuse: its words are told, and nothing is left.
 func TestCLIRefused(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	c := startProbe(ctx, s, "c", stack.ProbeArgs("-items", "counter,tcp"))
@@ -233,6 +235,7 @@ func TestCLIRefused(t *testing.T) {
 // TestCLINotStored has a checkpoint with --exit, but nowhere to put it: what is
 // left of the container is in the folder that the error names.
 func TestCLINotStored(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	f := s.Faults()
@@ -334,6 +337,7 @@ func TestCLIUpstream(t *testing.T) {
 // TestCLIUpstreamAborted presses Ctrl-C in a dump that ends the container, and
 // that its shim does not give up: what is written is kept.
 func TestCLIUpstreamAborted(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	f := s.Faults()

@@ -193,6 +193,7 @@ func TestCLIFormats(t *testing.T) {
 // A crash in the middle leaves nothing that looks like a checkpoint, and prune
 // removes the rest.
 func TestCLIKilled(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sleep", "1000"))

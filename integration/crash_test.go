@@ -99,6 +99,7 @@ func atEachStage(t *testing.T, test func(s *scene, c *stack.Container, st stage,
 // TestKilledShim kills the shim. containerd has it clean up, and the container
 // can be started again.
 func TestKilledShim(t *testing.T) {
+	t.Parallel()
 	atEachStage(t, func(s *scene, c *stack.Container, st stage, call *heldCall) {
 		_, shim := s.shim(c)
 		pid := s.pidOrZero(c)
@@ -138,6 +139,7 @@ func (s *scene) pidOrZero(c *stack.Container) int {
 
 // TestKilledShimOfPod kills the shim of several containers.
 func TestKilledShimOfPod(t *testing.T) {
+	t.Parallel()
 	s := newScene(t, stack.Options{})
 	s.crashes = true
 	group := oci.WithAnnotations(map[string]string{"io.containerd.runc.v2.group": "g"})
@@ -168,6 +170,7 @@ func TestKilledShimOfPod(t *testing.T) {
 
 // TestKilledShimKeepsExit kills a shim whose container has exited.
 func TestKilledShimKeepsExit(t *testing.T) {
+	t.Parallel()
 	s := newScene(t, stack.Options{})
 	s.crashes = true
 	c := s.container("c", stack.Args("sh", "-c", "exit 7"))
@@ -191,6 +194,7 @@ func TestKilledShimKeepsExit(t *testing.T) {
 // TestKilledContainerd kills containerd, and lets the runtime go on while there
 // is none, or after it was started again. The call goes through to its end.
 func TestKilledContainerd(t *testing.T) {
+	t.Parallel()
 	for name, late := range map[string]bool{"while down": false, "after": true} {
 		t.Run(name, func(t *testing.T) {
 			atEachStage(t, func(s *scene, c *stack.Container, st stage, call *heldCall) {
@@ -277,6 +281,7 @@ func (s *scene) settles(shim taskapi.TTRPCTaskService, c *stack.Container, st st
 
 // TestExitWhileContainerdIsDown has a container, and an exec, exit meanwhile.
 func TestExitWhileContainerdIsDown(t *testing.T) {
+	t.Parallel()
 	s := newScene(t, stack.Options{})
 	s.crashes = true
 	const script = "trap 'exit %d' TERM; echo ready; while :; do sleep 0.1; done"

@@ -241,6 +241,7 @@ func TestCRIRestoreCrun(t *testing.T) {
 // A container that is started once more is the same, with files that have changed
 // since.
 func TestAnnotationWithoutPod(t *testing.T) {
+	t.Parallel()
 	for _, snapshotter := range []string{"overlayfs", "native", "erofs"} {
 		t.Run(snapshotter, func(t *testing.T) {
 			s := stack.Start(t, stack.Options{Snapshotter: snapshotter})

@@ -103,6 +103,7 @@ func TestFullImageFolder(t *testing.T) {
 
 // TestFullWorkPath dumps with no room for CRIU's log.
 func TestFullWorkPath(t *testing.T) {
+	t.Parallel()
 	p := newPatient(t)
 	work := filepath.Join(p.Dir, "full")
 	p.mount(work, 64<<10, 0)
@@ -117,6 +118,7 @@ func TestFullWorkPath(t *testing.T) {
 
 // TestFullBundle dumps and restores with no room in the bundle.
 func TestFullBundle(t *testing.T) {
+	t.Parallel()
 	p := newPatient(t)
 	// The bundles of further containers.
 	bundles := filepath.Dir(p.c.Bundle())
@@ -150,6 +152,7 @@ func TestFullBundle(t *testing.T) {
 
 // TestReadOnlyImageFolder dumps to where nothing can be written.
 func TestReadOnlyImageFolder(t *testing.T) {
+	t.Parallel()
 	p := newPatient(t)
 	dir := filepath.Join(p.Dir, "readonly")
 	p.mount(dir, 1<<20, unix.MS_RDONLY)
@@ -164,6 +167,7 @@ func TestReadOnlyImageFolder(t *testing.T) {
 
 // TestImageFolderGone removes the image folder while CRIU writes to it.
 func TestImageFolderGone(t *testing.T) {
+	t.Parallel()
 	p := newPatient(t)
 	for _, exit := range []bool{false, true} {
 		p.at("exit %v", exit)

@@ -140,6 +140,7 @@ func must(t *testing.T, err error) {
 // TestFreezeFails has the shim's own service fail in every way: the container
 // runs on, and nothing is left.
 func TestFreezeFails(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	f := s.Faults()
@@ -232,6 +233,7 @@ var frozen = stack.During("freezing cgroup")
 // for a checkpoint. Without its shim it ends, as at any other time, and nothing is
 // left; containerd's death it does not notice.
 func TestFreezeKilled(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{KnownLeaks: []string{"runc-process"}})
 	ctx := s.Ctx()
 	f := s.Faults()
@@ -282,6 +284,7 @@ func TestFreezeKilled(t *testing.T) {
 // program over and over. The freezer of cgroup v1 can stop such a process where it
 // waits for the end of its other threads, which are frozen already.
 func TestFreezeExec(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	c := s.NewContainer(ctx, "c", stack.Python, stack.Args("python3", "-uc", `

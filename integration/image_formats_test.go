@@ -80,6 +80,7 @@ func noLeases(ctx context.Context, t *testing.T, s *stack.Stack) {
 // TestImageOfCtr reads a checkpoint that ctr made, writes it in containerd's format
 // again, and has ctr restore that.
 func TestImageOfCtr(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	// ctr has no flags for what these need.
@@ -131,6 +132,7 @@ func TestImageOfCtr(t *testing.T) {
 // begins afresh, on the files that the container had, by each snapshotter and
 // compression.
 func TestImageUnderRunc(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		snapshotter string
 		compression compression.Compression
@@ -192,6 +194,7 @@ func TestImageUnderRunc(t *testing.T) {
 // TestImageCollected: when its name is deleted, nothing of a checkpoint stays,
 // and all of its base does.
 func TestImageCollected(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sleep", "1000"))

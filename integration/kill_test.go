@@ -261,6 +261,7 @@ func TestKillCRIUInDump(t *testing.T) {
 
 // TestKillCRIUInDumpOfPaused kills CRIU when it has thawed a paused container.
 func TestKillCRIUInDumpOfPaused(t *testing.T) {
+	t.Parallel()
 	p := newPatient(t)
 	for _, stage := range []string{"freezing cgroup", "Collecting netns", "page-xfer: Transferring", "Writing image inventory"} {
 		p.at("%s", stage)
@@ -282,6 +283,7 @@ func TestKillCRIUInDumpOfPaused(t *testing.T) {
 // TestKillCRIUAtTheEnd kills CRIU when it has written the checkpoint of a
 // container that it then kills: one of the two has to stay.
 func TestKillCRIUAtTheEnd(t *testing.T) {
+	t.Parallel()
 	p := newPatient(t)
 	for _, stage := range []string{"Running post-dump", "Unfreezing tasks"} {
 		p.at("%s", stage)
@@ -330,6 +332,7 @@ func TestKillCRIUInRestore(t *testing.T) {
 // and the runtime after that. The network is open again by then, so connections
 // are lost.
 func TestKillCRIULateInRestore(t *testing.T) {
+	t.Parallel()
 	p := newPatient(t)
 	dir := p.dir()
 	p.must("checkpoint", p.dump(dir, true))
@@ -518,6 +521,7 @@ func TestKillShimInRestore(t *testing.T) {
 
 // TestKillContainerdInDump kills containerd at stages of a dump.
 func TestKillContainerdInDump(t *testing.T) {
+	t.Parallel()
 	p := newPatient(t)
 	for _, stage := range []string{"SEIZE", "page-xfer: Transferring", "Writing image inventory"} {
 		p.at("%s", stage)
@@ -543,6 +547,7 @@ func TestKillContainerdInDump(t *testing.T) {
 // TestKillContainerdInExitDump kills containerd in a dump that ends the
 // container: it has to learn of its exit, and can restore it.
 func TestKillContainerdInExitDump(t *testing.T) {
+	t.Parallel()
 	p := newPatient(t)
 	dir := p.dir()
 	p.must("mkdir", os.Mkdir(dir, 0o700))

@@ -14,6 +14,7 @@ import (
 // TestLoopback restores a container with a network namespace of its own, which
 // runc has CRIU leave empty: its loopback device has to work again.
 func TestLoopback(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sh", "-c", "while true; do echo hello | nc -l -p 7777; done"))

@@ -16,6 +16,7 @@ import (
 // and the container stands still for what has changed only. A kernel that does not
 // track changes refuses it.
 func TestPreDump(t *testing.T) {
+	t.Parallel()
 	works, err := criu.SoftDirty()
 	must(t, err)
 	for name, opts := range map[string]stack.Options{"runc": {}, "crun": {Crun: true}} {

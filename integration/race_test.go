@@ -546,6 +546,7 @@ func native(err error) error { return errgrpc.ToNative(err) }
 // TestInitExitComesLast has init die while an exec runs and another is being
 // started (containerd issues 9719, 10589, 10603).
 func TestInitExitComesLast(t *testing.T) {
+	t.Parallel()
 	s := newScene(t, stack.Options{})
 	c := s.running("c")
 	running := s.exec(c, "running", "sleep", "1000")
@@ -572,6 +573,7 @@ func TestInitExitComesLast(t *testing.T) {
 // TestNoExecAfterInitDied starts an exec when init has died, and its exit is
 // not published yet for another exec is being started (containerd issue 10634).
 func TestNoExecAfterInitDied(t *testing.T) {
+	t.Parallel()
 	s := newScene(t, stack.Options{})
 	c := s.running("c")
 	late, starting := s.exec(c, "late", "true"), s.exec(c, "starting", "sleep", "1000")
@@ -593,6 +595,7 @@ func TestNoExecAfterInitDied(t *testing.T) {
 // TestInitDiesInCreate has init die while the runtime still creates it
 // (containerd issue 9103).
 func TestInitDiesInCreate(t *testing.T) {
+	t.Parallel()
 	s := newScene(t, stack.Options{})
 	c := s.container("c")
 	create := s.hold("create", stack.After, func() error { return c.Create(s.ctx) })
@@ -612,6 +615,7 @@ func TestInitDiesInCreate(t *testing.T) {
 // TestFailedCreate has the runtime fail, or exceed its time, when it has made
 // the container; nothing may be left. The stack looks for that.
 func TestFailedCreate(t *testing.T) {
+	t.Parallel()
 	s := newScene(t, stack.Options{})
 	c := s.container("c")
 	s.f.Fail("create", stack.After, "as requested")
@@ -660,6 +664,7 @@ func (s *scene) leftOf(c *stack.Container) string {
 
 // TestHungExec has the runtime hang in one exec (containerd issue 10036).
 func TestHungExec(t *testing.T) {
+	t.Parallel()
 	s := newScene(t, stack.Options{})
 	c := s.running("c")
 	_, shim := s.shim(c)
@@ -686,6 +691,7 @@ func TestHungExec(t *testing.T) {
 
 // TestDeleteOfStartingExec deletes an exec that is being started.
 func TestDeleteOfStartingExec(t *testing.T) {
+	t.Parallel()
 	s := newScene(t, stack.Options{})
 	c := s.running("c")
 	shim, shimPid := s.shim(c)
@@ -715,6 +721,7 @@ func TestDeleteOfStartingExec(t *testing.T) {
 
 // TestWaitEndsWithDelete waits for processes that are never started.
 func TestWaitEndsWithDelete(t *testing.T) {
+	t.Parallel()
 	s := newScene(t, stack.Options{})
 	c := s.running("c")
 	shim, shimPid := s.shim(c)
@@ -744,6 +751,7 @@ func TestWaitEndsWithDelete(t *testing.T) {
 
 // TestShutdownWithExits ends a shim while exits arrive and are published.
 func TestShutdownWithExits(t *testing.T) {
+	t.Parallel()
 	s := newScene(t, stack.Options{})
 	s.crashes = true
 	c := s.running("c")
@@ -766,6 +774,7 @@ func TestShutdownWithExits(t *testing.T) {
 // TestShutdownInDelete asks a shim to end while its last container is being
 // deleted, and not again.
 func TestShutdownInDelete(t *testing.T) {
+	t.Parallel()
 	s := newScene(t, stack.Options{})
 	s.crashes = true // for containerd knows nothing of it
 	c := s.running("c")
@@ -786,6 +795,7 @@ func TestShutdownInDelete(t *testing.T) {
 // TestRestoredInitDies has a restored init die before the runtime says that it
 // is restored.
 func TestRestoredInitDies(t *testing.T) {
+	t.Parallel()
 	s := newScene(t, stack.Options{})
 	c, dir := s.checkpointed("c")
 	restore := s.hold("restore", stack.After, func() error { return c.RestoreErr(s.ctx, dir) })
@@ -838,6 +848,7 @@ func TestFailedRestore(t *testing.T) {
 
 // TestRestoredContainerIsWatched looks for stats and for OOM events.
 func TestRestoredContainerIsWatched(t *testing.T) {
+	t.Parallel()
 	s := newScene(t, stack.Options{})
 	c, dir := s.checkpointed("c", oci.WithMemoryLimit(64<<20))
 	c.Restore(s.ctx, dir)
@@ -861,6 +872,7 @@ func TestRestoredContainerIsWatched(t *testing.T) {
 // TestOOMComesBeforeExit has the kernel kill init: whoever hears of the exit
 // knows the cause already.
 func TestOOMComesBeforeExit(t *testing.T) {
+	t.Parallel()
 	s := newScene(t, stack.Options{})
 	for i := range 5 {
 		id := fmt.Sprint("c", i)
@@ -879,6 +891,7 @@ func TestOOMComesBeforeExit(t *testing.T) {
 
 // TestKillInStart kills init while the runtime starts it.
 func TestKillInStart(t *testing.T) {
+	t.Parallel()
 	for name, when := range map[string]stack.When{"before": stack.Before, "after": stack.After} {
 		t.Run(name, func(t *testing.T) {
 			s := newScene(t, stack.Options{})
@@ -903,6 +916,7 @@ func TestKillInStart(t *testing.T) {
 
 // TestHungStart has the runtime hang when it starts an init that then dies.
 func TestHungStart(t *testing.T) {
+	t.Parallel()
 	s := newScene(t, stack.Options{})
 	c := s.container("c")
 	s.must("create", c.Create(s.ctx))
@@ -919,6 +933,7 @@ func TestHungStart(t *testing.T) {
 
 // TestDeleteInKill deletes a container while a kill of it is under way.
 func TestDeleteInKill(t *testing.T) {
+	t.Parallel()
 	for name, when := range map[string]stack.When{"before": stack.Before, "after": stack.After} {
 		t.Run(name, func(t *testing.T) {
 			s := newScene(t, stack.Options{})
@@ -937,6 +952,7 @@ func TestDeleteInKill(t *testing.T) {
 // TestKillOfZombie kills a process that has died and is not reaped yet, which
 // is when the runtime says something else than the shim knows.
 func TestKillOfZombie(t *testing.T) {
+	t.Parallel()
 	s := newScene(t, stack.Options{})
 	c := s.running("c")
 	shim, _ := s.shim(c)
@@ -955,6 +971,7 @@ func TestKillOfZombie(t *testing.T) {
 // TestTwoCreates creates a container while another of the same ID is being
 // created.
 func TestTwoCreates(t *testing.T) {
+	t.Parallel()
 	s := newScene(t, stack.Options{})
 	c := s.container("c")
 	create := s.hold("create", stack.Before, func() error { return c.Create(s.ctx) })
@@ -969,6 +986,7 @@ func TestTwoCreates(t *testing.T) {
 
 // TestTwoDeletes deletes a container twice at once.
 func TestTwoDeletes(t *testing.T) {
+	t.Parallel()
 	s := newScene(t, stack.Options{})
 	// The other one keeps the shim.
 	group := oci.WithAnnotations(map[string]string{"io.containerd.runc.v2.group": "g"})
@@ -1000,6 +1018,7 @@ func TestTwoDeletes(t *testing.T) {
 
 // TestTwoStarts starts init, and an exec, twice at once.
 func TestTwoStarts(t *testing.T) {
+	t.Parallel()
 	s := newScene(t, stack.Options{})
 	c := s.container("c")
 	s.must("create", c.Create(s.ctx))
@@ -1031,6 +1050,7 @@ func TestTwoStarts(t *testing.T) {
 // TestExecInDump starts an exec while the container is being dumped: it runs
 // after that.
 func TestExecInDump(t *testing.T) {
+	t.Parallel()
 	s := newScene(t, stack.Options{})
 	c := s.running("c")
 	p := s.exec(c, "e", "echo", "hi")
@@ -1055,6 +1075,7 @@ func TestExecInDump(t *testing.T) {
 
 // TestKillInDump kills a container while it is being dumped.
 func TestKillInDump(t *testing.T) {
+	t.Parallel()
 	for name, when := range map[string]stack.When{
 		"before": stack.Before, "during": stack.During("Dumping task"), "after": stack.After,
 	} {
@@ -1083,6 +1104,7 @@ func TestKillInDump(t *testing.T) {
 
 // TestKillInRestore kills a container while it is being restored.
 func TestKillInRestore(t *testing.T) {
+	t.Parallel()
 	for name, when := range map[string]stack.When{
 		"before": stack.Before, "during": stack.During("Restoring"), "after": stack.After,
 	} {
@@ -1110,6 +1132,7 @@ func TestKillInRestore(t *testing.T) {
 
 // TestKillInPause kills a container while it is being paused.
 func TestKillInPause(t *testing.T) {
+	t.Parallel()
 	for name, when := range map[string]stack.When{"before": stack.Before, "after": stack.After} {
 		t.Run(name, func(t *testing.T) {
 			s := newScene(t, stack.Options{})
@@ -1126,6 +1149,7 @@ func TestKillInPause(t *testing.T) {
 
 // TestCutPause has the time of a pause run out when the runtime has done its work.
 func TestCutPause(t *testing.T) {
+	t.Parallel()
 	s := newScene(t, stack.Options{})
 	c := s.running("c")
 	begin := time.Now()

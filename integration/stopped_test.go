@@ -18,6 +18,7 @@ import (
 // TestStoppedProcess checkpoints a container with a process that is stopped by a
 // signal. With cgroup v1, CRIU would wait for it for ever.
 func TestStoppedProcess(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sh", "-c", "sleep 1000 & kill -STOP $!; echo stopped; wait"))

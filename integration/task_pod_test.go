@@ -16,6 +16,7 @@ import (
 // TestOneShimPerPod checks that the containers of a group share a shim, which
 // outlives each of them but not the last.
 func TestOneShimPerPod(t *testing.T) {
+	t.Parallel()
 	for name, tc := range map[string]struct {
 		opts       stack.Options
 		annotation string

@@ -24,6 +24,7 @@ import (
 // TestStdin checks that a process sees the end of its input when the client
 // says so.
 func TestStdin(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sh", "-c", "cat; echo end"))
@@ -48,6 +49,7 @@ func TestStdin(t *testing.T) {
 // TestReattach checks that a client which goes away is no end of input, and that
 // what is written meanwhile waits for the next one.
 func TestReattach(t *testing.T) {
+	t.Parallel()
 	sh := startShim(t, stack.Options{})
 	r := sh.createRequest("c", stack.Args("sh", "-c", "while read line; do echo $line; done; echo end"))
 	r.Stdin, r.Stdout = filepath.Join(sh.s.Dir, "in"), filepath.Join(sh.s.Dir, "out")
@@ -221,6 +223,7 @@ func logger(t *testing.T, ready string) string {
 // TestTerminal talks to a shell on a terminal whose size changes, as init and as
 // exec.
 func TestTerminal(t *testing.T) {
+	t.Parallel()
 	for name, opts := range map[string]stack.Options{"runc": {}, "crun": {Crun: true}, "1.7": {Version: "1.7", DropIn: true}} {
 		t.Run(name, func(t *testing.T) {
 			s := stack.Start(t, opts)

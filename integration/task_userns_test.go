@@ -19,6 +19,7 @@ var idMap = []specs.LinuxIDMapping{{ContainerID: 0, HostID: 100000, Size: 65536}
 
 // TestUserNamespace runs a container whose root is nobody on the host.
 func TestUserNamespace(t *testing.T) {
+	t.Parallel()
 	for name, opts := range map[string]stack.Options{"runc": {}, "crun": {Crun: true}} {
 		t.Run(name, func(t *testing.T) {
 			s := stack.Start(t, opts)
@@ -61,6 +62,7 @@ func newUserNamespaceContainer(t *testing.T, s *stack.Stack, name string, opts .
 // TestIDMappedMount gives a container in a user namespace a folder of the host's
 // root as its own root's.
 func TestIDMappedMount(t *testing.T) {
+	t.Parallel()
 	s := stack.Start(t, stack.Options{})
 	ctx := s.Ctx()
 	dir := filepath.Join(s.Dir, "volume")
