@@ -185,6 +185,47 @@ func TestREST(t *testing.T) {
 	c.DeleteTask(ctx)
 }
 
+// TestRESTLogin: a request may bring the login of a registry, which is nowhere after it.
+func TestRESTLogin(t *testing.T) {
+	t.Parallel()
+	s := stack.Start(t, stack.Options{})
+	r := startRegistry(t, s, registryConfig{password: true})
+	ref := r.host + "/backup/c:1"
+	storeSleeper(s, ref)
+	d := s.StartStasisd()
+	one := "/v1/checkpoints/" + url.PathEscape(ref)
+	login := func(password string) string {
+		return fmt.Sprintf(`"login":{"registry":%q,"username":"stasis","password":%q}`, r.host, password)
+	}
+	for _, tt := range []struct{ path, body, state string }{
+		{one + "/push", `{}`, "failed"},
+		{one + "/push", `{` + login("secret1") + `}`, "failed"},
+		{one + "/push", `{` + login("secret") + `}`, "done"},
+		{"", "", ""}, // removes it
+		{"/v1/pulls", `{"ref":"` + ref + `"}`, "failed"},
+		{"/v1/pulls", `{"ref":"` + ref + `",` + login("secret") + `}`, "done"},
+		{"", "", ""},
+		{"/v1/restores", `{"checkpoint":"` + ref + `","name":"d","privileged":true,` + login("secret") + `}`, "done"},
+		{"/v1/checkpoints", `{"containers":["d"],"ref":"` + r.host + `/backup/d:1","push":true,` + login("secret") + `}`, "done"},
+	} {
+		if tt.path == "" {
+			want(t, d, 204, "DELETE", one+"?namespace="+s.Namespace, "")
+			continue
+		}
+		if job := runJob(t, s, d, tt.path, tt.body); job.State != tt.state || job.Error != nil && strings.Contains(job.Error.Detail, "secret") {
+			t.Errorf("POST %s %s: %+v %+v", tt.path, tt.body, job, job.Error)
+		}
+	}
+	if strings.Contains(d.Log(), "secret") {
+		t.Errorf("the log has the password: %s", d.Log())
+	}
+	files, _ := exec.Command("grep", "-rl", "secret", filepath.Join(s.Dir, "stasis")).CombinedOutput()
+	if len(files) > 0 {
+		t.Errorf("the password is in %s", files)
+	}
+	s.Stasis("rm", ref, r.host+"/backup/d:1")
+}
+
 // TestRESTJobs: 50 jobs on 20 containers at once all succeed; one that is canceled, and
 // one that a kill of stasisd cuts short, say so, and the container runs on.
 func TestRESTJobs(t *testing.T) {

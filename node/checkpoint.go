@@ -53,8 +53,9 @@ type CheckpointRequest struct {
 	// what is in it. That is stored, and nothing dumped.
 	From string
 
-	// Push sends the image to the registry that Ref names; PlainHTTP without TLS.
-	Push, PlainHTTP bool
+	// Push sends the image to the registry that Ref names.
+	Push     bool
+	Registry Registry
 
 	Progress Progress
 }
@@ -160,6 +161,9 @@ func (r *CheckpointRequest) complete() error {
 		if r.Archive.isSet() {
 			r.Format = FormatArchive
 		}
+	}
+	if err := r.Registry.check(); err != nil {
+		return err
 	}
 	switch {
 	case r.Archive.isSet() && r.Format != FormatArchive:
@@ -346,7 +350,7 @@ func (n *Node) pushResult(ctx context.Context, c *client.Client, result *Checkpo
 	if !r.Push {
 		return nil
 	}
-	if err := push(ctx, c, result.Ref, result.Ref, r.PlainHTTP, bar); err != nil {
+	if err := push(ctx, c, result.Ref, result.Ref, r.Registry, bar); err != nil {
 		return fmt.Errorf("%w (the checkpoint is here as %s)", err, result.Ref)
 	}
 	return nil

@@ -82,7 +82,7 @@ func (n *Node) storeWithBase(ctx context.Context, c *client.Client, got *capture
 	var base ocispec.Descriptor
 	if format != FormatPodman {
 		var err error
-		if base, _, err = n.findBase(ctx, c, got.Info.Base, false, bar); err != nil {
+		if base, _, err = n.findBase(ctx, c, got.Info.Base, Registry{}, bar); err != nil {
 			return ocispec.Descriptor{}, err
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -40,11 +41,63 @@ func quiet(ctx context.Context) context.Context {
 	return log.WithLogger(ctx, logrus.NewEntry(l))
 }
 
-// resolver talks to registries. With plainHTTP without TLS; to one on localhost
-// with a port it does so by itself if that has no TLS. tracker may be nil.
-func resolver(ctx context.Context, plainHTTP bool, tracker docker.StatusTracker) remotes.Resolver {
-	o := config.HostOptions{HostDir: config.HostDirFromRoot(HostsDir), Credentials: credentials}
-	if plainHTTP {
+// Registry says how to talk to registries.
+type Registry struct {
+	PlainHTTP bool // without TLS, which one on localhost may be without anyway
+	// Login is for one registry. For others, or if it is nil, credentials are those of
+	// "docker login" and "podman login" of the user whose process this is.
+	Login *Login
+}
+
+// Login is how to log in to a registry.
+type Login struct {
+	Registry           string // host, or host:port, as in the names of its images
+	Username, Password string // without a username, the password is an identity token
+}
+
+// String implements fmt.Stringer, so that no log or error has the password.
+func (l *Login) String() string {
+	if l == nil {
+		return "none"
+	}
+	return l.Username + " at " + l.Registry
+}
+
+// check refuses a login that is not one.
+func (r Registry) check() error {
+	switch l := r.Login; {
+	case l == nil:
+		return nil
+	case l.Registry == "" || strings.ContainsAny(l.Registry, "/@ "):
+		return requestError("login: registry %q: give the host, or host:port, as in the names of its images", l.Registry)
+	case l.Password == "":
+		return requestError("login: there is no password for %s", l.Registry)
+	}
+	return nil
+}
+
+// credentials are for a host: the name of a registry, or of a mirror, which are not given
+// the login of another.
+func (r Registry) credentials(host string) (user, secret string, err error) {
+	if l := r.Login; l != nil && host == apiHost(l.Registry) {
+		return l.Username, l.Password, nil
+	}
+	return credentials(host)
+}
+
+// apiHost is where a registry is: Docker Hub is not where its images' names say.
+func apiHost(registry string) string {
+	if host, err := docker.DefaultHost(registry); err == nil {
+		return host
+	}
+	return registry
+}
+
+// resolver talks to registries. One on localhost with a port it talks to without TLS if
+// that has none. tracker may be nil.
+func (r Registry) resolver(ctx context.Context, tracker docker.StatusTracker) remotes.Resolver {
+	o := config.HostOptions{HostDir: config.HostDirFromRoot(HostsDir), Credentials: r.credentials}
+	if r.PlainHTTP {
 		o.DefaultScheme = "http"
 	}
 	return docker.NewResolver(docker.ResolverOptions{Hosts: config.ConfigureHosts(ctx, o), Tracker: tracker})
@@ -137,14 +190,16 @@ func (u *uploads) SetStatus(ref string, s docker.Status) {
 type PushRequest struct {
 	Ref string
 	// Target is its name there; empty: its own.
-	Target    string
-	PlainHTTP bool // without TLS, which a registry on localhost may be without anyway
-	Progress  Progress
+	Target   string
+	Registry Registry
+	Progress Progress
 }
 
-// Push sends a checkpoint to a registry: what that lacks. Credentials are those of "docker
-// login" and "podman login" of the user whose process this is.
+// Push sends a checkpoint to a registry: what that lacks.
 func (n *Node) Push(ctx context.Context, r PushRequest) (*Image, error) {
+	if err := r.Registry.check(); err != nil {
+		return nil, err
+	}
 	c, err := n.Client(ctx)
 	if err != nil {
 		return nil, err
@@ -161,7 +216,7 @@ func (n *Node) Push(ctx context.Context, r PushRequest) (*Image, error) {
 	}
 	bar := r.Progress.of(target)
 	defer bar.end()
-	if err := push(ctx, c, img.Name, target, r.PlainHTTP, bar); err != nil {
+	if err := push(ctx, c, img.Name, target, r.Registry, bar); err != nil {
 		return nil, err
 	}
 	return &Image{target, img.Target.Digest.String()}, nil
@@ -169,15 +224,14 @@ func (n *Node) Push(ctx context.Context, r PushRequest) (*Image, error) {
 
 // push sends the image called ref to a registry as target, which may be the
 // same name. Only what the registry lacks is sent.
-func push(ctx context.Context, c *client.Client, ref, target string, plainHTTP bool, bar *stages) error {
+func push(ctx context.Context, c *client.Client, ref, target string, registry Registry, bar *stages) error {
 	img, err := c.ImageService().Get(ctx, ref)
 	if err != nil {
 		return fmt.Errorf("push %s: %w", ref, err)
 	}
 	bar.begin("push")
 	ctx = quiet(ctx)
-	r := resolver(ctx, plainHTTP, trackUploads(bar))
-	if err := c.Push(ctx, target, img.Target, client.WithResolver(r)); err != nil {
+	if err := c.Push(ctx, target, img.Target, client.WithResolver(registry.resolver(ctx, trackUploads(bar)))); err != nil {
 		return fmt.Errorf("push %s to %s: %w", ref, target, err)
 	}
 	return nil
@@ -185,14 +239,16 @@ func push(ctx context.Context, c *client.Client, ref, target string, plainHTTP b
 
 // PullRequest says what image to fetch from a registry.
 type PullRequest struct {
-	Ref       string
-	PlainHTTP bool // as in PushRequest
-	Progress  Progress
+	Ref      string
+	Registry Registry
+	Progress Progress
 }
 
-// Pull fetches a checkpoint, or any other image, from a registry. Credentials are as with
-// Push.
+// Pull fetches a checkpoint, or any other image, from a registry.
 func (n *Node) Pull(ctx context.Context, r PullRequest) (*Image, error) {
+	if err := r.Registry.check(); err != nil {
+		return nil, err
+	}
 	ref, err := fullName(r.Ref)
 	if err != nil {
 		return nil, err
@@ -203,7 +259,7 @@ func (n *Node) Pull(ctx context.Context, r PullRequest) (*Image, error) {
 	}
 	bar := r.Progress.of(ref)
 	defer bar.end()
-	img, err := n.pull(ctx, c, ref, r.PlainHTTP, bar)
+	img, err := n.pull(ctx, c, ref, r.Registry, bar)
 	if err != nil {
 		return nil, err
 	}
@@ -211,7 +267,7 @@ func (n *Node) Pull(ctx context.Context, r PullRequest) (*Image, error) {
 }
 
 // pull fetches an image from a registry, and names it. ctx may have a lease.
-func (n *Node) pull(ctx context.Context, c *client.Client, ref string, plainHTTP bool, bar *stages) (images.Image, error) {
+func (n *Node) pull(ctx context.Context, c *client.Client, ref string, registry Registry, bar *stages) (images.Image, error) {
 	// containerd's client would make one, and not remove it if it is interrupted.
 	ctx, done, err := n.lease(ctx, c.LeasesService())
 	if err != nil {
@@ -225,7 +281,7 @@ func (n *Node) pull(ctx context.Context, c *client.Client, ref string, plainHTTP
 	defer stop()
 	// Fetch rather than Pull: that takes one manifest of an index, and the
 	// checkpoints of containerd's clients are an index of several parts.
-	img, err := c.Fetch(ctx, ref, client.WithResolver(resolver(ctx, plainHTTP, nil)),
+	img, err := c.Fetch(ctx, ref, client.WithResolver(registry.resolver(ctx, nil)),
 		client.WithImageHandler(oci.Bounded()), client.WithImageHandler(images.HandlerFunc(d.found)))
 	if err != nil {
 		return images.Image{}, fmt.Errorf("pull %s: %w", ref, err)

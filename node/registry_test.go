@@ -5,8 +5,11 @@ import (
 	"bufio"
 	"bytes"
 	"compress/gzip"
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 )
 
@@ -39,6 +42,41 @@ func TestCredentials(t *testing.T) {
 	must0(t, os.WriteFile(podman, []byte(`{`), 0o600))
 	if _, _, err := credentials("localhost:5000"); err == nil {
 		t.Error("a broken file is no error")
+	}
+}
+
+// TestLogin: a login is for one registry, and not for its mirrors.
+func TestLogin(t *testing.T) {
+	t.Setenv("REGISTRY_AUTH_FILE", filepath.Join(t.TempDir(), "none"))
+	t.Setenv("DOCKER_CONFIG", t.TempDir())
+	t.Setenv("HOME", t.TempDir())
+	for host, registry := range map[string]string{"r.example:5000": "r.example:5000", "registry-1.docker.io": "docker.io"} {
+		r := Registry{Login: &Login{Registry: registry, Username: "me", Password: "mine"}}
+		must0(t, r.check())
+		if user, secret, err := r.credentials(host); user != "me" || secret != "mine" || err != nil {
+			t.Errorf("%s: %q %q, %v", host, user, secret, err)
+		}
+		for _, other := range []string{"mirror.example", "r.example", "r.example:5001", ""} {
+			if user, secret, err := r.credentials(other); user != "" || secret != "" || err != nil {
+				t.Errorf("%s for %s: %q %q, %v", other, registry, user, secret, err)
+			}
+		}
+		if text := fmt.Sprintf("%v %+v %s", r, r, r.Login); strings.Contains(text, "mine") {
+			t.Errorf("printed: %s", text)
+		}
+	}
+	for _, l := range []Login{{Registry: "", Password: "p"}, {Registry: "r/path", Password: "p"}, {Registry: "me@r", Password: "p"}, {Registry: "r", Username: "me"}} {
+		n := &Node{}
+		registry := Registry{Login: &l}
+		_, push := n.Push(t.Context(), PushRequest{Ref: "x", Registry: registry})
+		_, pull := n.Pull(t.Context(), PullRequest{Ref: "x", Registry: registry})
+		_, restore := n.Restore(t.Context(), RestoreRequest{Checkpoint: "x", Registry: registry})
+		checkpoint := CheckpointRequest{Containers: []string{"c"}, Registry: registry}.Check()
+		for _, err := range []error{push, pull, restore, checkpoint} {
+			if !errors.Is(err, ErrRequest) || !strings.Contains(err.Error(), "login") {
+				t.Errorf("%+v: %v", l, err)
+			}
+		}
 	}
 }
 

@@ -36,10 +36,10 @@ type RestoreRequest struct {
 	Grants   allow.Grants
 	TCPClose bool // closes all TCP connections
 
-	Runtime     string // containerd's name of it; empty: RuntimeName
-	RuncBinary  string // the OCI runtime; empty: the one that made the checkpoint
-	Snapshotter string // empty: containerd's own choice
-	PlainHTTP   bool   // pulls without TLS
+	Runtime     string   // containerd's name of it; empty: RuntimeName
+	RuncBinary  string   // the OCI runtime; empty: the one that made the checkpoint
+	Snapshotter string   // empty: containerd's own choice
+	Registry    Registry // from which the checkpoint is pulled, and its base image
 	// MaxSize is how many bytes the checkpoint may have unpacked; 0: half of what is
 	// free on the disk.
 	MaxSize int64
@@ -88,6 +88,9 @@ func (n *Node) Restore(ctx context.Context, r RestoreRequest) (_ *RestoreResult,
 		if err := identifiers.Validate(r.Name); err != nil {
 			return nil, requestError("NAME: %v", err)
 		}
+	}
+	if err := r.Registry.check(); err != nil {
+		return nil, err
 	}
 	if r.Runtime == "" {
 		r.Runtime = RuntimeName

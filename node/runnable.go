@@ -36,7 +36,7 @@ func (op *restoring) runnable(ctx context.Context) (images.Image, error) {
 	case !errors.Is(err, fs.ErrNotExist) || strings.HasPrefix(arg, "/") || strings.HasPrefix(arg, "."):
 		return images.Image{}, err
 	}
-	record, err := op.node.findImage(ctx, c, arg, op.PlainHTTP, op.bar)
+	record, err := op.node.findImage(ctx, c, arg, op.Registry, op.bar)
 	if err != nil {
 		return images.Image{}, err
 	}
@@ -104,7 +104,7 @@ func (op *restoring) madeRunnable(ctx context.Context, read func(dir string) (*c
 // makeRunnable stores a capture as a runnable image. It is not compressed, as it
 // is unpacked next.
 func (op *restoring) makeRunnable(ctx context.Context, name string, got *capture.Capture) (images.Image, error) {
-	base, pulled, err := op.node.findBase(ctx, op.c, got.Info.Base, op.PlainHTTP, op.bar)
+	base, pulled, err := op.node.findBase(ctx, op.c, got.Info.Base, op.Registry, op.bar)
 	if pulled != nil {
 		op.added = append(op.added, *pulled)
 	}
@@ -128,12 +128,12 @@ func (op *restoring) makeRunnable(ctx context.Context, name string, got *capture
 
 // findBase returns the image that a checkpoint builds on; and its record if that was
 // pulled, also if there is an error.
-func (n *Node) findBase(ctx context.Context, c *client.Client, base capture.Base, plain bool, bar *stages) (_ ocispec.Descriptor, pulled *images.Image, _ error) {
+func (n *Node) findBase(ctx context.Context, c *client.Client, base capture.Base, registry Registry, bar *stages) (_ ocispec.Descriptor, pulled *images.Image, _ error) {
 	if base.Name == "" {
 		return ocispec.Descriptor{}, pulled, fmt.Errorf("the checkpoint does not name the image that its container was made from: %w", errdefs.ErrFailedPrecondition)
 	}
 	before := time.Now()
-	record, err := n.findImage(ctx, c, base.Name, plain, bar)
+	record, err := n.findImage(ctx, c, base.Name, registry, bar)
 	if err == nil && record.CreatedAt.After(before) {
 		pulled = &record
 	}
@@ -158,7 +158,7 @@ func (n *Node) findBase(ctx context.Context, c *client.Client, base capture.Base
 }
 
 // findImage is localImage for an image that is pulled if it is not here.
-func (n *Node) findImage(ctx context.Context, c *client.Client, name string, plain bool, bar *stages) (images.Image, error) {
+func (n *Node) findImage(ctx context.Context, c *client.Client, name string, registry Registry, bar *stages) (images.Image, error) {
 	record, err := localImage(ctx, c, name)
 	if err == nil || !errdefs.IsNotFound(err) {
 		return record, err
@@ -167,5 +167,5 @@ func (n *Node) findImage(ctx context.Context, c *client.Client, name string, pla
 	if perr != nil || reference.Domain(named) == "localhost" {
 		return images.Image{}, err
 	}
-	return n.pull(ctx, c, named.String(), plain, bar)
+	return n.pull(ctx, c, named.String(), registry, bar)
 }

@@ -69,7 +69,7 @@ Podman and CRI-O; archive is the tar file of Podman, CRI-O and the kubelet.`,
 	flags.Var(&f.format, "format", "format of the checkpoint: runnable, index, podman or archive")
 	flags.StringVarP(&f.file, "output", "o", "", "write an archive to `FILE` instead of an image (json or table: what to print, as elsewhere)")
 	flags.BoolVar(&f.request.Push, "push", false, "push the image to its registry")
-	flags.BoolVar(&f.request.PlainHTTP, "plain-http", false, "push without TLS; implied for localhost")
+	flags.BoolVar(&f.request.Registry.PlainHTTP, "plain-http", false, "push without TLS; implied for localhost")
 	flags.StringVar(&f.request.From, "from", "", "store what an earlier call with --exit has left in `FOLDER` when it could not store it; the container must not have run since")
 	flags.StringVar(&f.request.Pod, "pod", "", "every container of the Kubernetes pod `NAME` (or NAMESPACE/NAME)")
 	must(cmd.RegisterFlagCompletionFunc("pre-dump", cobra.FixedCompletions([]string{"auto"}, cobra.ShellCompDirectiveNoFileComp)))

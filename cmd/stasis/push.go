@@ -24,7 +24,7 @@ registry lacks is sent.` + registryHelp,
 		Args:              cobra.RangeArgs(1, 2),
 		ValidArgsFunction: firstArgs(1, a.completeCheckpoints()),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			r := node.PushRequest{Ref: args[0], PlainHTTP: plainHTTP, Progress: a.progress()}
+			r := node.PushRequest{Ref: args[0], Registry: node.Registry{PlainHTTP: plainHTTP}, Progress: a.progress()}
 			if len(args) > 1 {
 				r.Target = args[1]
 			}
@@ -50,7 +50,7 @@ the one that a container was made from.` + registryHelp,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			img, err := a.operations().Pull(cmd.Context(), node.PullRequest{Ref: args[0], PlainHTTP: plainHTTP, Progress: a.progress()})
+			img, err := a.operations().Pull(cmd.Context(), node.PullRequest{Ref: args[0], Registry: node.Registry{PlainHTTP: plainHTTP}, Progress: a.progress()})
 			if err != nil {
 				return err
 			}

@@ -140,7 +140,7 @@ func (r *remote) Checkpoint(ctx context.Context, q node.CheckpointRequest) ([]no
 	}
 	o := q.Options
 	b := v1.CheckpointBody{Containers: q.Containers, Pod: q.Pod, Ref: q.Ref, Format: q.Format, Compression: q.Compression,
-		Exit: q.Exit, PreDumps: q.PreDumps, Push: q.Push, PlainHTTP: q.PlainHTTP,
+		Exit: q.Exit, PreDumps: q.PreDumps, Push: q.Push, Registry: registryOf(q.Registry),
 		FileLocks: o.FileLocks, UnixSockets: o.ExternalUnixSockets, Terminal: o.Terminal, LinkRemap: o.LinkRemap, GhostLimit: o.GhostLimit}
 	switch {
 	case o.OpenTCP:
@@ -196,7 +196,7 @@ func (r *remote) Restore(ctx context.Context, q node.RestoreRequest) (result *no
 		return nil, notThere("--log-uri")
 	}
 	g := q.Grants
-	b := v1.RestoreBody{Checkpoint: q.Checkpoint, Name: q.Name, TCPClose: q.TCPClose, Network: g.Network, PlainHTTP: q.PlainHTTP,
+	b := v1.RestoreBody{Checkpoint: q.Checkpoint, Name: q.Name, TCPClose: q.TCPClose, Network: g.Network, Registry: registryOf(q.Registry),
 		Privileged: g.Privileged, Snapshotter: q.Snapshotter, WaitHealthy: q.Healthy}
 	if q.Healthy != "" {
 		b.WaitSeconds = max(1, int(q.HealthyTimeout.Round(time.Second)/time.Second))
@@ -355,7 +355,7 @@ func (r *remote) Remove(ctx context.Context, refs ...string) ([]string, error) {
 func (r *remote) Push(ctx context.Context, q node.PushRequest) (*node.Image, error) {
 	img := &node.Image{}
 	err := r.run(ctx, q.Progress, func(ctx context.Context) (*v1.Job, error) {
-		return r.c.Push(ctx, q.Ref, v1.PushBody{Target: q.Target, PlainHTTP: q.PlainHTTP})
+		return r.c.Push(ctx, q.Ref, v1.PushBody{Target: q.Target, Registry: registryOf(q.Registry)})
 	}, img)
 	return img, err
 }
@@ -364,7 +364,7 @@ func (r *remote) Push(ctx context.Context, q node.PushRequest) (*node.Image, err
 func (r *remote) Pull(ctx context.Context, q node.PullRequest) (*node.Image, error) {
 	img := &node.Image{}
 	err := r.run(ctx, q.Progress, func(ctx context.Context) (*v1.Job, error) {
-		return r.c.Pull(ctx, v1.PullBody{Ref: q.Ref, PlainHTTP: q.PlainHTTP})
+		return r.c.Pull(ctx, v1.PullBody{Ref: q.Ref, Registry: registryOf(q.Registry)})
 	}, img)
 	return img, err
 }
@@ -477,4 +477,12 @@ func (p *passing) end() {
 	if p.tell != nil {
 		p.tell(node.Update{Of: p.update.Of})
 	}
+}
+
+func registryOf(r node.Registry) v1.Registry {
+	out := v1.Registry{PlainHTTP: r.PlainHTTP}
+	if l := r.Login; l != nil {
+		out.Login = &v1.Login{Registry: l.Registry, Username: l.Username, Password: l.Password}
+	}
+	return out
 }

@@ -72,7 +72,7 @@ Else the exit codes are those of every command.`,
 	flags.StringVar(&f.request.RuncBinary, "runc-binary", "", "the OCI runtime; default: the one that made the checkpoint, as the other names mounts differently")
 	flags.StringVar(&f.request.Snapshotter, "snapshotter", "", "containerd's snapshotter; default: containerd's own choice")
 	a.addMaxSize(cmd)
-	flags.BoolVar(&f.request.PlainHTTP, "plain-http", false, "pull without TLS; implied for localhost")
+	flags.BoolVar(&f.request.Registry.PlainHTTP, "plain-http", false, "pull without TLS; implied for localhost")
 	grantFlags(cmd, f)
 	return cmd
 }

@@ -80,10 +80,16 @@ func (s *server) v1(mux *http.ServeMux) huma.API {
 	return api
 }
 
-// typeOfProblem gives what huma finds wrong with a request its type.
+// typeOfProblem gives what huma finds wrong with a request its type. It takes the values
+// out, of which one may be a password: each error has where it is.
 func typeOfProblem(_ huma.Context, _ string, v any) (any, error) {
-	if e, ok := v.(*huma.ErrorModel); ok && e.Type == "" {
-		e.Type = v1.ProblemType(slug(http.StatusText(e.Status)))
+	if e, ok := v.(*huma.ErrorModel); ok {
+		for _, detail := range e.Errors {
+			detail.Value = nil
+		}
+		if e.Type == "" {
+			e.Type = v1.ProblemType(slug(http.StatusText(e.Status)))
+		}
 	}
 	return v, nil
 }

@@ -38,7 +38,7 @@ func (s *server) v1Checkpoints(api huma.API, m *v1Mux) {
 		func(ctx context.Context, in *checkpoint) (*accepted, error) {
 			b := in.Body
 			r := node.CheckpointRequest{Containers: b.Containers, Pod: b.Pod, Ref: b.Ref, Format: b.Format, Compression: b.Compression,
-				Exit: b.Exit, PreDumps: b.PreDumps, Push: b.Push, PlainHTTP: b.PlainHTTP,
+				Exit: b.Exit, PreDumps: b.PreDumps, Push: b.Push, Registry: registryOf(b.Registry),
 				Options: node.DumpOptions{OpenTCP: b.TCP == "keep", TCPClose: b.TCP == "close", FileLocks: b.FileLocks, ExternalUnixSockets: b.UnixSockets,
 					Terminal: b.Terminal, LinkRemap: b.LinkRemap, GhostLimit: b.GhostLimit}}
 			if err := r.Check(); err != nil {
@@ -64,7 +64,7 @@ func (s *server) v1Checkpoints(api huma.API, m *v1Mux) {
 				return nil, err
 			}
 			return s.accept(ctx, "push", in.Ref, func(ctx context.Context, tell node.Progress) (any, error) {
-				img, err := s.o.Node.Push(ctx, node.PushRequest{Ref: in.Ref, Target: in.Body.Target, PlainHTTP: in.Body.PlainHTTP, Progress: tell})
+				img, err := s.o.Node.Push(ctx, node.PushRequest{Ref: in.Ref, Target: in.Body.Target, Registry: registryOf(in.Body.Registry), Progress: tell})
 				return orNothing(img), err
 			})
 		})
@@ -78,7 +78,7 @@ func (s *server) v1Checkpoints(api huma.API, m *v1Mux) {
 				return nil, err
 			}
 			return s.accept(ctx, "pull", in.Body.Ref, func(ctx context.Context, tell node.Progress) (any, error) {
-				img, err := s.o.Node.Pull(ctx, node.PullRequest{Ref: in.Body.Ref, PlainHTTP: in.Body.PlainHTTP, Progress: tell})
+				img, err := s.o.Node.Pull(ctx, node.PullRequest{Ref: in.Body.Ref, Registry: registryOf(in.Body.Registry), Progress: tell})
 				return orNothing(img), err
 			})
 		})
@@ -97,6 +97,14 @@ func (s *server) mayPlain(ctx context.Context, plain bool) error {
 		return nil
 	}
 	return s.needs(ctx, ScopeAdmin, "plain_http")
+}
+
+func registryOf(r v1.Registry) node.Registry {
+	out := node.Registry{PlainHTTP: r.PlainHTTP}
+	if l := r.Login; l != nil {
+		out.Login = &node.Login{Registry: l.Registry, Username: l.Username, Password: l.Password}
+	}
+	return out
 }
 
 // orNothing is nil for a nil image, which is none as a value of an interface.

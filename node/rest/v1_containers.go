@@ -66,7 +66,7 @@ func (s *server) v1Containers(api huma.API, m *v1Mux) {
 
 // restoreRequest is what a body asks for, if the caller may ask for that.
 func (s *server) restoreRequest(ctx context.Context, b v1.RestoreBody) (node.RestoreRequest, error) {
-	r := node.RestoreRequest{Checkpoint: b.Checkpoint, Name: b.Name, TCPClose: b.TCPClose, PlainHTTP: b.PlainHTTP, Snapshotter: b.Snapshotter,
+	r := node.RestoreRequest{Checkpoint: b.Checkpoint, Name: b.Name, TCPClose: b.TCPClose, Registry: registryOf(b.Registry), Snapshotter: b.Snapshotter,
 		Healthy: b.WaitHealthy, HealthyTimeout: time.Duration(cmp.Or(b.WaitSeconds, 60)) * time.Second}
 	if g := b.Grants; g != nil {
 		r.Grants = allow.Grants{Mounts: g.Mounts, Devices: g.Devices, Namespaces: g.Namespaces, Capabilities: g.Capabilities, Seccomp: g.Seccomp,

@@ -258,6 +258,8 @@ func TestProblems(t *testing.T) {
 		{"GET", "/v1/checkpoints/x/export?namespace=a%22b", "", 400, "bad-request", "namespace"},
 		{"GET", "/v1/checkpoints/%2Fetc%2Fpasswd", "", 503, "service-unavailable", "no containerd"}, // an image, of which containerd is asked
 		{"GET", "/v1/none", "", 404, "not-found", "no GET /v1/none"},
+		{"POST", "/v1/pulls", `{"ref":"x","login":{"registry":"h","password":"pa55word","passwd":"pa55word"}}`, 422, "unprocessable-entity", ""},
+		{"POST", "/v1/pulls", `{"ref":"x","login":{"password":"pa55word"}}`, 422, "unprocessable-entity", ""},
 		{"POST", "/v1/pulls", `{"ref":"` + strings.Repeat("x", 600) + `"}`, 422, "unprocessable-entity", ""},
 	} {
 		answer, body := call(t, c, tt.method, tt.path, tt.body)
@@ -265,6 +267,9 @@ func TestProblems(t *testing.T) {
 		_ = json.Unmarshal([]byte(body), &p)
 		if answer.StatusCode != tt.status || tt.kind != "" && (p.Type != v1.ProblemType(tt.kind) || p.Status != tt.status || p.Title == "") || !strings.Contains(p.Detail, tt.detail) {
 			t.Errorf("%s %s %.60s: %d %s; want %d, %s, %q", tt.method, tt.path, tt.body, answer.StatusCode, body, tt.status, tt.kind, tt.detail)
+		}
+		if strings.Contains(body, "pa55word") {
+			t.Errorf("%s %s %.60s: the answer has the password: %s", tt.method, tt.path, tt.body, body)
 		}
 		if tt.kind != "" && answer.Header.Get("Content-Type") != "application/problem+json" {
 			t.Errorf("%s %s: %s", tt.method, tt.path, answer.Header.Get("Content-Type"))

@@ -47,11 +47,11 @@ type FindingList struct {
 
 // RestoreBody says what to restore.
 type RestoreBody struct {
-	Checkpoint  string  `json:"checkpoint" minLength:"1" maxLength:"512" doc:"an image, which is pulled if it is not here"`
-	Name        string  `json:"name,omitempty" maxLength:"76" doc:"the container's ID; without it, the one that it had"`
-	TCPClose    bool    `json:"tcp_close,omitempty" doc:"close all TCP connections"`
-	Network     string  `json:"network,omitempty" maxLength:"90" pattern:"^(none|host|join=[A-Za-z0-9._-]+)$" doc:"none: its own, with a loopback only; host, and join=ID, that of another container, need scope admin"`
-	PlainHTTP   bool    `json:"plain_http,omitempty" doc:"pull without TLS, with the credentials of root if the registry asks; needs scope admin"`
+	Checkpoint string `json:"checkpoint" minLength:"1" maxLength:"512" doc:"an image, which is pulled if it is not here"`
+	Name       string `json:"name,omitempty" maxLength:"76" doc:"the container's ID; without it, the one that it had"`
+	TCPClose   bool   `json:"tcp_close,omitempty" doc:"close all TCP connections"`
+	Network    string `json:"network,omitempty" maxLength:"90" pattern:"^(none|host|join=[A-Za-z0-9._-]+)$" doc:"none: its own, with a loopback only; host, and join=ID, that of another container, need scope admin"`
+	Registry
 	Privileged  bool    `json:"privileged,omitempty" doc:"grant all that the checkpoint's spec asks for; needs scope admin"`
 	Grants      *Grants `json:"grants,omitempty" doc:"grant some of what the checkpoint's spec asks for; needs scope admin"`
 	Snapshotter string  `json:"snapshotter,omitempty" maxLength:"76" doc:"containerd's; without it, containerd's own choice"`
@@ -108,25 +108,38 @@ type CheckpointBody struct {
 	Exit        bool     `json:"exit,omitempty" doc:"end the container with the checkpoint"`
 	PreDumps    int      `json:"pre_dumps,omitempty" minimum:"-1" maximum:"127" doc:"how often the memory is written before, while the container runs; -1: until that gets no less"`
 	Push        bool     `json:"push,omitempty" doc:"send the image to the registry that ref names"`
-	PlainHTTP   bool     `json:"plain_http,omitempty" doc:"push without TLS, with the credentials of root if the registry asks; needs scope admin"`
-	TCP         string   `json:"tcp,omitempty" enum:"keep,close" doc:"what becomes of TCP connections; without it, one is an error"`
-	FileLocks   bool     `json:"file_locks,omitempty"`
-	UnixSockets bool     `json:"external_unix_sockets,omitempty" doc:"save Unix sockets that are connected to outside the container"`
-	Terminal    bool     `json:"terminal,omitempty" doc:"save a terminal whose session leader is outside the container"`
-	LinkRemap   bool     `json:"link_remap,omitempty" doc:"save open files that were deleted and have other names; only with exit"`
-	GhostLimit  uint64   `json:"ghost_limit,omitempty" doc:"the size in bytes of the largest deleted file that is saved; 0: CRIU's default"`
+	Registry
+	TCP         string `json:"tcp,omitempty" enum:"keep,close" doc:"what becomes of TCP connections; without it, one is an error"`
+	FileLocks   bool   `json:"file_locks,omitempty"`
+	UnixSockets bool   `json:"external_unix_sockets,omitempty" doc:"save Unix sockets that are connected to outside the container"`
+	Terminal    bool   `json:"terminal,omitempty" doc:"save a terminal whose session leader is outside the container"`
+	LinkRemap   bool   `json:"link_remap,omitempty" doc:"save open files that were deleted and have other names; only with exit"`
+	GhostLimit  uint64 `json:"ghost_limit,omitempty" doc:"the size in bytes of the largest deleted file that is saved; 0: CRIU's default"`
+}
+
+// Registry says how to talk to registries.
+type Registry struct {
+	PlainHTTP bool   `json:"plain_http,omitempty" doc:"without TLS, with the credentials of root if a registry asks; needs scope admin"`
+	Login     *Login `json:"login,omitempty" doc:"for one registry; without it, credentials are those of root on the node"`
+}
+
+// Login is how to log in to a registry. stasisd does not keep it.
+type Login struct {
+	Registry string `json:"registry" minLength:"1" maxLength:"255" doc:"host, or host:port, as in the names of its images"`
+	Username string `json:"username,omitempty" maxLength:"255" doc:"without it, the password is an identity token"`
+	Password string `json:"password" minLength:"1" maxLength:"65536" format:"password"`
 }
 
 // PushBody says where to push a checkpoint.
 type PushBody struct {
-	Target    string `json:"target,omitempty" maxLength:"512" doc:"its name in the registry; without it, its own"`
-	PlainHTTP bool   `json:"plain_http,omitempty" doc:"without TLS, with the credentials of root if the registry asks; needs scope admin"`
+	Target string `json:"target,omitempty" maxLength:"512" doc:"its name in the registry; without it, its own"`
+	Registry
 }
 
 // PullBody says what to pull.
 type PullBody struct {
-	Ref       string `json:"ref" minLength:"1" maxLength:"512"`
-	PlainHTTP bool   `json:"plain_http,omitempty" doc:"without TLS, with the credentials of root if the registry asks; needs scope admin"`
+	Ref string `json:"ref" minLength:"1" maxLength:"512"`
+	Registry
 }
 
 // ImageList is the answer with images.
