@@ -17,18 +17,11 @@ import (
 // The runtime starts CRIU and asks it for a dump or a restore over a socket, and CRIU
 // tells the runtime there how far it is (criu/include/action-scripts.h), and waits for
 // an answer. Some of these moments are the shim's: see dumpRelay and restoreRelay. So it
-// is between the two: the runtime finds it under the name criu in its PATH (Exec), and a
-// relay hands the messages on.
+// is between the two: the runtime finds a stand-in under the name criu in its PATH
+// (package standin), and a relay hands the messages on.
 
-const (
-	// Name is the program that runtimes call.
-	Name = "criu"
-	// relayEnv is the socket of the relay, realEnv the real CRIU.
-	relayEnv = "STASIS_CRIU_RELAY"
-	realEnv  = "STASIS_CRIU"
-	// relayDir is the folder in the bundle that holds both names.
-	relayDir = "criu"
-)
+// relayDir is the folder in the bundle that holds the stand-in and the relay's socket.
+const relayDir = "criu"
 
 // A relay is between the runtime and CRIU for one call of the runtime.
 type relay struct {

@@ -193,7 +193,7 @@ func callCRIU(ctx context.Context, t *testing.T, kind int, env []string, dir *os
 	path := strings.TrimPrefix(env[slices.IndexFunc(env, func(v string) bool { return strings.HasPrefix(v, "PATH=") })], "PATH=")
 	bin, _, _ := strings.Cut(path, ":")
 	cmd := exec.CommandContext(ctx, filepath.Join(bin, standin.Name), "swrk", "3")
-	cmd.Args[0] = Name
+	cmd.Args[0] = standin.Name
 	cmd.Env = append(os.Environ(), env...)
 	cmd.ExtraFiles = []*os.File{theirs}
 	cmd.Stderr = os.Stderr
