@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -31,8 +32,10 @@ type dumper struct {
 	container client.Container
 	task      client.Task
 	info      containers.Container
-	image     client.Image // nil: the container has none, or it is gone
+	image     client.Image // that it was made from; nil: there is none, or it is not here
 	base      ocispec.Descriptor
+	baseName  string        // of image
+	otherBase bool          // image is not here, and its name is another's
 	mounts    []mount.Mount // of the root filesystem
 	workDir   string        // of this operation; empty: dump was not called
 	note      string        // what a user should know about the checkpoint
@@ -67,14 +70,8 @@ func (n *Node) newEnded(ctx context.Context, c *client.Client, container client.
 	if d.info.Spec == nil {
 		return nil, fmt.Errorf("containerd has no spec of it, which a restore needs: %w", errdefs.ErrFailedPrecondition)
 	}
-	if d.info.Image != "" {
-		image, err := c.GetImage(ctx, d.info.Image)
-		if err != nil && !errdefs.IsNotFound(err) {
-			return nil, fmt.Errorf("look at its image %s: %w", d.info.Image, err)
-		}
-		if err == nil {
-			d.image, d.base = image, image.Target()
-		}
+	if err := d.findBase(ctx); err != nil {
+		return nil, err
 	}
 	if d.info.SnapshotKey != "" {
 		if d.mounts, err = c.SnapshotService(d.info.Snapshotter).Mounts(ctx, d.info.SnapshotKey); err != nil {
@@ -84,8 +81,13 @@ func (n *Node) newEnded(ctx context.Context, c *client.Client, container client.
 	return d, nil
 }
 
-// checkBase refuses a format that builds on an image that is not there.
+// checkBase refuses a format that builds on an image that is not there, and any where a
+// restore would build on another.
 func (d *dumper) checkBase(format string) error {
+	if d.otherBase {
+		return fmt.Errorf("its image %s is another now than the one that it was made from, and that is not here under any name; pull that one by its digest: %w",
+			d.info.Image, errdefs.ErrFailedPrecondition)
+	}
 	if d.image != nil || format == FormatArchive || format == FormatPodman {
 		return nil
 	}
@@ -283,7 +285,7 @@ func (d *dumper) describe(ctx context.Context) (capture.Info, error) {
 		ContainerID:   d.info.ID,
 		ContainerName: d.info.ID,
 		Runtime:       d.info.Runtime.Name,
-		Base:          capture.Base{Name: d.info.Image, Snapshotter: d.info.Snapshotter},
+		Base:          capture.Base{Name: cmp.Or(d.baseName, d.info.Image), Snapshotter: d.info.Snapshotter},
 		Engine:        capture.Program{Name: "stasis", Version: d.node.o.Version},
 		Host:          thisHost(),
 		Created:       d.info.CreatedAt,
@@ -299,7 +301,7 @@ func (d *dumper) describe(ctx context.Context) (capture.Info, error) {
 		i.Base.Digest = d.base.Digest.String()
 		config, err := d.image.Config(ctx)
 		if err != nil {
-			return i, fmt.Errorf("look at its image %s: %w", d.info.Image, err)
+			return i, fmt.Errorf("look at its image %s: %w", d.baseName, err)
 		}
 		i.Base.Config = config.Digest.String()
 	}

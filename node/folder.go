@@ -13,7 +13,6 @@ import (
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/errdefs"
-	"github.com/opencontainers/image-spec/identity"
 
 	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/checkpoint/api"
@@ -179,19 +178,6 @@ func (d *dumper) checkRootfs(ctx context.Context, ref string) error {
 	}
 	if d.info.SnapshotKey == "" {
 		return fmt.Errorf("it has no snapshot, so what it wrote is not known: %w", errdefs.ErrFailedPrecondition)
-	}
-	// What the container wrote is relative to the image that it was made from. The name can
-	// be another's by now: also that of an image which was saved before.
-	diffs, err := d.image.RootFS(ctx)
-	if err != nil {
-		return fmt.Errorf("look at its image %s: %w", d.info.Image, err)
-	}
-	snapshot, err := d.client.SnapshotService(d.info.Snapshotter).Stat(ctx, d.info.SnapshotKey)
-	if err != nil {
-		return fmt.Errorf("look at its snapshot: %w", err)
-	}
-	if base := identity.ChainID(diffs).String(); snapshot.Parent != base {
-		return fmt.Errorf("its image %s is another now than the one that it was made from, of which an image could be made: %w", d.info.Image, errdefs.ErrFailedPrecondition)
 	}
 	return nil
 }

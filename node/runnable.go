@@ -133,7 +133,10 @@ func (n *Node) findBase(ctx context.Context, c *client.Client, base capture.Base
 		return ocispec.Descriptor{}, pulled, fmt.Errorf("the checkpoint does not name the image that its container was made from: %w", errdefs.ErrFailedPrecondition)
 	}
 	before := time.Now()
-	record, err := n.findImage(ctx, c, base.Name, registry, bar)
+	record, err := imageByConfig(ctx, c, base)
+	if errdefs.IsNotFound(err) {
+		record, err = n.findImage(ctx, c, base.Name, registry, bar)
+	}
 	if err == nil && record.CreatedAt.After(before) {
 		pulled = &record
 	}
@@ -155,6 +158,23 @@ func (n *Node) findBase(ctx context.Context, c *client.Client, base capture.Base
 		}
 	}
 	return record.Target, pulled, nil
+}
+
+// imageByConfig finds a base that is here, under whatever name. It matches
+// errdefs.ErrNotFound if there is none, or the checkpoint does not tell the config.
+func imageByConfig(ctx context.Context, c *client.Client, base capture.Base) (images.Image, error) {
+	want := strings.TrimPrefix(base.Config, "sha256:")
+	if want == "" {
+		return images.Image{}, fmt.Errorf("its config is not known: %w", errdefs.ErrNotFound)
+	}
+	is := func(record images.Image) bool {
+		config, err := images.Config(ctx, c.ContentStore(), record.Target, platforms.Default())
+		return err == nil && config.Digest.Encoded() == want
+	}
+	if record, err := localImage(ctx, c, base.Name); err == nil && is(record) {
+		return record, nil
+	}
+	return imageWhere(ctx, c, base.Name, is)
 }
 
 // findImage is localImage for an image that is pulled if it is not here.
