@@ -10,6 +10,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/containerd/v2/client"
+
+	"github.com/stasis-run/stasis/checkpoint"
 	"github.com/stasis-run/stasis/integration/stack"
 )
 
@@ -166,4 +169,69 @@ func startAgain(ctx context.Context, t *testing.T, s *stack.Stack, d *stack.Stas
 		_, _ = d.Curl("POST", "/containers/c", body)
 		return false
 	})
+}
+
+// TestRESTNamedKilled kills stasisd while a call of interface B waits in the OCI runtime,
+// and runs it again. The container runs, or its checkpoint is whole; nothing else is left,
+// and the same call succeeds.
+func TestRESTNamedKilled(t *testing.T) {
+	t.Parallel()
+	s := stack.Start(t, stack.Options{})
+	ctx := s.Ctx()
+	f := s.Faults()
+	folders := filepath.Join(s.Dir, "checkpoints")
+	must(t, os.Mkdir(folders, 0o700))
+	d := s.StartStasisd("--allow-path", folders)
+	root := "/run/containerd/runc/" + s.Namespace
+	for name, when := range map[string]stack.When{"before": stack.Before, "after": stack.After} {
+		for _, path := range []string{"/checkpoint", "/containerd/checkpoint"} {
+			for _, exit := range []bool{false, true} {
+				if exit && path == "/checkpoint" {
+					continue // it always leaves the container running
+				}
+				t.Run(fmt.Sprintf("%s %s exit=%v", path, name, exit), func(t *testing.T) {
+					c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sleep", "100000"))
+					c.Start(ctx)
+					dir := filepath.Join(folders, strings.ReplaceAll(t.Name(), "/", "-"))
+					body := func(n int) string {
+						b := fmt.Sprintf(`"checkpoint_data":{"container_name":"c","checkpoint_path":"%s-%d","root":%q}`, dir, n, root)
+						if path != "/checkpoint" {
+							b += fmt.Sprintf(`,"rootfs_checkpoint_data":{"container_name":"c","image_ref":"stasis.test/c:1"},"leave_running":%t`, !exit)
+						}
+						return "{" + b + "}"
+					}
+					f.Hold("checkpoint", when)
+					done := make(chan struct{})
+					go func() {
+						defer close(done)
+						_, _, _ = d.CurlErr("POST", path, body(1))
+					}()
+					f.WaitReached(ctx, "checkpoint", when)
+					d.End(syscall.SIGKILL)
+					<-done
+					f.Reset()
+					d.Start()
+					whole := func() bool { return checkpoint.Uncommitted(dir+"-1") == "" && !checkpoint.IsBeingWritten(dir+"-1") }
+					s.Poll(ctx, "the shim to end what it was asked for", whole)
+					if _, err := checkpoint.Open(ctx, dir+"-1"); err != nil {
+						if _, serr := os.Lstat(dir + "-1"); serr == nil {
+							t.Errorf("a folder that is no checkpoint: %v", err)
+						}
+					}
+					if c.Status(ctx) == client.Running {
+						c.Exec(ctx, "true") // which a frozen one cannot
+						want(t, d, 200, "POST", path, body(2))
+					} else if _, err := checkpoint.Open(ctx, dir+"-1"); err != nil || !exit {
+						t.Errorf("the container is gone: %v", err)
+					}
+					s.Stasis("prune") // the folder of its work
+					checkTidy(t, s)
+					if c.Status(ctx) == client.Running {
+						c.Kill(ctx, syscall.SIGKILL)
+					}
+					c.Delete(ctx)
+				})
+			}
+		}
+	}
 }
