@@ -80,6 +80,7 @@ func (e *env) testInstaller(t *testing.T) {
 	if out, err := n.Run(t.Context(), "sh", "-c", "stat -c %a /etc/stasis/keys/sign.key; stasis key list | wc -l"); err != nil || out != "600\n3\n" {
 		t.Errorf("the cluster's keys on the node: %q, %v", out, err)
 	}
+	e.checkStasisd(t, filepath.Join(manifests, "stasisd"), "waits")
 	// Once more it changes nothing, and so does not restart containerd.
 	pid := n.Containerd()
 	e.Kubectl(t, "-n", "stasis", "delete", "pod", "--all", "--grace-period=1")
@@ -118,6 +119,35 @@ func (e *env) testInstaller(t *testing.T) {
 	}
 	if _, err := n.Run(t.Context(), "ls", "-d", "/var/lib/stasis"); err == nil {
 		t.Error("left on the node: /var/lib/stasis")
+	}
+}
+
+// checkStasisd has stasisd run on the node, and checkpoints a pod by it.
+func (e *env) checkStasisd(t *testing.T, manifests, pod string) {
+	t.Helper()
+	n := e.here
+	e.Kubectl(t, "apply", "-f", manifests)
+	e.waitDaemonSet(t, "stasisd")
+	at := []string{"stasis", "--host", "unix:///run/stasis/stasisd.sock", "--namespace", "k8s.io"}
+	do := func(args ...string) string {
+		t.Helper()
+		out, err := n.Run(t.Context(), append(slices.Clone(at), args...)...)
+		if err != nil {
+			t.Errorf("%q: %v, %s", args, err, out)
+		}
+		return out
+	}
+	do("check")
+	ref := strings.TrimSpace(do("checkpoint", "--pod", pod))
+	if list := do("ls"); ref == "" || !strings.Contains(list, ref) {
+		t.Errorf("the checkpoint %q is not in %s", ref, list)
+	}
+	e.Kubectl(t, "exec", pod, "--", "true")
+	do("verify", ref)
+	do("rm", ref)
+	e.Kubectl(t, "delete", "-f", manifests, "--timeout=150s")
+	if out, err := n.Run(t.Context(), "rm", "-r", "/var/lib/stasis", "/run/stasisd-config"); err != nil {
+		t.Errorf("its state: %v, %s", err, out)
 	}
 }
 

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Installs Stasis on the node whose root is at /host, or removes what it installed.
-# It runs in the pods of stasis.yaml and remove/stasis-remove.yaml.
+# Installs Stasis on the node whose root is at /host, removes what it installed, or runs
+# stasisd there. It runs in the pods of stasis.yaml, remove/stasis-remove.yaml and
+# stasisd/stasisd.yaml.
 set -eu
 
 here=/stasis
@@ -20,7 +21,8 @@ die() {
 
 # on_node CMD...: runs a program of the node. systemctl would refuse to work below
 # another root.
-on_node() { SYSTEMD_IGNORE_CHROOT=1 PATH=/usr/local/sbin:$bin:/usr/sbin:/usr/bin:/sbin:/bin chroot "$host" "$@"; }
+node_path=/usr/local/sbin:$bin:/usr/sbin:/usr/bin:/sbin:/bin
+on_node() { SYSTEMD_IGNORE_CHROOT=1 PATH=$node_path chroot "$host" "$@"; }
 
 # ours PATH: was it made by us?
 ours() { grep -qxF "$1" "$host$record" 2>/dev/null; }
@@ -89,6 +91,7 @@ install() {
 	printf %s "$made" >>"$host$record"
 	place "$here/containerd-shim-stasis-v1" $bin/containerd-shim-stasis-v1 0755
 	place "$here/stasis" $bin/stasis 0755
+	place "$here/stasisd" $bin/stasisd 0755 later
 	keys
 	case $(on_node containerd --version) in
 	*' v1.'* | *' 1.'*) cp "$here/stasis-1.7.toml" /tmp/stasis.toml ;;
@@ -148,9 +151,30 @@ remove() {
 	done
 }
 
+# serve: becomes stasisd, on the node.
+serve() {
+	until ours $bin/stasisd && [ -x "$host$bin/stasisd" ]; do
+		say "waiting for the installer"
+		sleep 2
+	done
+	config=/run/stasisd-config/stasisd.toml
+	[ -e "$host$config" ] || config=/etc/stasis/stasisd.toml
+	[ ! -e "$host$config" ] || set -- --config $config
+	PATH=$node_path exec chroot "$host" $bin/stasisd "$@"
+}
+
+# served: does it answer?
+served() { on_node stasis --host unix:///run/stasis/stasisd.sock ls; }
+
 case ${1-} in
 install | remove) "$1" ;;
-*) die "usage: node.sh install|remove" ;;
+serve | served)
+	command=$1
+	shift
+	"$command" "$@"
+	exit
+	;;
+*) die "usage: node.sh install|remove|serve|served" ;;
 esac
 say "done"
 : >/tmp/done
