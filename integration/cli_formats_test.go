@@ -239,3 +239,26 @@ func TestCLICheck(t *testing.T) {
 		}
 	}
 }
+
+// TestDefaultNames: checkpoints without a name of one container, of the same second maybe,
+// do not replace each other.
+func TestDefaultNames(t *testing.T) {
+	t.Parallel()
+	s := stack.Start(t, stack.Options{})
+	ctx := s.Ctx()
+	c := s.NewContainer(ctx, "c", stack.Busybox, stack.Args("sleep", "1000"))
+	c.Start(ctx)
+	refs := strings.Fields(s.Stasis("checkpoint", "c", "c", "c", "c"))
+	list := s.Stasis("ls", "--output", "json")
+	for i, ref := range refs {
+		if !strings.Contains(list, `"`+ref+`"`) || slices.Contains(refs[:i], ref) {
+			t.Errorf("%s of %q is no name of its own: %s", ref, refs, list)
+		}
+	}
+	if len(refs) != 4 {
+		t.Errorf("names %q", refs)
+	}
+	c.Kill(ctx, syscall.SIGKILL)
+	c.Delete(ctx)
+	checkTidy(t, s)
+}

@@ -334,14 +334,13 @@ func (n *Node) storeCapture(ctx context.Context, d *dumper, got *capture.Capture
 		}
 		return result, nil
 	}
-	if result.Ref = r.Ref; result.Ref == "" {
-		result.Ref = defaultRef(d.container.ID(), got.Info.Checkpointed)
-	}
+	var img Image
 	if d.early != nil {
-		result.Digest, err = d.storeEarly(ctx, result.Ref, got, r.Exit, o)
+		img, err = d.storeEarly(ctx, r.Ref, got, r.Exit, o)
 	} else {
-		result.Digest, err = store(ctx, d.client, result.Ref, got, d.base, r.Format, o)
+		img, err = store(ctx, d.client, r.Ref, got, d.base, r.Format, o)
 	}
+	result.Ref, result.Digest = img.Ref, img.Digest
 	return result, err
 }
 

@@ -183,7 +183,7 @@ func typed(ctx context.Context, c *client.Client, name string, desc ocispec.Desc
 
 // untyped is the naming for a name that comes from a checkpoint: it replaces nothing.
 func untyped(ctx context.Context, c *client.Client, name string, desc ocispec.Descriptor) (images.Image, bool, error) {
-	return oci.SaveNew(ctx, c.ContentStore(), c.ImageService(), name, desc)
+	return oci.SaveNew(ctx, c.ContentStore(), c.ImageService(), name, desc, nil)
 }
 
 // nameOf is the name that an image has in the file, or, as Podman gives it none,

@@ -6,6 +6,7 @@ import (
 	"os"
 
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/pkg/archive/compression"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
@@ -51,19 +52,19 @@ func storeOptions(ctx context.Context, c *client.Client, compress string, bar *s
 }
 
 // store makes an image of a capture, in one of the formats, and names it; ctx has a
-// lease. It returns the image's digest.
-func store(ctx context.Context, c *client.Client, ref string, got *capture.Capture, base ocispec.Descriptor, format string, o oci.Options) (string, error) {
+// lease. Without ref the name is defaultRef, or one more like it.
+func store(ctx context.Context, c *client.Client, ref string, got *capture.Capture, base ocispec.Descriptor, format string, o oci.Options) (Image, error) {
 	desc, err := storeContent(ctx, c, got, base, format, o)
 	if err != nil {
-		return "", err
+		return Image{}, err
 	}
-	return nameNew(ctx, c, ref, desc)
+	return nameNew(ctx, c, ref, got, desc)
 }
 
 // storeEarly is store for a runnable image whose layer was started early.
-func (d *dumper) storeEarly(ctx context.Context, ref string, got *capture.Capture, retain bool, o oci.Options) (string, error) {
-	failed := func(err error) (string, error) {
-		return "", fmt.Errorf("make a runnable image of container %s: %w", got.Info.ContainerName, err)
+func (d *dumper) storeEarly(ctx context.Context, ref string, got *capture.Capture, retain bool, o oci.Options) (Image, error) {
+	failed := func(err error) (Image, error) {
+		return Image{}, fmt.Errorf("make a runnable image of container %s: %w", got.Info.ContainerName, err)
 	}
 	store := d.client.ContentStore()
 	base, err := oci.ReadBase(ctx, store, d.base, got.Info)
@@ -87,15 +88,21 @@ func (d *dumper) storeEarly(ctx context.Context, ref string, got *capture.Captur
 	if err != nil {
 		return failed(err)
 	}
-	return nameNew(ctx, d.client, ref, desc)
+	return nameNew(ctx, d.client, ref, got, desc)
 }
 
-// nameNew names an image that was made here. It returns the digest.
-func nameNew(ctx context.Context, c *client.Client, ref string, desc ocispec.Descriptor) (string, error) {
-	if _, err := oci.Save(ctx, c.ContentStore(), c.ImageService(), ref, desc, oci.MadeHere(desc)); err != nil {
-		return "", err
+// nameNew names an image that was made here. One that has the name is replaced only if a
+// user has typed it: of the same second there may be another.
+func nameNew(ctx context.Context, c *client.Client, ref string, got *capture.Capture, desc ocispec.Descriptor) (Image, error) {
+	var img images.Image
+	var err error
+	if ref == "" {
+		ref = defaultRef(got.Info.ContainerID, got.Info.Checkpointed)
+		img, _, err = oci.SaveNew(ctx, c.ContentStore(), c.ImageService(), ref, desc, oci.MadeHere(desc))
+	} else {
+		img, err = oci.Save(ctx, c.ContentStore(), c.ImageService(), ref, desc, oci.MadeHere(desc))
 	}
-	return desc.Digest.String(), nil
+	return Image{img.Name, desc.Digest.String()}, err
 }
 
 // storeContent is store without the name.

@@ -165,7 +165,7 @@ func TestSaveNew(t *testing.T) {
 	}
 	save := func(name string, desc ocispec.Descriptor, want string, wantMade bool) {
 		t.Helper()
-		img, made, err := SaveNew(ctx, s, s.records, name, desc)
+		img, made, err := SaveNew(ctx, s, s.records, name, desc, nil)
 		if err != nil || img.Name != want || made != wantMade || img.Target.Digest != desc.Digest {
 			t.Errorf("%s: %s, %v, %v; want %s, %v", name, img.Name, made, err, want, wantMade)
 		}
@@ -191,10 +191,10 @@ func TestSaveNew(t *testing.T) {
 	}
 	byDigest := "test/c@" + base.Digest.String()
 	save(byDigest, descs[0], byDigest, true)
-	if _, _, err := SaveNew(ctx, s, s.records, byDigest, descs[1]); !errdefs.IsAlreadyExists(err) {
+	if _, _, err := SaveNew(ctx, s, s.records, byDigest, descs[1], nil); !errdefs.IsAlreadyExists(err) {
 		t.Errorf("a name by digest: %v", err)
 	}
-	if _, _, err := SaveNew(ctx, s, s.records, "test/x:1", base); !errdefs.IsInvalidArgument(err) {
+	if _, _, err := SaveNew(ctx, s, s.records, "test/x:1", base, nil); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("no checkpoint: %v", err)
 	}
 }

@@ -30,8 +30,8 @@ func Save(ctx context.Context, store content.Provider, records images.Store, nam
 // brings: no image that has it is replaced, whatever it is. If another has it, the
 // beginning of the digest is added. made tells that there is a new record; else the
 // same checkpoint has had the name already.
-func SaveNew(ctx context.Context, store content.Provider, records images.Store, name string, desc ocispec.Descriptor) (img images.Image, made bool, err error) {
-	img, err = newRecord(ctx, store, name, desc, nil)
+func SaveNew(ctx context.Context, store content.Provider, records images.Store, name string, desc ocispec.Descriptor, labels map[string]string) (img images.Image, made bool, err error) {
+	img, err = newRecord(ctx, store, name, desc, labels)
 	if err != nil {
 		return images.Image{}, false, fmt.Errorf("save checkpoint image %s: %w", name, err)
 	}
