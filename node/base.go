@@ -38,15 +38,19 @@ func (d *dumper) findBase(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("look at its snapshot %s: %w", d.info.SnapshotKey, err)
 	}
-	madeFrom := func(record images.Image) bool {
+	var unread error // why it is not known what the named one is
+	if named != nil {
+		var chain string
+		chain, unread = chainOf(ctx, d.client, named.Metadata())
+		if unread == nil && slices.Contains(chains, chain) {
+			d.setBase(named)
+			return nil
+		}
+	}
+	record, err := imageWhere(ctx, d.client, d.info.Image, func(record images.Image) bool {
 		chain, err := chainOf(ctx, d.client, record)
 		return err == nil && slices.Contains(chains, chain)
-	}
-	if named != nil && madeFrom(named.Metadata()) {
-		d.setBase(named)
-		return nil
-	}
-	record, err := imageWhere(ctx, d.client, d.info.Image, madeFrom)
+	})
 	switch {
 	case err == nil:
 		d.setBase(client.NewImage(d.client, record))
@@ -55,6 +59,8 @@ func (d *dumper) findBase(ctx context.Context) error {
 		}
 	case !errdefs.IsNotFound(err):
 		return err
+	case unread != nil:
+		return fmt.Errorf("look at its image %s: %w", d.info.Image, unread)
 	case named != nil:
 		d.otherBase = true
 	}
