@@ -80,7 +80,7 @@ func lastError(path string) string {
 }
 
 func (r *runtimeCommand) Create(ctx context.Context, opts *runc.CreateOpts) (int, error) {
-	opts.PidFile = r.initPidFile()
+	opts.PidFile = r.pidFile("init")
 	err := r.call("create", func(c *runc.Runc) error { return c.Create(ctx, r.id, r.bundle, opts) })
 	if err != nil {
 		return 0, err
@@ -88,8 +88,13 @@ func (r *runtimeCommand) Create(ctx context.Context, opts *runc.CreateOpts) (int
 	return readPid(opts.PidFile)
 }
 
-// initPidFile is where the runtime leaves init's pid.
-func (r *runtimeCommand) initPidFile() string { return filepath.Join(r.bundle, "init.pid") }
+// pidFile is where the runtime leaves a process's pid. There is none yet: runc does not
+// write over the temporary file of an earlier try, which it leaves on a full disk.
+func (r *runtimeCommand) pidFile(process string) string {
+	name := process + ".pid"
+	_ = os.Remove(filepath.Join(r.bundle, "."+name)) // of runc (utils_linux.go, createPidFile)
+	return filepath.Join(r.bundle, name)
+}
 
 // FreezerGroup is what the runtime has noted, "" if it has not. crun does
 // (libcrun/status.c), and under systemd makes a group of its own below the scope. runc
@@ -114,7 +119,7 @@ func (r *runtimeCommand) Start(ctx context.Context) error {
 
 func (r *runtimeCommand) Exec(ctx context.Context, execID string, spec *specs.Process, opts *runc.ExecOpts) (int, error) {
 	opts.Detach = true
-	opts.PidFile = filepath.Join(r.bundle, execID+".pid")
+	opts.PidFile = r.pidFile(execID)
 	defer os.Remove(opts.PidFile)
 	err := r.call("exec", func(c *runc.Runc) error { return c.Exec(ctx, r.id, *spec, opts) })
 	if err != nil {
@@ -191,7 +196,7 @@ func (r *runtimeCommand) Checkpoint(ctx context.Context, opts *runc.CheckpointOp
 // Restore is cancelled like Checkpoint.
 func (r *runtimeCommand) Restore(ctx context.Context, opts *runc.RestoreOpts) (int, error) {
 	opts.Detach = true
-	opts.PidFile = r.initPidFile()
+	opts.PidFile = r.pidFile("init")
 	err := r.call("restore", func(c *runc.Runc) error {
 		c.Setpgid = true
 		_, err := c.Restore(ctx, r.id, r.bundle, opts)
