@@ -53,6 +53,32 @@ func TestBase(t *testing.T) {
 	must(t, err)
 	s.Stasis("checkpoint", "c", "stasis.test/moved:1")
 	restores("stasis.test/moved:1")
+
+	// A restored one, time and again under the name of what it was restored from.
+	s.Stasis("checkpoint", "c", "stasis.test/gen:1")
+	s.Stasis("restore", "stasis.test/gen:1", "e", "--runtime", s.Runtime())
+	e := load(t, s, "e")
+	for range 3 {
+		s.Stasis("checkpoint", "e", "stasis.test/gen:1")
+	}
+	e.Kill(ctx, syscall.SIGKILL)
+	e.Delete(ctx)
+	s.Stasis("restore", "stasis.test/gen:1", "f", "--runtime", s.Runtime())
+	f := load(t, s, "f")
+	if out := f.Exec(ctx, "sh", "-c", "cat /kept; ls /etc/group 2>/dev/null; true"); out != "kept\n" {
+		t.Errorf("the third generation: %q", out)
+	}
+	f.Kill(ctx, syscall.SIGKILL)
+	f.Delete(ctx)
+	all, err := store.List(ctx, "name~=stasis.test/gen@")
+	must(t, err)
+	if len(all) != 1 {
+		t.Errorf("bases that are kept: %v", all)
+	}
+	for _, base := range all {
+		must(t, store.Delete(ctx, base.Name))
+	}
+
 	s.Stasis("checkpoint", "c", "--output", file)
 	restores(file)
 

@@ -3,6 +3,7 @@ package node
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"fmt"
 	"slices"
 	"strings"
@@ -12,6 +13,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	"github.com/opencontainers/runtime-spec/specs-go"
 )
@@ -42,14 +44,14 @@ func (d *dumper) findBase(ctx context.Context) error {
 	if named != nil {
 		var chain string
 		chain, unread = chainOf(ctx, d.client, named.Metadata())
-		if unread == nil && slices.Contains(chains, chain) {
+		if unread == nil && chain != "" && slices.Contains(chains, chain) {
 			d.setBase(named)
 			return nil
 		}
 	}
 	record, err := imageWhere(ctx, d.client, d.info.Image, func(record images.Image) bool {
 		chain, err := chainOf(ctx, d.client, record)
-		return err == nil && slices.Contains(chains, chain)
+		return err == nil && chain != "" && slices.Contains(chains, chain)
 	})
 	switch {
 	case err == nil:
@@ -75,7 +77,8 @@ func (d *dumper) setBase(image client.Image) {
 
 // chains are the chain IDs (image-spec, config.md) of what the container's snapshot may
 // have been made from. With a user namespace, containerd may have put a snapshot between,
-// in which the files have the namespace's owners.
+// in which the files have the namespace's owners. The parent of any other would be the
+// image without its last layer.
 func (d *dumper) chains(ctx context.Context) ([]string, error) {
 	snapshots := d.client.SnapshotService(d.info.Snapshotter)
 	info, err := snapshots.Stat(ctx, d.info.SnapshotKey)
@@ -87,17 +90,39 @@ func (d *dumper) chains(ctx context.Context) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	if hasUserNamespace(spec) && info.Parent != "" {
-		if info, err = snapshots.Stat(ctx, info.Parent); err != nil {
+	if spec.Linux != nil && len(spec.Linux.UIDMappings) > 0 && info.Parent != "" {
+		between, err := snapshots.Stat(ctx, info.Parent)
+		if err != nil {
 			return nil, err
 		}
-		chains = append(chains, info.Parent)
+		if d.remapped = slices.Contains(remappedNames(between.Parent, spec.Linux), info.Parent); d.remapped {
+			chains = []string{between.Parent}
+		}
 	}
 	return chains, nil
 }
 
-func hasUserNamespace(spec *specs.Spec) bool {
-	return spec.Linux != nil && len(spec.Linux.UIDMappings) > 0
+// remappedNames are the names that containerd gives a snapshot of a chain whose files have
+// a user namespace's owners: since 2.1 and before (its client, snapshotter_opts_unix.go).
+func remappedNames(chain string, l *specs.Linux) []string {
+	sorted := func(m []specs.LinuxIDMapping) []specs.LinuxIDMapping {
+		m = slices.Clone(m)
+		slices.SortStableFunc(m, func(a, b specs.LinuxIDMapping) int { return cmp.Compare(a.ContainerID, b.ContainerID) })
+		return m
+	}
+	var key struct {
+		Parent string
+		IDMap  struct{ UidMap, GidMap []specs.LinuxIDMapping }
+	}
+	key.Parent, key.IDMap.UidMap, key.IDMap.GidMap = chain, sorted(l.UIDMappings), sorted(l.GIDMappings)
+	var names []string
+	if data, err := json.Marshal(key); err == nil {
+		names = append(names, digest.FromBytes(data).String())
+	}
+	if len(l.UIDMappings) > 0 && len(l.GIDMappings) > 0 {
+		names = append(names, fmt.Sprintf("%s-%d-%d", chain, l.UIDMappings[0].HostID, l.GIDMappings[0].HostID))
+	}
+	return names
 }
 
 // chainOf is the chain ID of an image's layers.

@@ -162,7 +162,7 @@ func (r *CheckpointRequest) complete() error {
 			r.Format = FormatArchive
 		}
 	}
-	if err := r.Registry.check(); err != nil {
+	if err := r.Registry.check(r.Ref); err != nil {
 		return err
 	}
 	switch {

@@ -36,6 +36,7 @@ type dumper struct {
 	base      ocispec.Descriptor
 	baseName  string        // of image
 	otherBase bool          // image is not here, and its name is another's
+	remapped  bool          // its files have a user namespace's owners, unlike the image's
 	mounts    []mount.Mount // of the root filesystem
 	workDir   string        // of this operation; empty: dump was not called
 	note      string        // what a user should know about the checkpoint

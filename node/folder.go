@@ -179,6 +179,9 @@ func (d *dumper) checkRootfs(ctx context.Context, ref string) error {
 	if d.info.SnapshotKey == "" {
 		return fmt.Errorf("it has no snapshot, so what it wrote is not known: %w", errdefs.ErrFailedPrecondition)
 	}
+	if d.remapped {
+		return fmt.Errorf("its files have the owners of its user namespace, unlike those of its image: %w", errdefs.ErrFailedPrecondition)
+	}
 	return nil
 }
 

@@ -20,6 +20,7 @@ import (
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/core/remotes/docker/config"
 	"github.com/containerd/log"
+	"github.com/distribution/reference"
 	dockerconfig "github.com/docker/cli/cli/config"
 	"github.com/docker/cli/cli/config/types"
 	"github.com/opencontainers/go-digest"
@@ -63,15 +64,21 @@ func (l *Login) String() string {
 	return l.Username + " at " + l.Registry
 }
 
-// check refuses a login that is not one.
-func (r Registry) check() error {
-	switch l := r.Login; {
-	case l == nil:
+// check refuses a login that is not one, or not for the registry of the image ref, which
+// would get other credentials.
+func (r Registry) check(ref string) error {
+	l := r.Login
+	if l == nil {
 		return nil
-	case l.Registry == "" || strings.ContainsAny(l.Registry, "/@ "):
+	}
+	if l.Registry == "" || strings.ContainsAny(l.Registry, "/@ ") {
 		return requestError("login: registry %q: give the host, or host:port, as in the names of its images", l.Registry)
-	case l.Password == "":
+	}
+	if l.Password == "" {
 		return requestError("login: there is no password for %s", l.Registry)
+	}
+	if named, err := reference.ParseDockerRef(ref); err == nil && apiHost(reference.Domain(named)) != apiHost(l.Registry) {
+		return requestError("login: it is for %s, and %s is of registry %s", l.Registry, ref, reference.Domain(named))
 	}
 	return nil
 }
@@ -87,6 +94,9 @@ func (r Registry) credentials(host string) (user, secret string, err error) {
 
 // apiHost is where a registry is: Docker Hub is not where its images' names say.
 func apiHost(registry string) string {
+	if registry == "index.docker.io" { // its name in Docker's own files
+		registry = "docker.io"
+	}
 	if host, err := docker.DefaultHost(registry); err == nil {
 		return host
 	}
@@ -197,7 +207,7 @@ type PushRequest struct {
 
 // Push sends a checkpoint to a registry: what that lacks.
 func (n *Node) Push(ctx context.Context, r PushRequest) (*Image, error) {
-	if err := r.Registry.check(); err != nil {
+	if err := r.Registry.check(cmp.Or(r.Target, r.Ref)); err != nil {
 		return nil, err
 	}
 	c, err := n.Client(ctx)
@@ -246,7 +256,7 @@ type PullRequest struct {
 
 // Pull fetches a checkpoint, or any other image, from a registry.
 func (n *Node) Pull(ctx context.Context, r PullRequest) (*Image, error) {
-	if err := r.Registry.check(); err != nil {
+	if err := r.Registry.check(r.Ref); err != nil {
 		return nil, err
 	}
 	ref, err := fullName(r.Ref)

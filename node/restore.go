@@ -89,7 +89,7 @@ func (n *Node) Restore(ctx context.Context, r RestoreRequest) (_ *RestoreResult,
 			return nil, requestError("NAME: %v", err)
 		}
 	}
-	if err := r.Registry.check(); err != nil {
+	if err := r.Registry.check(r.Checkpoint); err != nil {
 		return nil, err
 	}
 	if r.Runtime == "" {

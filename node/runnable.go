@@ -174,7 +174,14 @@ func imageByConfig(ctx context.Context, c *client.Client, base capture.Base) (im
 	if record, err := localImage(ctx, c, base.Name); err == nil && is(record) {
 		return record, nil
 	}
-	return imageWhere(ctx, c, base.Name, is)
+	return imageWhere(ctx, c, base.Name, func(record images.Image) bool {
+		if !is(record) {
+			return false
+		}
+		// One that a pod runs on may be without its layers (discard_unpacked_layers).
+		whole, _, _, _, err := images.Check(ctx, c.ContentStore(), record.Target, platforms.Default())
+		return err == nil && whole
+	})
 }
 
 // findImage is localImage for an image that is pulled if it is not here.

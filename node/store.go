@@ -8,6 +8,7 @@ import (
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/pkg/archive/compression"
+	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 
@@ -58,7 +59,7 @@ func store(ctx context.Context, c *client.Client, ref string, got *capture.Captu
 	if err != nil {
 		return Image{}, err
 	}
-	return nameNew(ctx, c, ref, got, desc)
+	return nameNew(ctx, c, ref, got, base, desc)
 }
 
 // storeEarly is store for a runnable image whose layer was started early.
@@ -88,18 +89,25 @@ func (d *dumper) storeEarly(ctx context.Context, ref string, got *capture.Captur
 	if err != nil {
 		return failed(err)
 	}
-	return nameNew(ctx, d.client, ref, got, desc)
+	return nameNew(ctx, d.client, ref, got, d.base, desc)
 }
 
 // nameNew names an image that was made here. One that has the name is replaced only if a
-// user has typed it: of the same second there may be another.
-func nameNew(ctx context.Context, c *client.Client, ref string, got *capture.Capture, desc ocispec.Descriptor) (Image, error) {
+// user has typed it: of the same second there may be another. If it is the container's
+// base, that is kept, under its digest: the next checkpoint needs it.
+func nameNew(ctx context.Context, c *client.Client, ref string, got *capture.Capture, base, desc ocispec.Descriptor) (Image, error) {
 	var img images.Image
 	var err error
 	if ref == "" {
 		ref = defaultRef(got.Info.ContainerID, got.Info.Checkpointed)
 		img, _, err = oci.SaveNew(ctx, c.ContentStore(), c.ImageService(), ref, desc, oci.MadeHere(desc))
 	} else {
+		if old, gerr := c.ImageService().Get(ctx, ref); gerr == nil && old.Target.Digest == base.Digest && base.Digest != desc.Digest {
+			old.Name = byDigest(ref, old)
+			if _, err := c.ImageService().Create(ctx, old); err != nil && !errdefs.IsAlreadyExists(err) {
+				return Image{}, fmt.Errorf("keep the container's base as %s: %w", old.Name, err)
+			}
+		}
 		img, err = oci.Save(ctx, c.ContentStore(), c.ImageService(), ref, desc, oci.MadeHere(desc))
 	}
 	return Image{img.Name, desc.Digest.String()}, err
