@@ -52,7 +52,7 @@ func TestLogin(t *testing.T) {
 	t.Setenv("HOME", t.TempDir())
 	for host, registry := range map[string]string{"r.example:5000": "r.example:5000", "registry-1.docker.io": "docker.io"} {
 		r := Registry{Login: &Login{Registry: registry, Username: "me", Password: "mine"}}
-		must0(t, r.check(registry + "/x:1"))
+		must0(t, r.check(registry+"/x:1"))
 		if err := r.check("other.example/x:1"); !errors.Is(err, ErrRequest) {
 			t.Errorf("a login of %s for another registry: %v", registry, err)
 		}
