@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
-	"strings"
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/images"
@@ -36,27 +35,30 @@ func (d *dumper) findBase(ctx context.Context) error {
 		d.setBase(named)
 		return nil
 	}
-	chains, err := d.chains(ctx)
+	chain, err := d.chain(ctx)
 	if err != nil {
 		return fmt.Errorf("look at its snapshot %s: %w", d.info.SnapshotKey, err)
 	}
+	madeFrom := func(record images.Image) (bool, error) {
+		has, err := chainOf(ctx, d.client, record)
+		return err == nil && has != "" && has == chain, err
+	}
 	var unread error // why it is not known what the named one is
 	if named != nil {
-		var chain string
-		chain, unread = chainOf(ctx, d.client, named.Metadata())
-		if unread == nil && chain != "" && slices.Contains(chains, chain) {
+		var is bool
+		if is, unread = madeFrom(named.Metadata()); is {
 			d.setBase(named)
 			return nil
 		}
 	}
 	record, err := imageWhere(ctx, d.client, d.info.Image, func(record images.Image) bool {
-		chain, err := chainOf(ctx, d.client, record)
-		return err == nil && chain != "" && slices.Contains(chains, chain)
+		is, _ := madeFrom(record)
+		return is
 	})
 	switch {
 	case err == nil:
 		d.setBase(client.NewImage(d.client, record))
-		if strings.HasPrefix(record.Name, "sha256:") { // CRI's name for it, which no registry knows
+		if ofCRI(record) { // no registry knows its name
 			d.baseName = byDigest(d.info.Image, record)
 		}
 	case !errdefs.IsNotFound(err):
@@ -75,31 +77,31 @@ func (d *dumper) setBase(image client.Image) {
 	}
 }
 
-// chains are the chain IDs (image-spec, config.md) of what the container's snapshot may
-// have been made from. With a user namespace, containerd may have put a snapshot between,
-// in which the files have the namespace's owners. The parent of any other would be the
-// image without its last layer.
-func (d *dumper) chains(ctx context.Context) ([]string, error) {
+// chain is the chain ID (image-spec, config.md) of what the container's snapshot was made
+// from. With a user namespace, containerd may have put a snapshot between, in which the
+// files have the namespace's owners. The parent of any other would be the image without
+// its last layer.
+func (d *dumper) chain(ctx context.Context) (string, error) {
 	snapshots := d.client.SnapshotService(d.info.Snapshotter)
 	info, err := snapshots.Stat(ctx, d.info.SnapshotKey)
 	if err != nil {
-		return nil, err
+		return "", err
 	}
-	chains := []string{info.Parent}
 	spec, err := d.container.Spec(ctx)
 	if err != nil {
-		return nil, err
+		return "", err
 	}
-	if spec.Linux != nil && len(spec.Linux.UIDMappings) > 0 && info.Parent != "" {
-		between, err := snapshots.Stat(ctx, info.Parent)
-		if err != nil {
-			return nil, err
-		}
-		if d.remapped = slices.Contains(remappedNames(between.Parent, spec.Linux), info.Parent); d.remapped {
-			chains = []string{between.Parent}
-		}
+	if spec.Linux == nil || len(spec.Linux.UIDMappings) == 0 || info.Parent == "" {
+		return info.Parent, nil
 	}
-	return chains, nil
+	between, err := snapshots.Stat(ctx, info.Parent)
+	if err != nil {
+		return "", err
+	}
+	if d.remapped = slices.Contains(remappedNames(between.Parent, spec.Linux), info.Parent); d.remapped {
+		return between.Parent, nil
+	}
+	return info.Parent, nil
 }
 
 // remappedNames are the names that containerd gives a snapshot of a chain whose files have
@@ -146,7 +148,7 @@ func imageWhere(ctx context.Context, c *client.Client, name string, is func(imag
 		switch {
 		case repositoryOf(record.Name) == repository:
 			return 0
-		case !strings.HasPrefix(record.Name, "sha256:"):
+		case !ofCRI(record):
 			return 1
 		}
 		return 2

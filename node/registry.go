@@ -45,8 +45,8 @@ func quiet(ctx context.Context) context.Context {
 // Registry says how to talk to registries.
 type Registry struct {
 	PlainHTTP bool // without TLS, which one on localhost may be without anyway
-	// Login is for one registry. For others, or if it is nil, credentials are those of
-	// "docker login" and "podman login" of the user whose process this is.
+	// Login is for one registry. Others, or all if it is nil, get the credentials of
+	// "docker login" and "podman login" of this process's user.
 	Login *Login
 }
 

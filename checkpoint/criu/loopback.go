@@ -9,8 +9,8 @@ import (
 )
 
 // bringLoopbackUp brings the loopback device of a process's network namespace up. In a
-// cold start runc does that. In a restore nobody does: runc has CRIU leave a network
-// namespace of the container's own empty.
+// cold start runc does that. In a restore it does not: it tells CRIU to leave the
+// container's own network namespace empty.
 func bringLoopbackUp(pid int) error {
 	err := process.InNamespace(fmt.Sprintf("/proc/%d/ns/net", pid), unix.CLONE_NEWNET, loopbackUp)
 	if err != nil {
